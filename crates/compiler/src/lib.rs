@@ -1,1 +1,31 @@
-//! compiler
+//! From a [`ComputationGraph`](metal_candle_graph::ComputationGraph) to a [`Plan`]: what runs, in which
+//! order, and where every byte lives.
+//!
+//! ```text
+//! graph ─ passes ─ region (what is fused) ─ lower (kernels and library calls) ─ memory ─ Plan
+//! ```
+//!
+//! This crate knows no device: it reads a [`Target`] (plain data) and writes a [`Plan`] (plain data).
+
+mod analysis;
+mod cost;
+mod emit;
+mod error;
+mod finish;
+mod gemm;
+pub mod kernel;
+mod layout;
+mod library;
+mod lower;
+mod memory;
+mod plan;
+mod print;
+mod region;
+mod schedule;
+mod target;
+
+pub use error::{Error, Result};
+pub use layout::Layout;
+pub use library::LibraryCall;
+pub use plan::{Operand, OutputSource, Plan, PlanInput, PlanOutput, Slot, Step, Work, plan};
+pub use target::Target;

@@ -1,0 +1,116 @@
+//! Which products run as one GEMM with its scale and its addend: `out = addend + alpha · a b`.
+//!
+//! This is how LoRA is lowered: `x W + s (x A) B` is a product, a thin product, and a thin product that
+//! accumulates onto the first one's result. No operation of the graph knows about it.
+
+use crate::analysis::{Analysis, Edge, Kind, Located, edge};
+use metal_candle_graph::{BinaryOp, NodeId, Operation};
+use rustc_hash::FxHashMap;
+
+/// A product as it will be called.
+#[derive(Clone, Debug)]
+pub(crate) struct Gemm {
+    pub(crate) a: Located,
+    pub(crate) b: Located,
+    pub(crate) alpha: f64,
+    /// The stored result onto which this one accumulates, in place.
+    pub(crate) addend: Option<NodeId>,
+}
+
+/// The products, by the node that holds their final result.
+pub(crate) type Gemms = FxHashMap<NodeId, Gemm>;
+
+/// Finds the products. Their results become calls; the nodes that they absorb are dead afterwards.
+pub(crate) fn find(a: &mut Analysis) -> Gemms {
+    let mut gemms = Gemms::default();
+    for id in a.g.ids() {
+        if !matches!(a.kind(id), Kind::Call | Kind::Map) {
+            continue;
+        }
+        match a.node(id).op {
+            Operation::Dot => {
+                let (lhs, l) = unscaled(a, a.operand(id, 0));
+                let (rhs, r) = unscaled(a, a.operand(id, 1));
+                gemms.insert(id, Gemm { a: lhs, b: rhs, alpha: l * r, addend: None });
+            }
+            Operation::Binary(BinaryOp::Mul) => absorb_scale(a, id, &mut gemms),
+            Operation::Binary(BinaryOp::Add) => absorb_addend(a, id, &mut gemms),
+            _ => {}
+        }
+    }
+    gemms
+}
+
+/// `x · const` as x and the constant, where x may be read instead.
+fn unscaled(a: &Analysis, operand: Located) -> (Located, f64) {
+    let (mut located, mut scale) = (operand, 1.0);
+    while a.node(located.base).op == Operation::Binary(BinaryOp::Mul) {
+        match scaled_by(a, located.base) {
+            // The layout of the product serves x only if x is laid out as the product would be.
+            Some((x, s)) if x.layout.is_contiguous() && a.kind(x.base) != Kind::Virtual => {
+                located.base = x.base;
+                scale *= s;
+            }
+            _ => break,
+        }
+    }
+    (located, scale)
+}
+
+/// The other operand and the value, if `id` is a product with a constant.
+fn scaled_by(a: &Analysis, id: NodeId) -> Option<(Located, f64)> {
+    let value = |i: usize| a.constant(a.node(id).inputs[i]).map(|c| c.as_f64());
+    match (value(0), value(1)) {
+        (None, Some(c)) => Some((a.operand(id, 0), c)),
+        (Some(c), None) => Some((a.operand(id, 1), c)),
+        _ => None,
+    }
+}
+
+/// A GEMM result that only `reader` reads, element for element.
+fn sole_gemm(a: &Analysis, gemms: &Gemms, operand: Located, reader: NodeId) -> Option<NodeId> {
+    let base = operand.base;
+    let whole = edge(&operand.layout, a.node(base).shape()) == Edge::Direct;
+    let same_dtype = a.node(base).ty.dtype == a.node(reader).ty.dtype;
+    let sole = a.uses[base.index()] == 1 && whole && same_dtype;
+    (sole && gemms.contains_key(&base)).then_some(base)
+}
+
+fn absorb_scale(a: &mut Analysis, id: NodeId, gemms: &mut Gemms) {
+    let Some((x, scale)) = scaled_by(a, id) else { return };
+    let Some(base) = sole_gemm(a, gemms, x, id) else { return };
+    if gemms[&base].addend.is_none() {
+        move_result(a, gemms, base, id, |gemm| gemm.alpha *= scale);
+    }
+}
+
+fn absorb_addend(a: &mut Analysis, id: NodeId, gemms: &mut Gemms) {
+    let (l, r) = (a.operand(id, 0), a.operand(id, 1));
+    let (Some(left), Some(right)) = (sole_gemm(a, gemms, l, id), sole_gemm(a, gemms, r, id)) else {
+        return;
+    };
+    // The product that starts from nothing accumulates onto the other; the later one can wait.
+    let (onto, product) = if gemms[&right].addend.is_none() && left < right {
+        (left, right)
+    } else if gemms[&left].addend.is_none() {
+        (right, left)
+    } else {
+        return;
+    };
+    move_result(a, gemms, product, id, |gemm| gemm.addend = Some(onto));
+}
+
+/// The result of `from` is now that of `to`, which no kernel computes any more.
+fn move_result(
+    a: &mut Analysis,
+    gemms: &mut Gemms,
+    from: NodeId,
+    to: NodeId,
+    change: impl FnOnce(&mut Gemm),
+) {
+    let mut gemm = gemms.remove(&from).expect("metal-candle bug: no gemm to absorb");
+    change(&mut gemm);
+    a.kinds[from.index()] = Kind::Dead;
+    a.kinds[to.index()] = Kind::Call;
+    gemms.insert(to, gemm);
+}

@@ -1,0 +1,112 @@
+//! Where the elements of a value lie in its buffer.
+
+use metal_candle_graph::{MAX_RANK, Operation, Shape};
+
+/// Element `(i0, i1, ..)` of a value lies at `offset + Σ i·stride` elements into its buffer.
+/// Strides may be 0 (broadcast) or negative (flip).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Layout {
+    pub shape: Shape,
+    pub strides: [isize; MAX_RANK],
+    pub offset: isize,
+}
+
+impl Layout {
+    pub fn contiguous(shape: Shape) -> Layout {
+        Layout { shape, strides: shape.contiguous_strides(), offset: 0 }
+    }
+
+    pub fn strides(&self) -> &[isize] {
+        &self.strides[..self.shape.rank()]
+    }
+
+    /// Row-major, dense, from element 0.
+    pub fn is_contiguous(&self) -> bool {
+        self.offset == 0 && self.is_dense()
+    }
+
+    /// Row-major and dense, wherever it starts.
+    pub fn is_dense(&self) -> bool {
+        let dense = self.shape.contiguous_strides();
+        // The stride of an extent of 1 is never used.
+        self.shape.is_empty()
+            || (0..self.shape.rank()).all(|d| self.shape[d] == 1 || self.strides[d] == dense[d])
+    }
+
+    /// This layout seen through the view `op` of result shape `shape`; `None` if `op` is no view, or needs a copy.
+    pub fn view(&self, op: &Operation, shape: Shape) -> Option<Layout> {
+        let mut out = Layout { shape, strides: [0; MAX_RANK], offset: self.offset };
+        match *op {
+            Operation::Reshape(_) => return self.reshape(shape),
+            Operation::Permute(p) => {
+                for i in 0..p.rank() {
+                    out.strides[i] = self.strides[p.source(i)];
+                }
+            }
+            Operation::Broadcast(_) => {
+                for d in 0..shape.rank() {
+                    out.strides[d] = if self.shape[d] == 1 { 0 } else { self.strides[d] };
+                }
+            }
+            Operation::Slice { dim, start, step, .. } => {
+                out.strides = self.strides;
+                out.offset += start as isize * self.strides[dim];
+                out.strides[dim] *= step as isize;
+            }
+            Operation::Flip { dim } => {
+                out.strides = self.strides;
+                let last = self.shape[dim].saturating_sub(1) as isize;
+                out.offset += last * self.strides[dim];
+                out.strides[dim] = -self.strides[dim];
+            }
+            _ => return None,
+        }
+        Some(out)
+    }
+
+    /// The same elements in another shape, where the strides allow it without a copy.
+    fn reshape(&self, to: Shape) -> Option<Layout> {
+        let mut out = Layout { shape: to, strides: [0; MAX_RANK], offset: self.offset };
+        if to.is_empty() {
+            return Some(out);
+        }
+        // Walk both shapes from the inside, matching groups of dims of equal product.
+        let (mut i, mut j) = (self.shape.rank(), to.rank());
+        while i > 0 && self.shape[i - 1] == 1 {
+            i -= 1;
+        }
+        while j > 0 {
+            if to[j - 1] == 1 {
+                j -= 1;
+                continue;
+            }
+            // The group starts with the innermost old dim; its stride must carry through the group.
+            i -= 1;
+            let (mut from_len, mut to_len) = (self.shape[i], to[j - 1]);
+            let inner = self.strides[i];
+            let mut span = inner * self.shape[i] as isize;
+            j -= 1;
+            out.strides[j] = inner;
+            while from_len != to_len {
+                if from_len < to_len {
+                    i -= 1;
+                    if self.shape[i] != 1 {
+                        if self.strides[i] != span {
+                            return None;
+                        }
+                        span *= self.shape[i] as isize;
+                        from_len *= self.shape[i];
+                    }
+                } else {
+                    j -= 1;
+                    out.strides[j] = inner * to_len as isize;
+                    to_len *= to[j];
+                }
+            }
+            while i > 0 && self.shape[i - 1] == 1 {
+                i -= 1;
+            }
+        }
+        Some(out)
+    }
+}

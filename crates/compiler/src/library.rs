@@ -1,0 +1,68 @@
+//! Library calls: opaque steps with full descriptors. Shapes and strides are in the step's operands.
+
+use metal_candle_graph::composite::{
+    AttentionAttrs, AttentionInput, CrossEntropyAttrs, RopeLayout,
+};
+use metal_candle_graph::{ArgReduceOp, BlockFormat};
+
+/// A step that no fused kernel expresses. Operands are strided ([`crate::Layout`]) unless said otherwise;
+/// outputs are dense except where a step writes a part of a larger buffer.
+#[derive(Clone, Debug, PartialEq)]
+pub enum LibraryCall {
+    /// `out = alpha · a b`, or `out += alpha · a b` if `accumulate`. `args = [a: [.., m, k], b: [.., k, n]]`,
+    /// equal leading dims; accumulates in f32 (f64 for F64).
+    Gemm { alpha: f64, accumulate: bool },
+    /// See `Operation::QuantDot`. `args = [x, w: u8[bytes]]`
+    QuantGemm { format: BlockFormat, rows: usize, cols: usize, transposed: bool },
+    /// `args = [w: u8[bytes]]`
+    Dequantize { format: BlockFormat, rows: usize, cols: usize },
+    /// `args` as `Composite::Attention`
+    Attention(AttentionAttrs),
+    /// One output for each of `wrt`; `args = [dy, ..attention's]`
+    AttentionGrad { attrs: AttentionAttrs, wrt: Vec<AttentionInput> },
+    /// `args = [x, cos, sin]`
+    Rope { layout: RopeLayout },
+    /// `args = [x, weight, labels]`; outputs: the losses if `losses`, then the gradient rows if `grad_x`.
+    LinearCrossEntropy { attrs: CrossEntropyAttrs, losses: bool, grad_x: bool },
+    /// `args = [dy, x, weight, labels]`
+    LinearCrossEntropyGradWeight(CrossEntropyAttrs),
+    /// `args = [x, index]`
+    Gather { dim: usize },
+    /// `args = [x, index: [n]]`
+    IndexSelect { dim: usize },
+    /// In place on the output, which holds the base. `args = [index, src]`
+    ScatterAdd { dim: usize },
+    /// In place on the output, which holds the base. `args = [index: [n], src]`
+    IndexAdd { dim: usize },
+    /// In place on the output, which holds the base. `args = [update, start: i64[]]`
+    SliceUpdate { dim: usize },
+    /// `args = [x, start: i64[]]`
+    DynamicSlice { dim: usize },
+    /// `args = [x]`
+    CumSum { dim: usize, reverse: bool },
+    /// `args = [x]`; the output keeps `dim` with extent 1, u32
+    ArgReduce { op: ArgReduceOp, dim: usize },
+}
+
+impl LibraryCall {
+    pub const fn name(&self) -> &'static str {
+        match self {
+            LibraryCall::Gemm { .. } => "gemm",
+            LibraryCall::QuantGemm { .. } => "quant_gemm",
+            LibraryCall::Dequantize { .. } => "dequantize",
+            LibraryCall::Attention(_) => "attention",
+            LibraryCall::AttentionGrad { .. } => "attention_grad",
+            LibraryCall::Rope { .. } => "rope",
+            LibraryCall::LinearCrossEntropy { .. } => "linear_cross_entropy",
+            LibraryCall::LinearCrossEntropyGradWeight(_) => "linear_cross_entropy_grad_weight",
+            LibraryCall::Gather { .. } => "gather",
+            LibraryCall::IndexSelect { .. } => "index_select",
+            LibraryCall::ScatterAdd { .. } => "scatter_add",
+            LibraryCall::IndexAdd { .. } => "index_add",
+            LibraryCall::SliceUpdate { .. } => "slice_update",
+            LibraryCall::DynamicSlice { .. } => "dynamic_slice",
+            LibraryCall::CumSum { .. } => "cumsum",
+            LibraryCall::ArgReduce { .. } => "arg_reduce",
+        }
+    }
+}

@@ -1,0 +1,39 @@
+//! What a device can do, as plain data.
+
+use metal_candle_graph::Composite;
+
+/// The capabilities and limits that lowering may rely on.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Target {
+    pub name: &'static str,
+    /// The longest tape of one kernel, in instructions.
+    pub max_tape: usize,
+    /// Every buffer of the arena starts at a multiple of this many bytes.
+    pub align_bytes: usize,
+    /// Sums over more elements than this are made in two steps, for parallelism and rounding.
+    pub max_reduce: usize,
+}
+
+impl Target {
+    /// Any CPU: the interpreter and the plain library calls.
+    pub const CPU: Target =
+        Target { name: "cpu", max_tape: 96, align_bytes: 64, max_reduce: 1 << 14 };
+
+    /// Whether this target has a library call for `composite`; otherwise it is expanded and fused.
+    pub fn keeps(&self, composite: &Composite) -> bool {
+        match composite {
+            Composite::Rope { .. }
+            | Composite::Attention(_)
+            | Composite::AttentionGrad { .. }
+            | Composite::LinearCrossEntropy(_)
+            | Composite::LinearCrossEntropyGradX(_)
+            | Composite::LinearCrossEntropyGradWeight(_) => true,
+            Composite::Softmax { .. }
+            | Composite::LogSoftmax { .. }
+            | Composite::LogSumExp { .. }
+            | Composite::RmsNorm { .. }
+            | Composite::LayerNorm { .. }
+            | Composite::CrossEntropy(_) => false,
+        }
+    }
+}

@@ -1,0 +1,167 @@
+//! An append-only arena of nodes in topological order.
+//!
+//! Invariant: every input id is smaller than the id of the node that uses it.
+//! Invariant: no two nodes are equal (`add` interns), so common subexpressions meet by construction.
+
+use crate::{Operation, Result, Scalar, Shape, TensorType, infer};
+use rustc_hash::FxHashMap;
+use smallvec::SmallVec;
+use std::fmt;
+
+/// The position of a node in its [`ComputationGraph`].
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct NodeId(pub u32);
+
+impl NodeId {
+    pub const fn index(self) -> usize {
+        self.0 as usize
+    }
+}
+
+impl fmt::Debug for NodeId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "%{}", self.0)
+    }
+}
+
+/// One value: what is done, to what, and what comes out.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Node {
+    pub op: Operation,
+    pub inputs: SmallVec<[NodeId; 3]>,
+    pub ty: TensorType,
+}
+
+impl Node {
+    pub fn shape(&self) -> &Shape {
+        &self.ty.shape
+    }
+}
+
+/// The dense arena. `outputs` are its roots; what they cannot reach is dead and never planned.
+#[derive(Clone, Default)]
+pub struct ComputationGraph {
+    nodes: Vec<Node>,
+    interned: FxHashMap<Node, NodeId>,
+    pub outputs: Vec<NodeId>,
+}
+
+/// Two graphs are equal when they would be planned alike: same nodes, same outputs.
+impl PartialEq for ComputationGraph {
+    fn eq(&self, other: &Self) -> bool {
+        self.nodes == other.nodes && self.outputs == other.outputs
+    }
+}
+impl Eq for ComputationGraph {}
+
+impl std::hash::Hash for ComputationGraph {
+    fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
+        self.nodes.hash(state);
+        self.outputs.hash(state);
+    }
+}
+
+impl std::ops::Index<NodeId> for ComputationGraph {
+    type Output = Node;
+    fn index(&self, id: NodeId) -> &Node {
+        &self.nodes[id.index()]
+    }
+}
+
+impl ComputationGraph {
+    pub fn new() -> Self {
+        Self::default()
+    }
+    pub fn len(&self) -> usize {
+        self.nodes.len()
+    }
+    pub fn is_empty(&self) -> bool {
+        self.nodes.is_empty()
+    }
+    pub fn ids(&self) -> impl DoubleEndedIterator<Item = NodeId> + use<> {
+        (0..self.nodes.len() as u32).map(NodeId)
+    }
+    pub fn nodes(&self) -> &[Node] {
+        &self.nodes
+    }
+    pub fn ty(&self, id: NodeId) -> TensorType {
+        self[id].ty
+    }
+    pub fn shape(&self, id: NodeId) -> Shape {
+        self[id].ty.shape
+    }
+
+    /// Adds `op` with its type inferred, or returns the equal node already there.
+    pub fn add(&mut self, op: Operation, inputs: &[NodeId]) -> Result<NodeId> {
+        debug_assert!(!matches!(op, Operation::Input(_)), "inputs have no inferable type");
+        let types: SmallVec<[TensorType; 4]> = inputs.iter().map(|i| self.ty(*i)).collect();
+        let ty = infer(&op, &types)?;
+        Ok(self.intern(Node { op, inputs: inputs.into(), ty }))
+    }
+
+    /// The `index`-th tensor passed by the caller.
+    pub fn input(&mut self, index: u32, ty: TensorType) -> NodeId {
+        self.intern(Node { op: Operation::Input(index), inputs: SmallVec::new(), ty })
+    }
+
+    pub fn constant(&mut self, value: Scalar) -> NodeId {
+        let ty = TensorType::new(value.dtype(), Shape::SCALAR);
+        self.intern(Node { op: Operation::Const(value), inputs: SmallVec::new(), ty })
+    }
+
+    /// Adds a node whose type was inferred before (by the tensor that recorded it, or in another graph).
+    pub fn intern(&mut self, node: Node) -> NodeId {
+        debug_assert!(node.inputs.iter().all(|i| i.index() < self.nodes.len()));
+        let next = NodeId(self.nodes.len() as u32);
+        match self.interned.entry(node) {
+            std::collections::hash_map::Entry::Occupied(e) => *e.get(),
+            std::collections::hash_map::Entry::Vacant(e) => {
+                self.nodes.push(e.key().clone());
+                *e.insert(next)
+            }
+        }
+    }
+
+    /// Rebuilds what the outputs reach, bottom-up, letting `rewrite` choose each replacement.
+    ///
+    /// Every pass is one call of this: what is unreachable is never visited (dead-code elimination), and
+    /// equal results meet in the interner (common-subexpression elimination).
+    pub fn rebuild(
+        &self,
+        mut rewrite: impl FnMut(&mut ComputationGraph, &Node, &[NodeId]) -> Result<NodeId>,
+    ) -> Result<ComputationGraph> {
+        let live = self.live();
+        let mut out = ComputationGraph::default();
+        let mut map = vec![NodeId(u32::MAX); self.len()];
+        let mut inputs: SmallVec<[NodeId; 4]> = SmallVec::new();
+        for id in self.ids().filter(|id| live[id.index()]) {
+            inputs.clear();
+            inputs.extend(self[id].inputs.iter().map(|i| map[i.index()]));
+            map[id.index()] = rewrite(&mut out, &self[id], &inputs)?;
+        }
+        out.outputs = self.outputs.iter().map(|o| map[o.index()]).collect();
+        Ok(out)
+    }
+
+    /// The identity rewrite of one node.
+    pub fn copy(&mut self, node: &Node, inputs: &[NodeId]) -> NodeId {
+        self.intern(Node { op: node.op, inputs: inputs.into(), ty: node.ty })
+    }
+
+    /// Which nodes the outputs reach.
+    pub fn live(&self) -> Vec<bool> {
+        let mut live = vec![false; self.len()];
+        for o in &self.outputs {
+            live[o.index()] = true;
+        }
+        // One reverse sweep suffices, because inputs precede their users.
+        for i in (0..self.len()).rev() {
+            if live[i] {
+                for input in &self.nodes[i].inputs {
+                    live[input.index()] = true;
+                }
+            }
+        }
+        live
+    }
+}
