@@ -1,7 +1,7 @@
 //! Operations whose meaning is their decomposition into other operations.
 //!
-//! They are kept in the graph so that nobody has to recognise them; a target that has no kernel for one
-//! expands it ([`crate::pass::expand`]).
+//! They are kept in the graph so that nobody has to recognise them; a target that has no kernel for
+//! one expands it ([`crate::pass::expand`]).
 
 mod attention;
 mod cross_entropy;
@@ -33,22 +33,25 @@ pub enum Composite {
     /// Rotary embedding of the last dim (Su et al. 2021).
     /// `inputs = [x: [.., d], cos: [.., d/2], sin: [.., d/2]]`, cos and sin of x's leading extents
     Rope { layout: RopeLayout },
-    /// Scaled dot-product attention. `inputs = [q: [b, tq, hq, d], k: [b, tk, hk, d], v: [b, tk, hk, dv],
-    /// (mask: [b, hq, tq, tk]), (q_segment: [b, tq], k_segment: [b, tk]), (offset: i64[])]`, the optional
-    /// ones as [`AttentionAttrs`] says; gives `[b, tq, hq, dv]`
+    /// Scaled dot-product attention. `inputs = [q: [b, tq, hq, d], k: [b, tk, hk, d], v: [b, tk,
+    /// hk, dv], (mask: [b, hq, tq, tk]), (q_segment: [b, tq], k_segment: [b, tk]), (offset:
+    /// i64[])]`, the optional ones as [`AttentionAttrs`] says; gives `[b, tq, hq, dv]`
     Attention(AttentionAttrs),
-    /// The cotangent of one input of [`Composite::Attention`]. `inputs = [dy, ..attention's inputs]`
+    /// The cotangent of one input of [`Composite::Attention`]. `inputs = [dy, ..attention's
+    /// inputs]`
     AttentionGrad { attrs: AttentionAttrs, wrt: AttentionInput },
-    /// Per-row loss: `inputs = [logits: [n, v], labels: integer [n]]`; gives `[n]` in f32 (f64 for F64), 0 where
-    /// ignored
+    /// Per-row loss: `inputs = [logits: [n, v], labels: integer [n]]`; gives `[n]` in f32 (f64 for
+    /// F64), 0 where ignored
     CrossEntropy(CrossEntropyAttrs),
     /// [`Composite::CrossEntropy`] of `x weightᵀ` without ever holding the logits.
     /// `inputs = [x: [n, d], weight: [v, d], labels: [n]]`; gives `[n]` in f32 (f64 for F64)
     LinearCrossEntropy(CrossEntropyAttrs),
     /// The gradient of every row's loss with respect to its own row of x (not yet times the row's
-    /// cotangent). Same inputs as [`Composite::LinearCrossEntropy`]; gives `[n, d]` in f32 (f64 for F64)
+    /// cotangent). Same inputs as [`Composite::LinearCrossEntropy`]; gives `[n, d]` in f32 (f64 for
+    /// F64)
     LinearCrossEntropyGradX(CrossEntropyAttrs),
-    /// The cotangent of the weight. `inputs = [dy: [n], x, weight, labels]`; gives `[v, d]` in its dtype
+    /// The cotangent of the weight. `inputs = [dy: [n], x, weight, labels]`; gives `[v, d]` in its
+    /// dtype
     LinearCrossEntropyGradWeight(CrossEntropyAttrs),
 }
 
@@ -74,9 +77,9 @@ impl Composite {
 /// The output type of `composite`, or what is wrong with its inputs.
 pub(crate) fn infer(composite: &Composite, inputs: &[TensorType]) -> Result<TensorType> {
     match composite {
-        Composite::Softmax { dim } | Composite::LogSoftmax { dim } | Composite::LogSumExp { dim } => {
-            softmax::infer(composite, *dim, inputs)
-        }
+        Composite::Softmax { dim }
+        | Composite::LogSoftmax { dim }
+        | Composite::LogSumExp { dim } => softmax::infer(composite, *dim, inputs),
         Composite::RmsNorm { .. } | Composite::LayerNorm { .. } => norm::infer(composite, inputs),
         Composite::Rope { .. } => rope::infer(inputs),
         Composite::Attention(attrs) => attention::infer(attrs, inputs),
@@ -84,7 +87,9 @@ pub(crate) fn infer(composite: &Composite, inputs: &[TensorType]) -> Result<Tens
         Composite::CrossEntropy(attrs) => cross_entropy::infer(attrs, inputs),
         Composite::LinearCrossEntropy(_)
         | Composite::LinearCrossEntropyGradX(_)
-        | Composite::LinearCrossEntropyGradWeight(_) => cross_entropy::infer_linear(composite, inputs),
+        | Composite::LinearCrossEntropyGradWeight(_) => {
+            cross_entropy::infer_linear(composite, inputs)
+        }
     }
 }
 
@@ -102,7 +107,9 @@ pub fn decompose(
         Composite::LayerNorm { eps } => norm::layer_norm(g, *eps, inputs),
         Composite::Rope { layout } => rope::rope(g, *layout, inputs),
         Composite::Attention(attrs) => attention::attention(g, attrs, inputs),
-        Composite::AttentionGrad { attrs, wrt } => attention::attention_grad(g, attrs, *wrt, inputs),
+        Composite::AttentionGrad { attrs, wrt } => {
+            attention::attention_grad(g, attrs, *wrt, inputs)
+        }
         Composite::CrossEntropy(attrs) => cross_entropy::cross_entropy(g, attrs, inputs),
         Composite::LinearCrossEntropy(attrs) => cross_entropy::linear(g, attrs, inputs),
         Composite::LinearCrossEntropyGradX(attrs) => cross_entropy::linear_grad_x(g, attrs, inputs),
@@ -115,8 +122,8 @@ pub fn decompose(
 /// The cotangents of a composite's inputs, given its output `y` and the cotangent `dy`.
 ///
 /// Written in closed form on the primals, so that the backward pass shares the forward pass's row
-/// statistics and stores nothing of full size that it does not need. `None` marks an input that is not
-/// differentiable.
+/// statistics and stores nothing of full size that it does not need. `None` marks an input that is
+/// not differentiable.
 pub(crate) fn vjp(
     g: &mut ComputationGraph,
     composite: &Composite,
