@@ -4,9 +4,11 @@
 //! Invariant: no two nodes are equal (`add` interns), so common subexpressions meet by construction.
 
 use crate::{Operation, Result, Scalar, Shape, TensorType, infer};
-use rustc_hash::FxHashMap;
+use hashbrown::HashTable;
+use rustc_hash::FxBuildHasher;
 use smallvec::SmallVec;
 use std::fmt;
+use std::hash::BuildHasher;
 
 /// The position of a node in its [`ComputationGraph`].
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -42,7 +44,8 @@ impl Node {
 #[derive(Clone, Default)]
 pub struct ComputationGraph {
     nodes: Vec<Node>,
-    interned: FxHashMap<Node, NodeId>,
+    /// The ids by the hash of their nodes; the nodes themselves are kept once, above.
+    interned: HashTable<NodeId>,
     pub outputs: Vec<NodeId>,
 }
 
@@ -112,14 +115,15 @@ impl ComputationGraph {
     /// Adds a node whose type was inferred before (by the tensor that recorded it, or in another graph).
     pub fn intern(&mut self, node: Node) -> NodeId {
         debug_assert!(node.inputs.iter().all(|i| i.index() < self.nodes.len()));
-        let next = NodeId(self.nodes.len() as u32);
-        match self.interned.entry(node) {
-            std::collections::hash_map::Entry::Occupied(e) => *e.get(),
-            std::collections::hash_map::Entry::Vacant(e) => {
-                self.nodes.push(e.key().clone());
-                *e.insert(next)
-            }
+        let hash = FxBuildHasher.hash_one(&node);
+        if let Some(id) = self.interned.find(hash, |id| self.nodes[id.index()] == node) {
+            return *id;
         }
+        let id = NodeId(self.nodes.len() as u32);
+        self.nodes.push(node);
+        let nodes = &self.nodes;
+        self.interned.insert_unique(hash, id, |id| FxBuildHasher.hash_one(&nodes[id.index()]));
+        id
     }
 
     /// Rebuilds what the outputs reach, bottom-up, letting `rewrite` choose each replacement.

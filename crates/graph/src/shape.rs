@@ -7,10 +7,17 @@ use std::fmt;
 pub const MAX_RANK: usize = 8;
 
 /// The extents of a tensor, outermost first. Extents may be 0; rank 0 is a scalar.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Shape {
     rank: u8,
+    /// 0 beyond the rank.
     dims: [usize; MAX_RANK],
+}
+
+impl std::hash::Hash for Shape {
+    fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
+        self.dims().hash(state);
+    }
 }
 
 impl Shape {
