@@ -1,0 +1,159 @@
+//! Plans of real work: what is fused, and where everything lives. A lost fusion fails here.
+
+mod support;
+
+use expect_test::{Expect, expect};
+use metal_candle_compiler::kernel::KernelOp;
+use metal_candle_compiler::{LibraryCall, OutputSource, Plan, Slot, Target, Work, plan};
+use metal_candle_graph::ComputationGraph;
+use support::*;
+
+fn planned(g: &ComputationGraph, donated: &[bool]) -> Plan {
+    let plan = plan(g, &Target::CPU, donated).unwrap();
+    check_memory(&plan);
+    plan
+}
+
+/// Step labels, the shape of the plan at a glance.
+fn check(g: &ComputationGraph, donated: &[bool], expected: Expect) -> Plan {
+    let plan = planned(g, donated);
+    let steps: Vec<String> = plan.steps.iter().map(|s| format!("{}\n", s.label)).collect();
+    expected.assert_eq(&steps.concat());
+    plan
+}
+
+fn kernels(plan: &Plan) -> usize {
+    plan.steps.iter().filter(|s| matches!(s.work, Work::Kernel(_))).count()
+}
+
+/// No two arena buffers that are alive at once overlap, and all lie within the arena.
+fn check_memory(plan: &Plan) {
+    let mut lives: Vec<(usize, usize, usize, usize)> = Vec::new();
+    for (t, step) in plan.steps.iter().enumerate() {
+        for operand in step.args.iter().chain(&step.outs) {
+            let Slot::Arena { offset_bytes, len_bytes } = operand.slot else { continue };
+            assert!(offset_bytes + len_bytes <= plan.arena_bytes, "beyond the arena\n{plan}");
+            let written = step.outs.iter().any(|o| o.slot == operand.slot);
+            let range = (offset_bytes, offset_bytes + len_bytes);
+            match lives.iter_mut().rev().find(|l| (l.0, l.1) == range) {
+                // A value is written before it is read, and a rewritten range may hold a new value.
+                Some(life) if !written || life.3 == t => life.3 = t,
+                Some(life) if step.args.iter().any(|a| a.slot == operand.slot) => life.3 = t,
+                _ => {
+                    assert!(written, "step {t} reads {range:?}, which nothing wrote\n{plan}");
+                    lives.push((range.0, range.1, t, t));
+                }
+            }
+        }
+    }
+    for (i, a) in lives.iter().enumerate() {
+        for b in &lives[i + 1..] {
+            let alive = a.2 <= b.3 && b.2 <= a.3;
+            let overlap = a.0 < b.1 && b.0 < a.1;
+            assert!(!(alive && overlap), "{a:?} and {b:?} overlap\n{plan}");
+        }
+    }
+}
+
+#[test]
+fn softmax_is_one_kernel() {
+    let plan = check(
+        &softmax(),
+        &[],
+        expect![[r#"
+        max+sub+exp+sum+recip+mul
+    "#]],
+    );
+    assert_eq!(plan.arena_bytes, 0);
+}
+
+#[test]
+fn rms_norm_and_its_gradient_share_a_pass_and_one_number_per_row() {
+    let plan = planned(&rms_norm_with_gradients(), &[]);
+    assert_eq!(plan.steps.len(), 2, "{plan}");
+    assert_eq!(plan.arena_bytes, 64 * 4, "{plan}");
+}
+
+#[test]
+fn lora_accumulates_onto_the_base_product() {
+    let plan = check(
+        &lora_forward(),
+        &[],
+        expect![[r#"
+        matmul
+        matmul
+        matmul+add
+    "#]],
+    );
+    let Work::Call(LibraryCall::Gemm { alpha, accumulate }) = plan.steps[2].work else {
+        panic!("{plan}")
+    };
+    assert_eq!((alpha, accumulate), (2.0, true));
+    assert_eq!(plan.steps[0].outs[0].slot, Slot::Output(0));
+    assert_eq!(plan.steps[2].outs[0].slot, Slot::Output(0));
+}
+
+#[test]
+fn an_optimizer_step_is_one_kernel_and_updates_its_state_in_place() {
+    let donated = [false, false, false, true, true, true];
+    let plan = planned(&lora_step(), &donated);
+    let last = plan.steps.last().unwrap();
+    assert!(matches!(last.work, Work::Kernel(_)) && last.outs.len() == 3, "{plan}");
+    let sources: Vec<OutputSource> = plan.outputs[3..].iter().map(|o| o.source).collect();
+    assert_eq!(sources, [3, 4, 5].map(OutputSource::Donated), "{plan}");
+}
+
+#[test]
+fn nothing_is_donated_unasked() {
+    let plan = planned(&lora_step(), &[]);
+    let written = |o: &metal_candle_compiler::PlanOutput| o.source == OutputSource::Written;
+    assert!(plan.outputs.iter().all(written), "{plan}");
+    let inputs = plan.steps.iter().flat_map(|s| &s.outs);
+    assert!(inputs.clone().all(|o| !matches!(o.slot, Slot::Input(_))), "{plan}");
+}
+
+#[test]
+fn cross_entropy_and_its_gradient_are_one_kernel() {
+    let plan = planned(&swiglu_with_loss(), &[]);
+    // SwiGLU, loss with gradient, the mean, SwiGLU's two gradients.
+    assert!(kernels(&plan) <= 5, "{plan}");
+    // gate and up are kept, silu(gate) is computed again.
+    let exps = plan.steps.iter().filter_map(|s| match &s.work {
+        Work::Kernel(k) => Some(k),
+        Work::Call(_) => None,
+    });
+    let silu = |k: &&metal_candle_compiler::kernel::Kernel| {
+        k.tape.iter().any(|i| matches!(i.op, KernelOp::Unary(metal_candle_graph::UnaryOp::Silu, _)))
+    };
+    assert_eq!(exps.filter(silu).count(), 2, "{plan}");
+}
+
+#[test]
+fn a_donated_cache_is_updated_in_place_and_a_kept_one_is_copied() {
+    let plan = planned(&cache_update(), &[true]);
+    assert_eq!(plan.outputs[1].source, OutputSource::Donated(0), "{plan}");
+    assert_eq!(plan.steps.len(), 2, "{plan}");
+    let plan = planned(&cache_update(), &[]);
+    assert_eq!(plan.outputs[1].source, OutputSource::Written, "{plan}");
+    assert_eq!(plan.steps.len(), 3, "{plan}");
+}
+
+#[test]
+fn a_long_chain_is_cut_into_kernels_that_share_one_buffer() {
+    let plan = planned(&chain(10_000), &[]);
+    assert_eq!(
+        plan.steps.len(),
+        10_000usize.div_ceil(Target::CPU.max_tape),
+        "{} steps",
+        plan.steps.len()
+    );
+    assert_eq!(plan.arena_bytes, 64);
+}
+
+#[test]
+fn a_plan_prints_steps_slots_offsets_peak_and_reasons() {
+    let text = planned(&rms_norm_with_gradients(), &[]).to_string();
+    for part in ["peak", "arena[0..256]", "out0:f32[64, 512]", "not fused with 000: ", "flops"] {
+        assert!(text.contains(part), "{part} in\n{text}");
+    }
+}
