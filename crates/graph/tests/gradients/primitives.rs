@@ -1,8 +1,12 @@
 //! Every rule of a primitive against finite differences.
 
-use crate::check::{Arg, check, differentiate, float, given, integers, mention, slope, within};
+use crate::check::{
+    Arg, add_inputs, assert_close, check, differentiate, float, given, integers, mention, slope,
+    values, within,
+};
+use metal_candle_graph::oracle::{self, Value};
 use metal_candle_graph::{
-    ArgReduceOp, BinaryOp, BlockFormat, ComputationGraph, DType, Dims, Distribution, NodeId,
+    ArgReduceOp, BinaryOp, BlockFormat, ComputationGraph, DType, Dims, Distribution, Node, NodeId,
     Operation, Permutation, ReduceOp, Result, Scalar, Shape, UnaryOp,
 };
 
@@ -277,26 +281,55 @@ fn products_transpose() {
     });
 }
 
-/// Rows of Q8_0 blocks: an f16 scale of 0.5, then 32 signed bytes.
-fn q8_0(blocks: usize) -> Arg {
-    let block = |b: usize| {
-        let weights = (0..32).map(move |i| ((37 * i + 101 * b + 3) % 256) as i64);
-        [0x00, 0x38].into_iter().chain(weights)
-    };
-    let bytes: Vec<i64> = (0..blocks).flat_map(block).collect();
-    integers(DType::U8, &[bytes.len()], &bytes)
-}
-
+/// The gradient of a product with blocks is that of the product with the weight they stand for.
 #[test]
 fn quantised_products_transpose() {
     let (format, rows, cols) = (BlockFormat::Q8_0, 3, 64);
-    for (transposed, dims) in [(false, [2, cols]), (true, [2, rows])] {
-        // Bytes up to 127 times 0.5: small activations keep the differences exact.
-        let args = [within(&dims, -0.01, 0.01), q8_0(rows * cols / 32)];
-        check(&format!("quant_matmul, transposed: {transposed}"), &args, |g, x| {
-            g.add(Operation::QuantDot { format, rows, cols, transposed }, x)
-        });
+    let blocks = integers(DType::U8, &[rows * 68], &[0; 3 * 68]);
+    for transposed in [false, true] {
+        let args = [float(&[2, if transposed { rows } else { cols }]), blocks.clone()];
+        let mut g = ComputationGraph::new();
+        let x = add_inputs(&mut g, &args);
+        let y = g.add(Operation::QuantDot { format, rows, cols, transposed }, &x).unwrap();
+        g.outputs = vec![y, slope(&mut g, y, x[0]).unwrap()];
+        let got = evaluate(&dense(&g), &args);
+
+        let mut g = ComputationGraph::new();
+        let x = add_inputs(&mut g, &args);
+        let y = dense_product(&mut g, x[0], rows, cols, transposed).unwrap();
+        g.outputs = vec![y, slope(&mut g, y, x[0]).unwrap()];
+        assert_close("quant_matmul", &got, &evaluate(&g, &args));
     }
+}
+
+/// `g` with a dense weight in the place of blocks.
+fn dense(g: &ComputationGraph) -> ComputationGraph {
+    let swap = |out: &mut ComputationGraph, node: &Node, inputs: &[NodeId]| match node.op {
+        Operation::QuantDot { rows, cols, transposed, .. } => {
+            dense_product(out, inputs[0], rows, cols, transposed)
+        }
+        _ => Ok(out.copy(node, inputs)),
+    };
+    g.rebuild(swap).unwrap()
+}
+
+fn dense_product(
+    g: &mut ComputationGraph,
+    x: NodeId,
+    rows: usize,
+    cols: usize,
+    transposed: bool,
+) -> Result<NodeId> {
+    // [rows, cols], every element another
+    let w = g.add(Operation::Iota { len: rows * cols, dtype: DType::F64 }, &[])?;
+    let w = g.unary(UnaryOp::Sin, w)?;
+    let w = g.reshape(w, shape(&[rows, cols]))?;
+    let w = if transposed { w } else { g.transpose(w)? };
+    g.add(Operation::Dot, &[x, w])
+}
+
+fn evaluate(g: &ComputationGraph, args: &[Arg]) -> Vec<Value> {
+    oracle::evaluate(g, &values(args)).unwrap()
 }
 
 #[test]
