@@ -277,6 +277,42 @@ fn gradients_have_the_dtype_of_their_trainable() {
     }
 }
 
+/// bf16 is read and written, and nothing is computed in it: neither forward nor backward.
+#[test]
+fn narrow_composites_compute_in_f32() {
+    for (composite, types) in composites(DType::BF16) {
+        let mut g = ComputationGraph::new();
+        let x: Vec<NodeId> = (0..).zip(&types).map(|(i, t)| g.input(i, *t)).collect();
+        let y = g.add(Operation::Composite(composite), &x).unwrap();
+        let wide = g.cast(y, DType::F32).unwrap();
+        let loss = check::weigh(&mut g, wide).unwrap();
+        let dx = gradients(&mut g, loss, &[trainable(x[0], "x")]).unwrap();
+        g.outputs = [vec![y], dx].concat();
+        let g = pass::expand(&g, |_| false).unwrap();
+        let live = g.live();
+        for node in g.ids().filter(|id| live[id.index()]).map(|id| &g[id]) {
+            let computes = match node.op {
+                // A sign costs no digits.
+                Operation::Unary(f) => f != UnaryOp::Neg,
+                Operation::Binary(_) | Operation::Reduce { .. } | Operation::Dot => true,
+                _ => false,
+            };
+            assert!(node.ty.dtype != DType::BF16 || !computes, "{composite:?}: {node:?}");
+        }
+    }
+}
+
+/// What is left of a difference from a statistic that was rounded to bf16 is noise.
+#[test]
+fn a_narrow_logsumexp_is_not_read_back() {
+    let mut g = ComputationGraph::new();
+    let x = g.input(0, ty(DType::BF16, &[3, 4]));
+    let y = g.add(Operation::Composite(Composite::LogSumExp { dim: 1 }), &[x]).unwrap();
+    let loss = check::weigh(&mut g, y).unwrap();
+    g.outputs = gradients(&mut g, loss, &[trainable(x, "x")]).unwrap();
+    assert!(!g.live()[y.index()]);
+}
+
 /// One of each, with its inputs of `dtype`.
 fn composites(dtype: DType) -> Vec<(Composite, Vec<TensorType>)> {
     let x = |dims: &[usize]| ty(dtype, dims);
