@@ -75,7 +75,9 @@ impl fmt::Display for Operation {
 
 fn composite(c: &Composite, f: &mut fmt::Formatter<'_>) -> fmt::Result {
     match c {
-        Composite::Softmax { dim } | Composite::LogSoftmax { dim } | Composite::LogSumExp { dim } => {
+        Composite::Softmax { dim }
+        | Composite::LogSoftmax { dim }
+        | Composite::LogSumExp { dim } => {
             write!(f, "{{dim={dim}}}")
         }
         Composite::RmsNorm { eps } | Composite::LayerNorm { eps } => write!(f, "{{eps={eps:?}}}"),

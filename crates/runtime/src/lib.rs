@@ -1,1 +1,32 @@
-//! runtime
+//! Runs plans: buffers, kernels and the asynchronous executor. All `unsafe` code of the workspace is in this crate.
+//!
+//! ```text
+//! Plan ─ verify ─ Executable (programs, arena) ─ AsyncGraphExecutor ─┬─ run ──── results
+//!                     ▲                                              └─ submit ─ Pending ─ wait / .await
+//!                 PlanCache
+//! ```
+//!
+//! [`Buffer`]s go in and come out; Candle tensors become buffers, and buffers tensors, without a copy.
+
+mod arena;
+mod buffer;
+mod cache;
+mod candle;
+mod cpu;
+mod device;
+mod element;
+mod error;
+mod executable;
+mod executor;
+mod pending;
+mod verify;
+
+pub use buffer::Buffer;
+pub use cache::PlanCache;
+pub use candle::{dtype_from_candle, dtype_to_candle};
+pub use device::Device;
+pub use element::Element;
+pub use error::{Error, PlanFault, Result};
+pub use executable::Executable;
+pub use executor::AsyncGraphExecutor;
+pub use pending::Pending;

@@ -3,7 +3,9 @@
 //! Values are kept to the bit, with one exception: a product with two constants in turn becomes one with their
 //! product. `x * 0` stays (x may be NaN), and sums are never reordered.
 
-use crate::{BinaryOp, ComputationGraph, Node, NodeId, Operation, Result, Scalar, Shape, UnaryOp};
+use crate::{
+    BinaryOp, ComputationGraph, DType, Node, NodeId, Operation, Result, Scalar, Shape, UnaryOp,
+};
 
 /// Sweeps until nothing changes, but not for ever: each sweep is linear in the graph.
 const SWEEPS: usize = 4;
@@ -35,7 +37,7 @@ fn sweep(
         Operation::Binary(f) => binary(g, f, inputs, node)?,
         Operation::Select => select(g, inputs),
         Operation::Cast(dtype) => match constant(g, inputs[0]) {
-            Some(c) => Some(filled(g, cast(c, dtype), node)?),
+            Some(c) => cast(c, dtype).map(|c| filled(g, c, node)).transpose()?,
             None => (g.ty(inputs[0]).dtype == dtype).then_some(inputs[0]),
         },
         Operation::Reduce { dims, .. } => {
@@ -73,23 +75,31 @@ fn filled(g: &mut ComputationGraph, value: Scalar, like: &Node) -> Result<NodeId
     g.broadcast_to(c, *like.shape())
 }
 
-fn cast(c: Scalar, dtype: crate::DType) -> Scalar {
-    match c.dtype().is_float() {
-        true => Scalar::from_f64(dtype, c.as_f64()),
-        false => Scalar::from_i64(dtype, c.as_i64()),
-    }
+/// `c` as `dtype`; `None` where that rounds to a half, for a [`Scalar`] holds those as f32.
+fn cast(c: Scalar, dtype: DType) -> Option<Scalar> {
+    let x = c.as_f64();
+    let value = match dtype {
+        _ if !c.dtype().is_float() => Scalar::from_i64(dtype, c.as_i64()),
+        // Floats saturate.
+        DType::U8 => Scalar::from_i64(dtype, i64::from(x as u8)),
+        DType::U32 => Scalar::from_i64(dtype, i64::from(x as u32)),
+        _ => Scalar::from_f64(dtype, x),
+    };
+    let low_bits = |n: u32| (value.as_f64() as f32).to_bits() << (32 - n);
+    let exact = match dtype {
+        DType::BF16 => low_bits(16) == 0,
+        DType::F16 => x == 0.0 || low_bits(13) == 0 && (6.104e-5..=65504.0).contains(&x.abs()),
+        _ => true,
+    };
+    exact.then_some(value)
 }
 
-fn unary(
-    g: &mut ComputationGraph,
-    f: UnaryOp,
-    x: NodeId,
-    node: &Node,
-) -> Result<Option<NodeId>> {
+fn unary(g: &mut ComputationGraph, f: UnaryOp, x: NodeId, node: &Node) -> Result<Option<NodeId>> {
     if f == UnaryOp::Neg && g[x].op == Operation::Unary(UnaryOp::Neg) {
         return Ok(Some(g[x].inputs[0]));
     }
-    let folded = constant(g, x).filter(|c| c.dtype().is_float()).and_then(|c| fold_unary(f, c.as_f64()));
+    let folded =
+        constant(g, x).filter(|c| c.dtype().is_float()).and_then(|c| fold_unary(f, c.as_f64()));
     folded.map(|v| filled(g, Scalar::from_f64(node.ty.dtype, v), node)).transpose()
 }
 
@@ -228,7 +238,9 @@ fn view(g: &mut ComputationGraph, node: &Node, x: NodeId) -> Result<Option<NodeI
             Operation::Slice { dim, start, len, step },
             Operation::Slice { dim: first, start: s, step: t, .. },
         ) if dim == first => {
-            let merged = Operation::Slice { dim, start: s + start * t, len, step: step * t };
+            // A slice of nothing may start at the end of x, and `t` times that lies beyond.
+            let start = if len == 0 { 0 } else { s + start * t };
+            let merged = Operation::Slice { dim, start, len, step: step * t };
             inner.map(|inner| g.add(merged, &[inner])).transpose()?
         }
         _ => None,

@@ -1,0 +1,73 @@
+//! The CPU: fused kernels are interpreted in tiles, library calls are plain Rust and the `gemm` crate.
+//!
+//! ```text
+//! kernel ─ the tile interpreter
+//! view ─── operands as strided views      matrix ─ the same for the GEMM
+//! number ─ element types and accumulators math ─── loops over rows
+//! one file for each library call
+//! ```
+
+mod arg_reduce;
+mod attention;
+mod attention_grad;
+mod cross_entropy;
+mod gemm;
+mod index;
+pub(crate) mod kernel;
+mod math;
+mod matrix;
+mod number;
+mod parallel;
+mod quant;
+mod rope;
+mod scan;
+mod scratch;
+mod simd;
+pub(crate) mod view;
+
+use metal_candle_compiler::LibraryCall;
+use metal_candle_graph::Result;
+use view::{Arg, Out};
+
+/// Runs a library call, on the current rayon pool if `parallel`.
+///
+/// # Errors
+/// [`metal_candle_graph::Error::IndexOutOfRange`], before anything is written at that index.
+pub(crate) fn call(
+    call: &LibraryCall,
+    args: &[Arg],
+    outs: &mut [Out],
+    parallel: bool,
+) -> Result<()> {
+    match *call {
+        LibraryCall::Gemm { alpha, accumulate } => {
+            gemm::call(args, outs, alpha, accumulate, parallel);
+        }
+        LibraryCall::QuantGemm { format, rows, cols, transposed } => {
+            quant::call_gemm(args, outs, format, [rows, cols], transposed, parallel);
+        }
+        LibraryCall::Dequantize { format, rows, cols } => {
+            quant::call_dequantize(args, outs, format, [rows, cols], parallel);
+        }
+        LibraryCall::Attention(ref attrs) => attention::call(args, outs, attrs, parallel),
+        LibraryCall::AttentionGrad { ref attrs, ref wrt } => {
+            attention_grad::call(args, outs, attrs, wrt, parallel);
+        }
+        LibraryCall::Rope { layout } => rope::call(args, outs, layout, parallel),
+        LibraryCall::LinearCrossEntropy { ref attrs, losses, grad_x } => {
+            cross_entropy::call(args, outs, attrs, [losses, grad_x], parallel)?;
+        }
+        LibraryCall::LinearCrossEntropyGradWeight(ref attrs) => {
+            cross_entropy::call_grad_weight(args, outs, attrs, parallel)?;
+        }
+        LibraryCall::Gather { dim } => index::call_gather(args, outs, dim, parallel)?,
+        LibraryCall::IndexSelect { dim } => index::call_index_select(args, outs, dim, parallel)?,
+        LibraryCall::ScatterAdd { dim } => index::call_scatter_add(args, outs, dim, parallel)?,
+        LibraryCall::IndexAdd { dim } => index::call_index_add(args, outs, dim, parallel)?,
+        LibraryCall::SliceUpdate { dim } => index::call_slice_update(args, outs, dim)?,
+        LibraryCall::DynamicSlice { dim } => index::call_dynamic_slice(args, outs, dim, parallel)?,
+        LibraryCall::CumSum { dim, reverse } => scan::call(args, outs, dim, reverse, parallel),
+        LibraryCall::ArgReduce { op, dim } => arg_reduce::call(args, outs, op, dim, parallel),
+    }
+    Ok(())
+}

@@ -1,0 +1,272 @@
+//! Scaled dot-product attention in blocks of query rows: `softmax(scale q kᵀ + mask) v`.
+//!
+//! A task is one batch entry, one key head and one block of rows. The query heads that share the key head are rows
+//! like any other, so k and v are read where they are, once for all of them. Scores exist for one block at a time, and
+//! only for the keys that it can see.
+
+use crate::cpu::gemm::gemm;
+use crate::cpu::matrix::{Mat, MatMut, widened_len};
+use crate::cpu::number::{Accumulator, Float, Number, Real, for_float, for_index};
+use crate::cpu::parallel::{self, Parts};
+use crate::cpu::scratch;
+use crate::cpu::view::{Arg, Out, Strided};
+use metal_candle_graph::composite::AttentionAttrs;
+use std::ops::Range;
+
+/// Rows of one block.
+const ROWS: usize = 64;
+
+/// `args` as `Composite::Attention`.
+pub(crate) fn call(args: &[Arg], outs: &mut [Out], attrs: &AttentionAttrs, parallel: bool) {
+    let [out] = outs else { panic!("metal-candle bug: attention gives one output") };
+    for_float!(out.dtype(), T => attention::<T>(args, out, attrs, parallel));
+}
+
+fn attention<T: Float>(args: &[Arg], out: &mut Out, attrs: &AttentionAttrs, parallel: bool) {
+    let it = Attention::<T>::new(args, attrs);
+    assert_eq!(out.shape().dims(), [it.b, it.tq, it.hq, it.dv], "metal-candle bug: attention");
+    let out = Parts::new(out.slice::<T>());
+    let blocks = it.blocks();
+    parallel::for_each(parallel, it.b * it.hk * blocks, |task| {
+        let (pair, block) = (task / blocks, it.block(task % blocks));
+        let (b, head) = (pair / it.hk, pair % it.hk);
+        let (rows, keys) = (block.rows.len(), block.keys.len());
+        let wide = widened_len::<T>(keys * it.d.max(it.dv));
+        let lens = [rows * it.d, rows * keys, wide, rows * it.dv, rows];
+        scratch::split(lens, |[q, scores, wide, y, sums]: [&mut [T::Acc]; 5]| {
+            it.pack_query(b, head, &block, q);
+            it.scores(b, head, &block, q, wide, scores);
+            it.mask(b, head, &block, scores);
+            it.exponentials(&block, scores, sums);
+            let v = it.values(b, head, &block, wide);
+            let p = Mat::dense(scores, rows, keys);
+            gemm(MatMut::dense(y, rows, it.dv), p, v, T::Acc::from_f64(1.0), false, false);
+            for (r, row) in block.rows.clone().enumerate() {
+                let y = &mut y[r * it.dv..(r + 1) * it.dv];
+                T::Acc::scale_all(y, reciprocal(sums[r]));
+                // SAFETY: every row of the output belongs to one row of one task.
+                let to = unsafe { out.part(it.query_row(b, head, row) * it.dv, it.dv) };
+                T::narrow_all(y, to);
+            }
+        });
+    });
+}
+
+/// `1 / sum`, or 0 for a row that sees nothing.
+pub(super) fn reciprocal<A: Real>(sum: A) -> A {
+    if sum == A::ZERO { A::ZERO } else { A::from_f64(1.0) / sum }
+}
+
+/// The inputs of an attention, and the walk over its blocks.
+pub(super) struct Attention<'a, T> {
+    pub(super) q: Strided<'a, T>,
+    pub(super) k: Strided<'a, T>,
+    pub(super) v: Strided<'a, T>,
+    pub(super) attention_mask: Option<Arg<'a>>,
+    segments: Option<[Arg<'a>; 2]>,
+    offset: i64,
+    pub(super) attrs: &'a AttentionAttrs,
+    pub(super) b: usize,
+    pub(super) tq: usize,
+    pub(super) tk: usize,
+    pub(super) hq: usize,
+    pub(super) hk: usize,
+    pub(super) d: usize,
+    pub(super) dv: usize,
+}
+
+/// Rows `(position, head of the group)` of one key head, and the keys that any of them sees.
+pub(super) struct Block {
+    pub(super) rows: Range<usize>,
+    pub(super) keys: Range<usize>,
+}
+
+impl<'a, T: Float> Attention<'a, T> {
+    pub(super) fn new(args: &[Arg<'a>], attrs: &'a AttentionAttrs) -> Attention<'a, T> {
+        let mut rest = args.iter().copied();
+        let mut next = || rest.next().expect("metal-candle bug: attention lacks an input");
+        let (q, k, v) = (next(), next(), next());
+        let attention_mask = attrs.mask.then(&mut next);
+        let segments = attrs.segments.then(|| [next(), next()]);
+        let offset = attrs.offset.then(|| next().scalar::<i64>());
+        let ([b, tq, hq, d], [_, tk, hk, _], [_, _, _, dv]) =
+            (extents(&q), extents(&k), extents(&v));
+        let fits = *k.shape().dims() == [b, tk, hk, d]
+            && *v.shape().dims() == [b, tk, hk, dv]
+            && hk != 0
+            && hq.is_multiple_of(hk)
+            && attention_mask.is_none_or(|m| *m.shape().dims() == [b, hq, tq, tk])
+            && segments.is_none_or(|[q, k]| {
+                *q.shape().dims() == [b, tq] && *k.shape().dims() == [b, tk]
+            });
+        assert!(fits, "metal-candle bug: attention of {}, {}, {}", q.shape(), k.shape(), v.shape());
+        Attention {
+            q: q.read(),
+            k: k.read(),
+            v: v.read(),
+            attention_mask,
+            segments,
+            offset: offset.unwrap_or(tk as i64 - tq as i64),
+            attrs,
+            b,
+            tq,
+            tk,
+            hq,
+            hk,
+            d,
+            dv,
+        }
+    }
+
+    fn group(&self) -> usize {
+        self.hq / self.hk
+    }
+
+    /// The number of blocks of one key head.
+    pub(super) fn blocks(&self) -> usize {
+        (self.tq * self.group()).div_ceil(ROWS)
+    }
+
+    pub(super) fn block(&self, index: usize) -> Block {
+        let start = index * ROWS;
+        let rows = start..(start + ROWS).min(self.tq * self.group());
+        // What is seen moves with the position: the first row sees the first key, the last row the last.
+        let keys = self.seen(rows.start).start..self.seen(rows.end - 1).end;
+        Block { rows, keys: keys.start.min(keys.end)..keys.end }
+    }
+
+    /// The keys that `row` sees by their position.
+    pub(super) fn seen(&self, row: usize) -> Range<usize> {
+        if !self.attrs.causal {
+            return 0..self.tk;
+        }
+        let clamp = |key: i64| key.clamp(0, self.tk as i64) as usize;
+        let end = self.offset.saturating_add((row / self.group()) as i64).saturating_add(1);
+        let start = self.attrs.window.map_or(0, |window| end.saturating_sub(i64::from(window)));
+        clamp(start)..clamp(end)
+    }
+
+    /// The query head of `row` of the key head.
+    pub(super) fn head(&self, head: usize, row: usize) -> usize {
+        head * self.group() + row % self.group()
+    }
+
+    pub(super) fn position(&self, row: usize) -> usize {
+        row / self.group()
+    }
+
+    /// Where `row` lies among the rows of q and of the output.
+    pub(super) fn query_row(&self, b: usize, head: usize, row: usize) -> usize {
+        (b * self.tq + self.position(row)) * self.hq + self.head(head, row)
+    }
+
+    /// `q = scale · q`, the rows of the block: `[rows, d]`
+    pub(super) fn pack_query(&self, b: usize, head: usize, block: &Block, q: &mut [T::Acc]) {
+        for (q, row) in q.chunks_exact_mut(self.d.max(1)).zip(block.rows.clone()) {
+            self.q.row(self.query_row(b, head, row)).widen_to(q);
+            T::Acc::scale_all(q, T::Acc::from_f64(self.attrs.scale.as_f64()));
+        }
+    }
+
+    /// `[keys, d]`
+    pub(super) fn keys<'b>(
+        &self,
+        b: usize,
+        head: usize,
+        block: &Block,
+        wide: &'b mut [T::Acc],
+    ) -> Mat<'b, T::Acc>
+    where
+        'a: 'b,
+    {
+        let k = self.k.index(2, head).index(0, b).matrix(); // [tk, d]
+        k.row_range(block.keys.start, block.keys.len()).widened(wide)
+    }
+
+    /// `[keys, dv]`
+    pub(super) fn values<'b>(
+        &self,
+        b: usize,
+        head: usize,
+        block: &Block,
+        wide: &'b mut [T::Acc],
+    ) -> Mat<'b, T::Acc>
+    where
+        'a: 'b,
+    {
+        let v = self.v.index(2, head).index(0, b).matrix(); // [tk, dv]
+        v.row_range(block.keys.start, block.keys.len()).widened(wide)
+    }
+
+    /// `q kᵀ`, `[rows, keys]`
+    pub(super) fn scores(
+        &self,
+        b: usize,
+        head: usize,
+        block: &Block,
+        q: &[T::Acc],
+        wide: &mut [T::Acc],
+        scores: &mut [T::Acc],
+    ) {
+        let (rows, keys) = (block.rows.len(), block.keys.len());
+        let k = self.keys(b, head, block, wide).transposed();
+        let q = Mat::dense(q, rows, self.d);
+        gemm(MatMut::dense(scores, rows, keys), q, k, T::Acc::from_f64(1.0), false, false);
+    }
+
+    /// Adds the mask, and hides the keys of other segments.
+    pub(super) fn mask(&self, b: usize, head: usize, block: &Block, scores: &mut [T::Acc]) {
+        let keys = block.keys.len().max(1);
+        for (scores, row) in scores.chunks_exact_mut(keys).zip(block.rows.clone()) {
+            if let Some(mask) = self.attention_mask {
+                let at = (b * self.hq + self.head(head, row)) * self.tq + self.position(row);
+                add_mask(&mask, at, block.keys.start, scores);
+            }
+            if let Some([of_q, of_k]) = self.segments {
+                for_index!(of_q.dtype(), I => {
+                    let own = of_q.read::<I>().row(b).get(self.position(row));
+                    let theirs = of_k.read::<I>().row(b).from(block.keys.start).iter();
+                    for (score, segment) in scores.iter_mut().zip(theirs) {
+                        *score = if segment == own { *score } else { T::Acc::NEG_INFINITY };
+                    }
+                });
+            }
+        }
+    }
+
+    /// `exp(score - max)` of what each row sees, 0 elsewhere, and the sum of each row.
+    pub(super) fn exponentials(&self, block: &Block, scores: &mut [T::Acc], sums: &mut [T::Acc]) {
+        sums.fill(T::Acc::ZERO);
+        let (first, keys) = (block.keys.start, block.keys.len().max(1));
+        let rows = scores.chunks_exact_mut(keys).zip(block.rows.clone());
+        for ((scores, row), sum) in rows.zip(sums) {
+            let seen = self.seen(row);
+            let start = seen.start.saturating_sub(first).min(scores.len());
+            let end = seen.end.saturating_sub(first).clamp(start, scores.len());
+            scores[..start].fill(T::Acc::ZERO);
+            scores[end..].fill(T::Acc::ZERO);
+            let scores = &mut scores[start..end];
+            let max = T::Acc::max_of(scores);
+            if max == T::Acc::NEG_INFINITY {
+                scores.fill(T::Acc::ZERO);
+            } else {
+                *sum = T::Acc::exp_all(scores, max);
+            }
+        }
+    }
+}
+
+fn extents(x: &Arg) -> [usize; 4] {
+    let dims = x.shape().dims();
+    dims.try_into().unwrap_or_else(|_| panic!("metal-candle bug: attention of {dims:?}"))
+}
+
+/// Adds row `at` of the mask from key `first` on.
+fn add_mask<A: Real>(mask: &Arg, at: usize, first: usize, scores: &mut [A]) {
+    for_float!(mask.dtype(), M => {
+        let row = mask.read::<M>().row(at).from(first);
+        for (score, m) in scores.iter_mut().zip(row.iter()) {
+            *score += A::from_f64(m.widen().to_f64());
+        }
+    });
+}

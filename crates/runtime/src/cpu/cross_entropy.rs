@@ -1,0 +1,397 @@
+//! Cross-entropy of `x weightᵀ` without the logits: they exist for one block of rows and one chunk of classes
+//! at a time.
+//!
+//! The classes are cut into parts, which are walked side by side; each keeps a running maximum and sum of every row, as
+//! flash attention does (Dao et al. 2022), and, for the gradient, the running sum of `p weight`. The parts are put
+//! together in order. Rows that do not count are left out before anything is computed.
+
+use crate::cpu::gemm::gemm;
+use crate::cpu::matrix::{Mat, MatMut, widened_len};
+use crate::cpu::number::{Accumulator, Float, Number, Real, for_float, for_index};
+use crate::cpu::parallel::{self, Parts};
+use crate::cpu::scratch;
+use crate::cpu::view::{Arg, Out};
+use metal_candle_graph::composite::CrossEntropyAttrs;
+use metal_candle_graph::{Error, Result};
+use std::ops::Range;
+
+/// Rows of one block.
+const ROWS: usize = 128;
+/// Classes of one chunk.
+const CLASSES: usize = 256;
+/// The most parts that the classes are cut into: each has sums of its own.
+const MAX_PARTS: usize = 16;
+
+/// `args = [x, weight, labels]`; outputs: the losses if `losses`, then the gradient rows if `grad_x`.
+pub(crate) fn call(
+    args: &[Arg],
+    outs: &mut [Out],
+    attrs: &CrossEntropyAttrs,
+    [losses, grad_x]: [bool; 2],
+    parallel: bool,
+) -> Result<()> {
+    let [x, weight, labels] = args else {
+        panic!("metal-candle bug: linear_cross_entropy takes three operands")
+    };
+    let wanted = usize::from(losses) + usize::from(grad_x);
+    assert_eq!(outs.len(), wanted, "metal-candle bug: linear_cross_entropy");
+    let mut outs = outs.iter_mut();
+    let (losses, grad_x) = (
+        losses.then(|| outs.next()).flatten(),
+        grad_x.then(|| outs.next()).flatten(),
+    );
+    for_float!(x.dtype(), T => {
+        let it = Linear::<T>::new("linear_cross_entropy", x, weight, labels, attrs)?;
+        it.forward(losses, grad_x, parallel);
+    });
+    Ok(())
+}
+
+/// `args = [dy, x, weight, labels]`
+pub(crate) fn call_grad_weight(
+    args: &[Arg],
+    outs: &mut [Out],
+    attrs: &CrossEntropyAttrs,
+    parallel: bool,
+) -> Result<()> {
+    let ([dy, x, weight, labels], [out]) = (args, outs) else {
+        panic!("metal-candle bug: linear_cross_entropy_grad_weight takes four operands")
+    };
+    for_float!(x.dtype(), T => {
+        let op = "linear_cross_entropy_grad_weight";
+        Linear::<T>::new(op, x, weight, labels, attrs)?.grad_weight(dy, out, parallel);
+    });
+    Ok(())
+}
+
+struct Linear<'a, T: Float> {
+    weight: Mat<'a, T>,
+    /// The rows that count: where they are, their labels, and x itself, `[rows, d]`.
+    rows: Vec<usize>,
+    labels: Vec<usize>,
+    x: Vec<T::Acc>,
+    n: usize,
+    classes: usize,
+    d: usize,
+    epsilon: f64,
+}
+
+/// What one part knows of every row of a block.
+struct Sums<'s, A> {
+    /// The largest logit so far, and `Σ exp(logit - max)`.
+    max: &'s mut [A],
+    sum: &'s mut [A],
+    /// The label's logit, if it is in this part.
+    picked: &'s mut [A],
+    /// `Σ logit`
+    total: &'s mut [A],
+    /// `Σ exp(logit - max) · weight row`, `[rows, d]`, and `Σ weight row`, `[d]`; empty without a gradient.
+    weighted: &'s mut [A],
+    weight_total: &'s mut [A],
+}
+
+impl<'s, A: Real> Sums<'s, A> {
+    const fn len(rows: usize, d: usize) -> usize {
+        4 * rows + rows * d + d
+    }
+
+    /// The sums in `memory`; `d` is 0 without a gradient.
+    fn over(memory: &'s mut [A], rows: usize, d: usize) -> Sums<'s, A> {
+        let (max, rest) = memory.split_at_mut(rows);
+        let (sum, rest) = rest.split_at_mut(rows);
+        let (picked, rest) = rest.split_at_mut(rows);
+        let (total, rest) = rest.split_at_mut(rows);
+        let (weighted, weight_total) = rest.split_at_mut(rows * d);
+        Sums { max, sum, picked, total, weighted, weight_total }
+    }
+
+    /// Of no classes yet.
+    fn empty(memory: &'s mut [A], rows: usize, d: usize) -> Sums<'s, A> {
+        memory.fill(A::ZERO);
+        let sums = Sums::over(memory, rows, d);
+        sums.max.fill(A::NEG_INFINITY);
+        sums
+    }
+
+    /// Takes `more` in, which follows.
+    fn add(&mut self, more: &Sums<A>) {
+        let d = self.weight_total.len();
+        for r in 0..self.max.len() {
+            let max = larger(self.max[r], more.max[r]);
+            let (own, their) = (rescale(self.max[r], max), rescale(more.max[r], max));
+            self.max[r] = max;
+            self.sum[r] = self.sum[r] * own + more.sum[r] * their;
+            self.picked[r] += more.picked[r];
+            self.total[r] += more.total[r];
+            let row = &mut self.weighted[r * d..(r + 1) * d];
+            A::scale_all(row, own);
+            A::axpy(row, their, &more.weighted[r * d..(r + 1) * d]);
+        }
+        A::axpy(self.weight_total, A::from_f64(1.0), more.weight_total);
+    }
+}
+
+fn larger<A: Real>(a: A, b: A) -> A {
+    if b > a || b.is_nan() { b } else { a }
+}
+
+/// `exp(from - to)`, and 0 of a sum that is empty.
+fn rescale<A: Real>(from: A, to: A) -> A {
+    if from == A::NEG_INFINITY { A::ZERO } else { (from - to).exp() }
+}
+
+impl<'a, T: Float> Linear<'a, T> {
+    fn new(
+        op: &'static str,
+        x: &Arg<'a>,
+        weight: &Arg<'a>,
+        labels: &Arg<'a>,
+        attrs: &CrossEntropyAttrs,
+    ) -> Result<Linear<'a, T>> {
+        let (x, weight) = (x.read::<T>(), weight.read::<T>());
+        let ([n, d], [classes, d_weight]) = (extents(x.shape()), extents(weight.shape()));
+        let fits = d == d_weight && labels.shape().dims() == [n];
+        assert!(fits, "metal-candle bug: {op} of {} and {}", x.shape(), weight.shape());
+        let (rows, labels) = counted(op, labels, classes, attrs.ignore_index)?;
+        let mut packed = vec![T::Acc::ZERO; rows.len() * d];
+        for (to, row) in packed.chunks_exact_mut(d.max(1)).zip(&rows) {
+            x.row(*row).widen_to(to);
+        }
+        let epsilon = attrs.label_smoothing.as_f64();
+        Ok(Linear { weight: weight.matrix(), rows, labels, x: packed, n, classes, d, epsilon })
+    }
+
+    fn forward(&self, losses: Option<&mut Out>, grad_x: Option<&mut Out>, parallel: bool) {
+        let d = if grad_x.is_some() { self.d } else { 0 };
+        let mut losses = losses.map(|out| out.slice::<T::Acc>());
+        let mut grad_x = grad_x.map(|out| out.slice::<T::Acc>());
+        for out in [&mut losses, &mut grad_x].into_iter().flatten() {
+            // The rows that do not count.
+            out.fill(T::Acc::ZERO);
+        }
+        assert!(losses.as_ref().is_none_or(|out| out.len() == self.n));
+        assert!(grad_x.as_ref().is_none_or(|out| out.len() == self.n * self.d));
+        for start in (0..self.rows.len()).step_by(ROWS) {
+            let block = start..(start + ROWS).min(self.rows.len());
+            self.block(block.clone(), d, parallel, |sums| {
+                for (r, row) in block.enumerate() {
+                    let at = self.rows[row];
+                    if let Some(losses) = &mut losses {
+                        losses[at] = self.loss(sums, r);
+                    }
+                    if let Some(grad_x) = &mut grad_x {
+                        self.grad_row(sums, r, row, &mut grad_x[at * d..(at + 1) * d]);
+                    }
+                }
+            });
+        }
+    }
+
+    /// `logsumexp - (1 - ε) logit[label] - ε mean(logit)`
+    fn loss(&self, sums: &Sums<T::Acc>, r: usize) -> T::Acc {
+        let logsumexp = sums.max[r] + sums.sum[r].ln();
+        // Left out at 0, where an infinite logit would make it NaN.
+        if self.epsilon == 0.0 {
+            return logsumexp - sums.picked[r];
+        }
+        let miss = T::Acc::from_f64(self.epsilon / self.classes as f64);
+        logsumexp - T::Acc::from_f64(1.0 - self.epsilon) * sums.picked[r] - miss * sums.total[r]
+    }
+
+    /// `Σ p · weight row - (1 - ε) weight[label] - ε mean(weight row)`
+    fn grad_row(&self, sums: &Sums<T::Acc>, r: usize, row: usize, grad: &mut [T::Acc]) {
+        let d = self.d;
+        grad.copy_from_slice(&sums.weighted[r * d..(r + 1) * d]);
+        T::Acc::scale_all(grad, T::Acc::from_f64(1.0) / sums.sum[r]);
+        scratch::with(d, |wide: &mut [T::Acc]| {
+            self.weight.row_range(self.labels[row], 1).packed(wide);
+            T::Acc::axpy(grad, T::Acc::from_f64(self.epsilon - 1.0), wide);
+        });
+        if self.epsilon != 0.0 {
+            let miss = T::Acc::from_f64(-self.epsilon / self.classes as f64);
+            T::Acc::axpy(grad, miss, sums.weight_total);
+        }
+    }
+
+    /// Walks the classes for one block of rows and gives `f` the sums.
+    fn block(
+        &self,
+        block: Range<usize>,
+        d: usize,
+        parallel: bool,
+        f: impl FnOnce(&Sums<T::Acc>),
+    ) {
+        let chunks = self.classes.div_ceil(CLASSES);
+        let parts = chunks.clamp(1, MAX_PARTS);
+        let (rows, len) = (block.len(), Sums::<T::Acc>::len(block.len(), d));
+        scratch::with(parts * len, |memory: &mut [T::Acc]| {
+            parallel::for_each_chunk(parallel, memory, len, |part, memory| {
+                let mut sums = Sums::empty(memory, rows, d);
+                for chunk in part * chunks / parts..(part + 1) * chunks / parts {
+                    self.chunk(block.clone(), chunk, d, &mut sums);
+                }
+            });
+            let mut parts = memory.chunks_exact_mut(len).map(|memory| Sums::over(memory, rows, d));
+            let mut all = parts.next().expect("metal-candle bug: classes in no part");
+            parts.for_each(|part| all.add(&part));
+            f(&all);
+        });
+    }
+
+    /// The classes of a chunk.
+    fn classes_of(&self, chunk: usize) -> Range<usize> {
+        chunk * CLASSES..((chunk + 1) * CLASSES).min(self.classes)
+    }
+
+    fn chunk(&self, block: Range<usize>, chunk: usize, d: usize, sums: &mut Sums<T::Acc>) {
+        let classes = self.classes_of(chunk);
+        let (rows, cols) = (block.len(), classes.len());
+        let wide = widened_len::<T>(cols * self.d);
+        scratch::split([rows * cols, wide], |[logits, wide]: [&mut [T::Acc]; 2]| {
+            let weight = self.logits(block.clone(), classes.clone(), logits, wide);
+            for (r, logits) in logits.chunks_exact_mut(cols).enumerate() {
+                let label = self.labels[block.start + r];
+                if classes.contains(&label) {
+                    sums.picked[r] = logits[label - classes.start];
+                }
+                if self.epsilon != 0.0 {
+                    sums.total[r] += logits.iter().fold(T::Acc::ZERO, |a, b| a + *b);
+                }
+                let max = larger(sums.max[r], T::Acc::max_of(logits));
+                let own = rescale(sums.max[r], max);
+                // Logits of -inf alone: their exponentials are 0, not those of NaN.
+                let shift = if max == T::Acc::NEG_INFINITY { T::Acc::ZERO } else { max };
+                sums.max[r] = max;
+                sums.sum[r] = sums.sum[r] * own + T::Acc::exp_all(logits, shift);
+                T::Acc::scale_all(&mut sums.weighted[r * d..(r + 1) * d], own);
+            }
+            if d != 0 {
+                let p = Mat::dense(logits, rows, cols);
+                let weighted = MatMut::dense(sums.weighted, rows, d);
+                gemm(weighted, p, weight, T::Acc::from_f64(1.0), true, false);
+                if self.epsilon != 0.0 {
+                    add_rows(sums.weight_total, weight);
+                }
+            }
+        });
+    }
+
+    /// `logits = x weightᵀ` of a block and a chunk; gives the chunk's weight, `[classes, d]`.
+    fn logits<'b>(
+        &self,
+        block: Range<usize>,
+        classes: Range<usize>,
+        logits: &mut [T::Acc],
+        wide: &'b mut [T::Acc],
+    ) -> Mat<'b, T::Acc>
+    where
+        'a: 'b,
+    {
+        let x = Mat::dense(&self.x[block.start * self.d..block.end * self.d], block.len(), self.d);
+        let weight = self.weight.row_range(classes.start, classes.len()).widened(wide);
+        let out = MatMut::dense(logits, block.len(), classes.len());
+        gemm(out, x, weight.transposed(), T::Acc::from_f64(1.0), false, false);
+        weight
+    }
+
+    /// `dlogitsᵀ x`: once through the classes for the sums of every row, once more for the gradient.
+    fn grad_weight(&self, dy: &Arg, out: &mut Out, parallel: bool) {
+        let (n, d) = (self.rows.len(), self.d);
+        assert_eq!(out.shape().dims(), [self.classes, d], "metal-candle bug: grad_weight");
+        let dy = dy.read::<T::Acc>();
+        assert_eq!(dy.shape().dims(), [self.n], "metal-candle bug: grad_weight");
+        let dy: Vec<T::Acc> = self.rows.iter().map(|row| dy.row(0).get(*row)).collect();
+        let mut logsumexp = Vec::with_capacity(n);
+        for start in (0..n).step_by(ROWS) {
+            self.block(start..(start + ROWS).min(n), 0, parallel, |sums| {
+                logsumexp.extend(sums.max.iter().zip(&*sums.sum).map(|(m, s)| *m + s.ln()));
+            });
+        }
+        let chunks = self.classes.div_ceil(CLASSES);
+        let out = Parts::new(out.slice::<T>());
+        parallel::for_each(parallel, chunks, |chunk| {
+            let classes = self.classes_of(chunk);
+            let (cols, wide) = (classes.len(), widened_len::<T>(classes.len() * d));
+            let lens = [ROWS * cols, wide, cols * d];
+            scratch::split(lens, |[dlogits, wide, dw]: [&mut [T::Acc]; 3]| {
+                dw.fill(T::Acc::ZERO);
+                for start in (0..n).step_by(ROWS) {
+                    let block = start..(start + ROWS).min(n);
+                    let dlogits = &mut dlogits[..block.len() * cols];
+                    self.logits(block.clone(), classes.clone(), dlogits, wide);
+                    self.logits_vjp(block.clone(), &classes, &logsumexp, &dy, dlogits);
+                    let x = Mat::dense(&self.x[start * d..block.end * d], block.len(), d);
+                    let dlogits = Mat::dense(dlogits, block.len(), cols).transposed();
+                    let dw = MatMut::dense(dw, cols, d);
+                    gemm(dw, dlogits, x, T::Acc::from_f64(1.0), true, false);
+                }
+                // SAFETY: the rows of a chunk belong to its task.
+                T::narrow_all(dw, unsafe { out.part(classes.start * d, cols * d) });
+            });
+        });
+    }
+
+    /// `(softmax - target) dy` in place of the logits.
+    fn logits_vjp(
+        &self,
+        block: Range<usize>,
+        classes: &Range<usize>,
+        logsumexp: &[T::Acc],
+        dy: &[T::Acc],
+        logits: &mut [T::Acc],
+    ) {
+        let miss = self.epsilon / self.classes as f64;
+        let (hit, miss) = (T::Acc::from_f64(1.0 - self.epsilon), T::Acc::from_f64(miss));
+        for (row, logits) in block.zip(logits.chunks_exact_mut(classes.len())) {
+            T::Acc::exp_all(logits, logsumexp[row]);
+            if self.epsilon != 0.0 {
+                logits.iter_mut().for_each(|p| *p = *p - miss);
+            }
+            let label = self.labels[row];
+            if classes.contains(&label) {
+                let p = &mut logits[label - classes.start];
+                *p = *p - hit;
+            }
+            T::Acc::scale_all(logits, dy[row]);
+        }
+    }
+}
+
+fn extents(shape: &metal_candle_graph::Shape) -> [usize; 2] {
+    let dims = shape.dims();
+    dims.try_into().unwrap_or_else(|_| panic!("metal-candle bug: cross-entropy of {shape}"))
+}
+
+/// The rows whose label is not `ignored`, and their labels.
+fn counted(
+    op: &'static str,
+    labels: &Arg,
+    classes: usize,
+    ignored: Option<i64>,
+) -> Result<(Vec<usize>, Vec<usize>)> {
+    let (mut rows, mut found) = (Vec::new(), Vec::new());
+    for_index!(labels.dtype(), I => {
+        for (position, label) in labels.read::<I>().row(0).iter().enumerate() {
+            let label = label.widen();
+            if ignored == Some(label) {
+                continue;
+            }
+            let within = usize::try_from(label).ok().filter(|label| *label < classes);
+            let out_of_range =
+                Error::IndexOutOfRange { op, index: label, extent: classes, position };
+            found.push(within.ok_or(out_of_range)?);
+            rows.push(position);
+        }
+    });
+    Ok((rows, found))
+}
+
+/// `to += Σ rows of from`
+fn add_rows<A: Real>(to: &mut [A], from: Mat<'_, A>) {
+    scratch::with(to.len(), |row: &mut [A]| {
+        for i in 0..from.rows() {
+            from.row_range(i, 1).packed(row);
+            A::axpy(to, A::from_f64(1.0), row);
+        }
+    });
+}

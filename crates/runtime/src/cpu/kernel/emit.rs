@@ -1,0 +1,386 @@
+//! The calls of a program: every instruction finds its loop, and every value its place.
+
+use super::compile::{PassNeeds, Rate, Strategy, VectorAxis, is_dear};
+use super::memory::{load_of, register_bytes, store_of};
+use super::reduce::{LANES, reducer_of};
+use super::scalar::{binary_of, cast_of, unary_of};
+use super::tile::{select_of, splat_of};
+use super::{Access, Op, Place, Reduction, RowWalk, Seed};
+use metal_candle_compiler::kernel::{self, Affine, Inst, KernelOp};
+use metal_candle_graph::DType;
+use rustc_hash::FxHashMap;
+
+/// What a transcendental function or a division weighs against an addition.
+const DEAR: usize = 6;
+
+pub(super) struct Emitter<'a> {
+    s: &'a Strategy<'a>,
+    kept: FxHashMap<usize, Place>,
+    /// By register: in the pass that is being written, or for good.
+    places: Vec<Place>,
+    /// The partial results, by reduction.
+    accs: FxHashMap<usize, Place>,
+    /// By register, for loads and positions.
+    access_of: Vec<u16>,
+    /// By store.
+    store_access: Vec<u16>,
+    accesses: Vec<Access>,
+    fixed_bytes: usize,
+    free_tiles: Vec<u16>,
+    tiles: u16,
+    weight: usize,
+}
+
+impl<'a> Emitter<'a> {
+    pub(super) fn new(s: &'a Strategy<'a>, kept: &FxHashMap<usize, Place>) -> Emitter<'a> {
+        let n = s.kernel.tape.len();
+        let kept_end = |place: &Place| match place {
+            Place::Kept { at, bytes } => at + s.cols() * bytes,
+            _ => 0,
+        };
+        let mut e = Emitter {
+            s,
+            kept: kept.clone(),
+            places: vec![Place::Nowhere; n],
+            accs: FxHashMap::default(),
+            access_of: vec![0; n],
+            store_access: Vec::new(),
+            accesses: Vec::new(),
+            fixed_bytes: kept.values().map(kept_end).max().unwrap_or(0).next_multiple_of(64),
+            free_tiles: Vec::new(),
+            tiles: 0,
+            weight: 0,
+        };
+        for (reg, inst) in s.kernel.tape.iter().enumerate() {
+            match &inst.op {
+                KernelOp::Load(access) => e.access_of[reg] = e.access(access, false),
+                KernelOp::Index(at) | KernelOp::Random { at, .. } => {
+                    let position = kernel::Access { arg: 0, dtype: inst.dtype, at: at.clone() };
+                    e.access_of[reg] = e.access(&position, false);
+                }
+                _ => {}
+            }
+        }
+        e.store_access = s.kernel.stores.iter().map(|store| e.access(&store.to, true)).collect();
+        e
+    }
+
+    pub(super) fn fixed_bytes(&self) -> usize {
+        self.fixed_bytes.next_multiple_of(64)
+    }
+
+    pub(super) fn tiles(&self) -> usize {
+        self.tiles as usize
+    }
+
+    /// Element operations for one element, at least one.
+    pub(super) fn weight(&self) -> usize {
+        self.weight.max(1)
+    }
+
+    pub(super) fn into_accesses(self) -> Vec<Access> {
+        self.accesses
+    }
+
+    /// The instructions of a rate that `wanted` picks; their values stay for good.
+    pub(super) fn at_rate(&mut self, rate: Rate, wanted: impl Fn(&Inst) -> bool) -> Vec<Op> {
+        let mut ops = Vec::new();
+        for (reg, inst) in self.s.kernel.tape.iter().enumerate() {
+            let is_reduction = matches!(inst.op, KernelOp::Reduce(..));
+            if self.s.rates[reg] == rate && !is_reduction && wanted(inst) {
+                let out = self.lasting(reg);
+                self.emit(reg, out, &mut ops);
+                self.places[reg] = out;
+            }
+        }
+        ops
+    }
+
+    /// A place that is never given to another value.
+    fn lasting(&mut self, reg: usize) -> Place {
+        if self.s.is_one(reg) { self.fixed(1) } else { self.tile() }
+    }
+
+    fn fixed(&mut self, registers: usize) -> Place {
+        let at = self.fixed_bytes;
+        self.fixed_bytes += registers * 8;
+        Place::Scratch(at)
+    }
+
+    fn tile(&mut self) -> Place {
+        Place::Tile(self.free_tiles.pop().unwrap_or_else(|| {
+            self.tiles += 1;
+            self.tiles - 1
+        }))
+    }
+
+    fn release(&mut self, place: Place) {
+        if let Place::Tile(tile) = place {
+            self.free_tiles.push(tile);
+        }
+    }
+
+    /// Places for the partial results and the row values of a pass.
+    pub(super) fn reductions(&mut self, needs: &PassNeeds) -> Vec<Reduction> {
+        let reduction = |reg: &usize| {
+            let inst = &self.s.kernel.tape[*reg];
+            let KernelOp::Reduce(op, _) = inst.op else {
+                panic!("metal-candle bug: {inst:?} is no reduction")
+            };
+            let (acc, out) = match self.s.axis {
+                VectorAxis::Along => (self.fixed(LANES), self.fixed(1)),
+                VectorAxis::Across => {
+                    let acc = self.tile();
+                    (acc, acc)
+                }
+            };
+            self.places[*reg] = out;
+            self.accs.insert(*reg, acc);
+            Reduction { reducer: reducer_of(op, inst.dtype.class()), acc, out }
+        };
+        needs.reductions.iter().map(reduction).collect()
+    }
+
+    /// The column values of a pass, and what they feed.
+    pub(super) fn body(&mut self, needs: &PassNeeds) -> Vec<Op> {
+        let mut ops = Vec::new();
+        let last_use = self.last_uses(needs);
+        let mut stored = vec![false; self.s.kernel.stores.len()];
+        self.feed(None, needs, &mut stored, &mut ops);
+        for (i, &reg) in needs.computed.iter().enumerate() {
+            let out = self.column_place(reg, needs, &mut stored);
+            self.emit(reg, out, &mut ops);
+            self.places[reg] = out;
+            self.feed(Some(reg), needs, &mut stored, &mut ops);
+            for dying in last_use.get(&i).into_iter().flatten() {
+                self.release(self.places[*dying]);
+            }
+        }
+        if self.s.in_place {
+            for &store in &needs.stores {
+                self.store(store, &mut ops);
+            }
+            for &reg in last_use.get(&usize::MAX).into_iter().flatten() {
+                self.release(self.places[reg]);
+            }
+        }
+        // In the passes to come, a row that is kept is found where this one left it.
+        for reg in &needs.computed {
+            if !matches!(self.places[*reg], Place::Kept { .. }) {
+                self.places[*reg] = Place::Nowhere;
+            }
+        }
+        ops
+    }
+
+    /// The values of the pass by the position of their last use; `usize::MAX` is its end.
+    fn last_uses(&self, needs: &PassNeeds) -> FxHashMap<usize, Vec<usize>> {
+        let mut last: FxHashMap<usize, usize> = FxHashMap::default();
+        for (i, &reg) in needs.computed.iter().enumerate() {
+            last.insert(reg, i);
+            for operand in kernel::Kernel::operands(&self.s.kernel.tape[reg].op) {
+                last.entry(operand.index()).and_modify(|last| *last = i);
+            }
+        }
+        if self.s.in_place {
+            for store in &needs.stores {
+                let reg = self.s.kernel.stores[*store].reg.index();
+                last.entry(reg).and_modify(|last| *last = usize::MAX);
+            }
+        }
+        let mut by_position: FxHashMap<usize, Vec<usize>> = FxHashMap::default();
+        for reg in &needs.computed {
+            by_position.entry(last[reg]).or_default().push(*reg);
+        }
+        by_position
+    }
+
+    /// Where a column value goes: to memory, if that is what it is for.
+    fn column_place(&mut self, reg: usize, needs: &PassNeeds, stored: &mut [bool]) -> Place {
+        if let Some(place) = self.kept.get(&reg) {
+            return *place;
+        }
+        let inst = &self.s.kernel.tape[reg];
+        if let KernelOp::Load(_) = inst.op {
+            let access = self.access_of[reg];
+            let is_overwritten = self.s.in_place && self.is_stored(reg);
+            return if self.is_direct(access) && !is_overwritten {
+                Place::Memory(access)
+            } else {
+                self.tile()
+            };
+        }
+        let is_map = !matches!(inst.op, KernelOp::Index(_) | KernelOp::Random { .. });
+        let direct = needs.stores.iter().copied().find(|store| {
+            let is_its = self.s.kernel.stores[*store].reg.index() == reg;
+            is_its && self.is_direct(self.store_access[*store])
+        });
+        match direct.filter(|_| is_map && !self.s.in_place) {
+            Some(store) => {
+                stored[store] = true;
+                Place::Memory(self.store_access[store])
+            }
+            None => self.tile(),
+        }
+    }
+
+    fn is_stored(&self, reg: usize) -> bool {
+        self.s.kernel.stores.iter().any(|s| s.reg.index() == reg)
+    }
+
+    /// Whether a tile of the access lies in memory as in registers.
+    fn is_direct(&self, access: u16) -> bool {
+        let a = &self.accesses[access as usize];
+        a.elem_bytes == a.register_bytes && a.step == 1 && a.rows != RowWalk::Broken
+    }
+
+    /// What waits for `reg`; `None` stands for all values that this pass does not compute.
+    fn feed(&mut self, reg: Option<usize>, needs: &PassNeeds, stored: &mut [bool], ops: &mut Vec<Op>) {
+        let is_fed = |from: usize| match reg {
+            Some(reg) => from == reg,
+            None => !needs.computed.contains(&from),
+        };
+        for (reduction, inst) in needs.reductions.iter().map(|r| (*r, &self.s.kernel.tape[*r])) {
+            let KernelOp::Reduce(op, from) = inst.op else { continue };
+            if is_fed(from.index()) {
+                let reducer = reducer_of(op, inst.dtype.class());
+                let f = match self.s.axis {
+                    VectorAxis::Along => reducer.along,
+                    VectorAxis::Across => reducer.across,
+                };
+                let acc = self.accs[&reduction];
+                self.weight += 1;
+                ops.push(Op::Fold { f, acc, from: self.places[from.index()] });
+            }
+        }
+        if self.s.in_place {
+            return;
+        }
+        for &store in &needs.stores {
+            let from = self.s.kernel.stores[store].reg.index();
+            if is_fed(from) && !std::mem::replace(&mut stored[store], true) {
+                self.store(store, ops);
+            }
+        }
+    }
+
+    /// What is written once a row.
+    pub(super) fn row_stores(&mut self) -> Vec<Op> {
+        let mut ops = Vec::new();
+        for (i, store) in self.s.kernel.stores.iter().enumerate() {
+            if self.s.store_pass(store).is_none() {
+                self.store(i, &mut ops);
+            }
+        }
+        ops
+    }
+
+    fn store(&mut self, store: usize, ops: &mut Vec<Op>) {
+        let (reg, to) = (self.s.kernel.stores[store].reg.index(), &self.s.kernel.stores[store].to);
+        let access = self.store_access[store];
+        let mut from = self.places[reg];
+        // One register for all, and several places to fill.
+        if self.s.is_one(reg) && self.s.axis == VectorAxis::Across {
+            let tile = self.tile();
+            let f = splat_of(self.s.kernel.tape[reg].dtype.class());
+            ops.push(Op::Map { f, ins: [from, Place::Nowhere, Place::Nowhere], out: tile });
+            from = tile;
+        }
+        self.weight += 1;
+        ops.push(Op::Store { access, store: store_of(to.dtype), from });
+        if from != self.places[reg] {
+            self.release(from);
+        }
+    }
+
+    /// The call that computes `reg` into `out`; none if it is there already.
+    fn emit(&mut self, reg: usize, out: Place, ops: &mut Vec<Op>) {
+        let inst = &self.s.kernel.tape[reg];
+        let access = self.access_of[reg];
+        let dtype = inst.dtype;
+        if self.s.rates[reg] == Rate::Col {
+            self.weight += if is_dear(&inst.op) { DEAR } else { 1 };
+        }
+        let op = match &inst.op {
+            KernelOp::Load(_) if matches!(out, Place::Memory(_)) => return,
+            KernelOp::Load(from) => Op::Load { access, load: load_of(from.dtype), out },
+            KernelOp::Const(value) => Op::Const { value: *value, out },
+            KernelOp::Index(_) => Op::Index { access, dtype, out },
+            KernelOp::Random { distribution, stream, seed, .. } => {
+                let seed = seed.index();
+                let seed = Seed { place: self.places[seed], is_one: self.s.is_one(seed) };
+                let (distribution, stream) = (*distribution, *stream);
+                Op::Random { access, distribution, stream, seed, dtype, out }
+            }
+            KernelOp::Unary(..) | KernelOp::Binary(..) | KernelOp::Select(..) | KernelOp::Cast(_) => {
+                return self.map(inst, out, reg, ops);
+            }
+            KernelOp::Reduce(..) => panic!("metal-candle bug: a reduction among maps"),
+        };
+        ops.push(op);
+    }
+
+    fn map(&mut self, inst: &Inst, out: Place, reg: usize, ops: &mut Vec<Op>) {
+        let mut ins = [Place::Nowhere; 3];
+        for (to, from) in ins.iter_mut().zip(kernel::Kernel::operands(&inst.op)) {
+            *to = self.places[from.index()];
+        }
+        let dtype_of = |r: kernel::Reg| self.s.kernel.tape[r.index()].dtype;
+        let one = |r: kernel::Reg| self.s.is_one(r.index());
+        let mut wraps = matches!(inst.dtype, DType::U8 | DType::U32);
+        let f = match inst.op {
+            KernelOp::Unary(f, a) => unary_of(f, dtype_of(a).class()),
+            KernelOp::Binary(f, a, b) => {
+                wraps &= !f.is_comparison();
+                binary_of(f, dtype_of(a).class(), [one(a), one(b)])
+            }
+            KernelOp::Select(c, a, b) => {
+                wraps = false;
+                select_of(inst.dtype.class(), [one(c), one(a), one(b)])
+            }
+            KernelOp::Cast(a) => {
+                wraps = false;
+                match one(a) && !self.s.is_one(reg) {
+                    true => splat_of(inst.dtype.class()),
+                    false => cast_of(dtype_of(a), inst.dtype),
+                }
+            }
+            ref op => panic!("metal-candle bug: {op:?} is no map"),
+        };
+        if !wraps {
+            ops.push(Op::Map { f, ins, out });
+            return;
+        }
+        let wide = self.lasting(reg);
+        ops.push(Op::Map { f, ins, out: wide });
+        let f = cast_of(DType::I64, inst.dtype);
+        ops.push(Op::Map { f, ins: [wide, Place::Nowhere, Place::Nowhere], out });
+        self.release(wide);
+    }
+
+    fn access(&mut self, access: &kernel::Access, is_out: bool) -> u16 {
+        let Affine { offset, ref strides } = access.at;
+        let s = self.s;
+        let (space, rows) = (&s.kernel.space, s.row_axes);
+        let is_flat = (1..rows).all(|i| strides[i - 1] == strides[i] * space[i] as isize);
+        let vector_axis = match s.axis {
+            VectorAxis::Along => space.len().checked_sub(1),
+            VectorAxis::Across => rows.checked_sub(1),
+        };
+        self.accesses.push(Access {
+            operand: access.arg,
+            is_out,
+            elem_bytes: access.dtype.size_bytes(),
+            register_bytes: register_bytes(access.dtype),
+            offset,
+            strides: strides.clone(),
+            step: vector_axis.map_or(1, |axis| strides[axis]),
+            rows: match (is_flat, s.crossing) {
+                (true, _) => RowWalk::Flat,
+                (false, true) => RowWalk::Broken,
+                (false, false) => RowWalk::Axes,
+            },
+        });
+        self.accesses.len() as u16 - 1
+    }
+}

@@ -1,0 +1,182 @@
+//! Loops over tiles of registers, for any scalar function.
+
+use crate::cpu::simd::widest;
+use metal_candle_graph::Class;
+use std::mem::MaybeUninit;
+
+/// `out[i] = f(ins[0][i], ..)` for `n` registers. An operand that is one for all is read once.
+///
+/// Unsafe to call: every pointer leads to its `n` registers (or one), initialised but for `out`, which nothing else
+/// overlaps.
+pub(super) type TileFn = unsafe fn(*mut u8, [*const u8; 3], usize);
+
+/// A function of one register.
+pub(super) trait Map1<A, B> {
+    fn apply(x: A) -> B;
+}
+
+/// A function of two registers of one class.
+pub(super) trait Map2<A, B> {
+    fn apply(a: A, b: A) -> B;
+}
+
+unsafe fn out<'a, T>(out: *mut u8, n: usize) -> &'a mut [MaybeUninit<T>] {
+    // SAFETY: the caller's promise.
+    unsafe { std::slice::from_raw_parts_mut(out.cast(), n) }
+}
+
+unsafe fn tile<'a, T>(from: *const u8, n: usize) -> &'a [T] {
+    // SAFETY: the caller's promise.
+    unsafe { std::slice::from_raw_parts(from.cast(), n) }
+}
+
+#[inline(always)]
+unsafe fn map1_body<A: Copy, B, F: Map1<A, B>>(to: *mut u8, ins: [*const u8; 3], n: usize) {
+    // SAFETY: the caller's promise.
+    let (to, x) = unsafe { (out::<B>(to, n), tile::<A>(ins[0], n)) };
+    for (to, x) in to.iter_mut().zip(x) {
+        to.write(F::apply(*x));
+    }
+}
+
+/// An operand that is one for all.
+#[derive(Clone, Copy)]
+struct One;
+/// An operand with a register for each result.
+#[derive(Clone, Copy)]
+struct Each;
+
+trait Extent: Copy {
+    const ONE: bool;
+}
+impl Extent for One {
+    const ONE: bool = true;
+}
+impl Extent for Each {
+    const ONE: bool = false;
+}
+
+#[inline(always)]
+unsafe fn map2_body<T: Copy, B: Copy, F: Map2<T, B>, X: Extent, Y: Extent>(
+    to: *mut u8,
+    ins: [*const u8; 3],
+    n: usize,
+) {
+    let len = |one: bool| if one { 1 } else { n };
+    // SAFETY: the caller's promise.
+    let (to, a, b) = unsafe {
+        (out::<B>(to, n), tile::<T>(ins[0], len(X::ONE)), tile::<T>(ins[1], len(Y::ONE)))
+    };
+    match (X::ONE, Y::ONE) {
+        (false, false) => {
+            for (to, (a, b)) in to.iter_mut().zip(a.iter().zip(b)) {
+                to.write(F::apply(*a, *b));
+            }
+        }
+        (false, true) => {
+            let b = b[0];
+            for (to, a) in to.iter_mut().zip(a) {
+                to.write(F::apply(*a, b));
+            }
+        }
+        (true, false) => {
+            let a = a[0];
+            for (to, b) in to.iter_mut().zip(b) {
+                to.write(F::apply(a, *b));
+            }
+        }
+        (true, true) => {
+            let (a, b) = (a[0], b[0]);
+            let y = F::apply(a, b);
+            for to in to {
+                to.write(y);
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn select_body<T: Copy, C: Extent, X: Extent, Y: Extent>(
+    to: *mut u8,
+    ins: [*const u8; 3],
+    n: usize,
+) {
+    let len = |one: bool| if one { 1 } else { n };
+    // SAFETY: the caller's promise.
+    let (to, c) = unsafe { (out::<T>(to, n), tile::<i64>(ins[0], len(C::ONE))) };
+    // SAFETY: the caller's promise.
+    let (a, b) = unsafe { (tile::<T>(ins[1], len(X::ONE)), tile::<T>(ins[2], len(Y::ONE))) };
+    for (i, to) in to.iter_mut().enumerate() {
+        let c = if C::ONE { c[0] } else { c[i] };
+        let (a, b) = (if X::ONE { a[0] } else { a[i] }, if Y::ONE { b[0] } else { b[i] });
+        to.write(if c != 0 { a } else { b });
+    }
+}
+
+#[inline(always)]
+unsafe fn splat_body<T: Copy>(to: *mut u8, ins: [*const u8; 3], n: usize) {
+    // SAFETY: the caller's promise.
+    let (to, x) = unsafe { (out::<T>(to, n), *ins[0].cast::<T>()) };
+    for to in to {
+        to.write(x);
+    }
+}
+
+pub(super) fn map1<A: Copy, B, F: Map1<A, B>>() -> TileFn {
+    widest!([A: Copy, B, F: Map1<A, B>] map1_body<A, B, F>(to: *mut u8, ins: [*const u8; 3], n: usize))
+}
+
+fn map2_of<T: Copy, B: Copy, F: Map2<T, B>, X: Extent, Y: Extent>() -> TileFn {
+    widest!([T: Copy, B: Copy, F: Map2<T, B>, X: Extent, Y: Extent]
+        map2_body<T, B, F, X, Y>(to: *mut u8, ins: [*const u8; 3], n: usize))
+}
+
+/// `one` says which operands are one for all.
+pub(super) fn map2<T: Copy, B: Copy, F: Map2<T, B>>(one: [bool; 2]) -> TileFn {
+    match one {
+        [false, false] => map2_of::<T, B, F, Each, Each>(),
+        [false, true] => map2_of::<T, B, F, Each, One>(),
+        [true, false] => map2_of::<T, B, F, One, Each>(),
+        [true, true] => map2_of::<T, B, F, One, One>(),
+    }
+}
+
+fn select_of_3<T: Copy, C: Extent, X: Extent, Y: Extent>() -> TileFn {
+    widest!([T: Copy, C: Extent, X: Extent, Y: Extent]
+        select_body<T, C, X, Y>(to: *mut u8, ins: [*const u8; 3], n: usize))
+}
+
+fn select_of_2<T: Copy, C: Extent, X: Extent>(one: bool) -> TileFn {
+    if one { select_of_3::<T, C, X, One>() } else { select_of_3::<T, C, X, Each>() }
+}
+
+fn select<T: Copy>([c, x, y]: [bool; 3]) -> TileFn {
+    match (c, x) {
+        (false, false) => select_of_2::<T, Each, Each>(y),
+        (false, true) => select_of_2::<T, Each, One>(y),
+        (true, false) => select_of_2::<T, One, Each>(y),
+        (true, true) => select_of_2::<T, One, One>(y),
+    }
+}
+
+/// `cond != 0 ? a : b`; `one` says which operands are one for all.
+pub(super) fn select_of(class: Class, one: [bool; 3]) -> TileFn {
+    match class {
+        Class::F32 => select::<f32>(one),
+        Class::F64 => select::<f64>(one),
+        Class::I64 => select::<i64>(one),
+    }
+}
+
+fn splat<T: Copy>() -> TileFn {
+    widest!([T: Copy] splat_body<T>(to: *mut u8, ins: [*const u8; 3], n: usize))
+}
+
+/// Repeats one register.
+pub(super) fn splat_of(class: Class) -> TileFn {
+    match class {
+        Class::F32 => splat::<f32>(),
+        Class::F64 => splat::<f64>(),
+        Class::I64 => splat::<i64>(),
+    }
+}

@@ -1,0 +1,58 @@
+//! Scratch memory of a thread, kept from call to call.
+
+use std::cell::RefCell;
+
+/// Vectors larger than this are given back after use.
+const RETAINED_WORDS: usize = 4 << 20;
+
+thread_local! {
+    /// Free vectors; nested uses take one each, so the same use finds the same size again.
+    static FREE: RefCell<Vec<Vec<u64>>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Types that scratch memory can hold.
+///
+/// # Safety
+/// Any bytes are a value, and the alignment is at most that of `u64`.
+pub(crate) unsafe trait Pod: Copy {}
+// SAFETY: any bytes are a number.
+unsafe impl Pod for f32 {}
+// SAFETY: as above.
+unsafe impl Pod for f64 {}
+// SAFETY: as above.
+unsafe impl Pod for i64 {}
+// SAFETY: as above.
+unsafe impl Pod for u32 {}
+
+/// Runs `f` with `len` elements of whatever the last use left in them.
+///
+/// `f` may start rayon work: a task that this thread steals meanwhile takes a vector of its own.
+pub(crate) fn with<T: Pod, R>(len: usize, f: impl FnOnce(&mut [T]) -> R) -> R {
+    let words = (len * size_of::<T>()).div_ceil(size_of::<u64>());
+    let mut memory = FREE.with_borrow_mut(Vec::pop).unwrap_or_default();
+    if memory.len() < words {
+        memory.resize(words, 0);
+    }
+    // SAFETY: the vector holds at least `len` elements' bytes, all initialised, aligned for u64 and so for T;
+    // any bytes are a T.
+    let elements = unsafe { std::slice::from_raw_parts_mut(memory.as_mut_ptr().cast::<T>(), len) };
+    let result = f(elements);
+    if memory.len() <= RETAINED_WORDS {
+        FREE.with_borrow_mut(|free| free.push(memory));
+    }
+    result
+}
+
+/// [`with`] in parts of the given lengths.
+pub(crate) fn split<T: Pod, R, const N: usize>(
+    lens: [usize; N],
+    f: impl FnOnce([&mut [T]; N]) -> R,
+) -> R {
+    with(lens.iter().sum(), |mut rest: &mut [T]| {
+        f(lens.map(|len| {
+            let (part, after) = std::mem::take(&mut rest).split_at_mut(len);
+            rest = after;
+            part
+        }))
+    })
+}

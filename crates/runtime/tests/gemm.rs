@@ -1,0 +1,102 @@
+//! `gemm` against three loops.
+
+mod support;
+
+use metal_candle_compiler::LibraryCall;
+use metal_candle_graph::DType;
+use support::*;
+
+/// `a: [batch.., m, k]`, `b: [batch.., k, n]`
+fn product(a: &Tensor, b: &Tensor, alpha: f64, base: Option<&Tensor>) -> Vec<f64> {
+    let rank = a.shape().rank();
+    let [m, k, n] = [a.shape()[rank - 2], a.shape()[rank - 1], b.shape()[rank - 1]];
+    let batches: usize = a.shape().dims()[..rank - 2].iter().product();
+    let mut out = Vec::new();
+    for batch in 0..batches {
+        for i in 0..m {
+            for j in 0..n {
+                let at = |l: usize| {
+                    a.values[(batch * m + i) * k + l] * b.values[(batch * k + l) * n + j]
+                };
+                let start = base.map_or(0.0, |base| base.values[out.len()]);
+                out.push(start + alpha * (0..k).map(at).sum::<f64>());
+            }
+        }
+    }
+    out
+}
+
+fn check(rng: &mut Rng, dtype: DType, batch: &[usize], [m, k, n]: [usize; 3], shared_b: bool) {
+    let dims = |tail: [usize; 2]| [batch, &tail[..]].concat();
+    let (a_dims, out_dims) = (dims([m, k]), dims([m, n]));
+    let a_values = rng.units(shape(&a_dims).len());
+    let a = if rng.flip() {
+        Tensor::dense(dtype, &a_dims, &a_values)
+    } else {
+        Tensor::strided(rng, dtype, &a_dims, &a_values)
+    };
+    let b = if shared_b {
+        let ones = [vec![1; batch.len()], vec![k, n]].concat();
+        let values = rng.units(k * n);
+        let b = Tensor::strided(rng, dtype, &ones, &values);
+        batch.iter().enumerate().fold(b, |b, (d, extent)| b.broadcast(d, *extent))
+    } else {
+        let values = rng.units(shape(&dims([k, n])).len());
+        Tensor::strided(rng, dtype, &dims([k, n]), &values)
+    };
+    let (alpha, accumulate) = ([1.0, -0.75][rng.below(2)], rng.flip());
+    let values = rng.units(shape(&out_dims).len());
+    let base = Tensor::dense(dtype, &out_dims, &values);
+    let base = accumulate.then_some(&base);
+    let call = LibraryCall::Gemm { alpha, accumulate };
+    let got = run(call, &[&a, &b], &[(dtype, shape(&out_dims))], base).unwrap();
+    let expected = product(&a, &b, alpha, base);
+    let what = format!("{dtype} {batch:?} {m}x{k}x{n} alpha {alpha} accumulate {accumulate}");
+    close(&got[0], &expected, tolerance(dtype) * (1.0 + k as f64).sqrt(), &what);
+}
+
+#[test]
+fn gemm_equals_three_loops() {
+    let mut rng = Rng::new(1);
+    for dtype in FLOATS {
+        for round in 0..60 {
+            let extents = [0; 3].map(|_: usize| [1, 2, 3, 7, 16, 33, 70][rng.below(7)]);
+            let batch: Vec<usize> = (0..rng.below(3)).map(|_| 1 + rng.below(3)).collect();
+            check(&mut rng, dtype, &batch, extents, round % 3 == 0);
+        }
+    }
+}
+
+#[test]
+fn gemm_of_large_matrices_splits_without_a_trace() {
+    let mut rng = Rng::new(2);
+    for dtype in FLOATS {
+        check(&mut rng, dtype, &[], [150, 600, 300], false);
+        check(&mut rng, dtype, &[3], [40, 64, 130], true);
+    }
+}
+
+#[test]
+fn gemm_with_vectors_equals_three_loops() {
+    let mut rng = Rng::new(3);
+    for dtype in FLOATS {
+        for extents in [[1, 300, 2500], [2500, 300, 1], [1, 1, 700], [1, 900, 1], [700, 1, 1]] {
+            for _ in 0..4 {
+                check(&mut rng, dtype, &[], extents, false);
+            }
+        }
+        check(&mut rng, dtype, &[5], [1, 40, 60], true);
+    }
+}
+
+#[test]
+fn gemm_of_nothing_is_nothing_or_zero() {
+    let mut rng = Rng::new(4);
+    for dtype in FLOATS {
+        for extents in [[0, 4, 5], [4, 0, 5], [4, 5, 0], [0, 0, 0], [1, 0, 5], [5, 0, 1]] {
+            check(&mut rng, dtype, &[], extents, false);
+            check(&mut rng, dtype, &[2], extents, true);
+            check(&mut rng, dtype, &[0], extents, false);
+        }
+    }
+}
