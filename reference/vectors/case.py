@@ -92,7 +92,7 @@ class Family:
     tensors: dict = field(default_factory=dict)
 
     def case(self, op, name, meaning, *leaves, attrs=None, wrt=None, tol=MAP, grad_tol=None):
-        """Records `meaning(*inputs)` and its gradients for the inputs `wrt` (all floats by default).
+        """Records `meaning(*inputs)` and its gradients for the inputs `wrt` (every float, if None).
 
         `meaning` is given f64 inputs, or native ones if `tol` is NATIVE.
         """
@@ -124,7 +124,7 @@ class Family:
         self.cases.append(entry)
 
     def keep(self, name, x, tol, large=False) -> str:
-        x = x.detach().contiguous().clone()
+        x = (x.to(torch.uint8) if x.dtype == torch.bool else x).detach().contiguous().clone()
         if x.dtype == torch.float64 and tol is not NATIVE:
             # Inputs are exact in bf16; full f64 only where it is needed.
             short = x.to(torch.bfloat16)

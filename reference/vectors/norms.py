@@ -29,7 +29,10 @@ def softmax(family):
             ("strided", normal(5, 17).view(("slice", 1, 2, 5, 3)), 1),
             ("repeated", normal(3, 1).view(("broadcast_as", 3, 5)), 1),
         ]:
-            family.case(op, name, lambda x: function(x, dim), leaf, attrs={"dim": dim}, tol=ROW)
+            # The gradients of equal elements add up to 0, each rounded before.
+            grad_tol = ROW if name != "repeated" else ROW | {"bf16": [4e-3, 1e-2]}
+            family.case(op, name, lambda x: function(x, dim), leaf, attrs={"dim": dim}, tol=ROW,
+                        grad_tol=grad_tol)  # fmt: skip
         masked = given([[-INF, 1.0, 2.0, -INF], [0.5, -INF, -INF, -INF]])
         family.case(op, "masked", lambda x: function(x, 1), masked, wrt=[], attrs={"dim": 1},
                     tol=ROW)  # fmt: skip

@@ -1,1 +1,31 @@
-//! metal-candle
+//! Fine-tune and run language models on your own machine: lazy tensors that are differentiated, fused and
+//! planned as a whole, and what stands on them.
+//!
+//! ```text
+//! lazy ─────── LazyTensor: record, evaluate        transform ─ grad, compile
+//! nn, models ─ layers and decoders                 io ──────── files
+//! train ────── the training step and its loop      generate ── text out
+//! ```
+//!
+//! `ARCHITECTURE.md` in the repository has the whole picture.
+#![warn(missing_docs)]
+
+mod error;
+pub mod generate;
+pub mod io;
+mod lazy;
+pub mod models;
+pub mod nn;
+pub mod train;
+mod transform;
+
+pub use error::{Error, ErrorKind, Result};
+pub use lazy::{Attention, CrossEntropy, Dim, LazyTensor};
+pub use metal_candle_compiler::Plan;
+pub use metal_candle_graph::{self as graph, BlockFormat, ComputationGraph, DType, Operation};
+pub use metal_candle_runtime::{AsyncGraphExecutor, Device, Element, Pending};
+pub use transform::{Compiled, compile, grad, value_and_grad};
+
+#[cfg(doctest)]
+#[doc = include_str!("../../../README.md")]
+struct ReadmeDoctests;

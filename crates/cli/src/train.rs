@@ -1,0 +1,200 @@
+//! `metal-candle train`
+
+use crate::model::ModelArgs;
+use anyhow::Result;
+use indicatif::{ProgressBar, ProgressStyle};
+use metal_candle::io::LoraConfig;
+use metal_candle::io::data::{Dataset, Example, Rows, TokenizeOptions, tokenize};
+use metal_candle::io::peft::TargetModules;
+use metal_candle::io::tokenizer::Tokenizer;
+use metal_candle::nn::LoRAAdapter;
+use metal_candle::train::{AdamWConfig, LRScheduler, Report, Trainer, TrainingConfig};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+/// Names follow mlx-lm where it has them.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// A folder with train.jsonl, valid.jsonl and test.jsonl, or one file
+    #[arg(long)]
+    data: PathBuf,
+    /// Updates
+    #[arg(long, default_value_t = 1000)]
+    iters: usize,
+    /// Rows of a batch
+    #[arg(long, default_value_t = 4)]
+    batch_size: usize,
+    /// Tokens of a row; longer ones are cut and counted
+    #[arg(long, default_value_t = 2048)]
+    max_seq_length: usize,
+    /// The highest learning rate
+    #[arg(long, default_value_t = 1e-5)]
+    learning_rate: f64,
+    /// How the learning rate moves
+    #[arg(long, value_enum, default_value = "constant")]
+    lr_schedule: Schedule,
+    /// Updates until the learning rate is reached
+    #[arg(long, default_value_t = 0)]
+    warmup: usize,
+    /// Where the adapter goes (PEFT's format)
+    #[arg(long, default_value = "adapters")]
+    adapter_path: PathBuf,
+    /// Rank of the adapter
+    #[arg(long, default_value_t = 8)]
+    lora_rank: usize,
+    /// The branch is scaled by alpha / rank
+    #[arg(long, default_value_t = 16.0)]
+    lora_alpha: f64,
+    /// Probability of dropping an input of the branch
+    #[arg(long, default_value_t = 0.0)]
+    lora_dropout: f64,
+    /// The layers to adapt: names as PEFT matches them, or all-linear
+    #[arg(long, value_delimiter = ',', default_value = "q_proj,v_proj")]
+    target_modules: Vec<String>,
+    /// Train the completions only, not the prompts
+    #[arg(long)]
+    mask_prompt: bool,
+    /// Gradients of a larger norm are scaled down to this one
+    #[arg(long, default_value_t = 1.0)]
+    max_grad_norm: f64,
+    /// Decoupled weight decay
+    #[arg(long, default_value_t = 0.01)]
+    weight_decay: f64,
+    /// Of the initial adapter and the order of the rows
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Updates between two reports
+    #[arg(long, default_value_t = 10)]
+    steps_per_report: usize,
+    /// Updates between two validations
+    #[arg(long, default_value_t = 200)]
+    steps_per_eval: usize,
+    /// Batches of one validation; 0 is all
+    #[arg(long, default_value_t = 25)]
+    val_batches: usize,
+    /// Updates between two saved adapters; 0 is only at the end
+    #[arg(long, default_value_t = 100)]
+    save_every: usize,
+    /// Print the plan of one step and its exact memory before training
+    #[arg(long)]
+    show_plan: bool,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Schedule {
+    Constant,
+    Linear,
+    Cosine,
+}
+
+pub(crate) fn run(args: &Args) -> Result<()> {
+    let loaded = args.model.load()?;
+    let data = Dataset::open(&args.data)?;
+    let train = examples("training", &data.train, &loaded.tokenizer, args)?;
+    let valid = match &data.valid {
+        Some(rows) => examples("validation", rows, &loaded.tokenizer, args)?,
+        None => Vec::new(),
+    };
+    let lora = LoraConfig {
+        base_model_name_or_path: Some(args.model.name()),
+        r: args.lora_rank,
+        lora_alpha: args.lora_alpha,
+        lora_dropout: args.lora_dropout,
+        target_modules: targets(&args.target_modules),
+        ..LoraConfig::default()
+    };
+    let decoder = Arc::new(loaded.decoder);
+    let adapter = LoRAAdapter::new(lora, decoder.modules(), args.seed, &metal_candle::Device::Cpu)?;
+    eprintln!(
+        "adapter: {} layers, {} trainable parameters",
+        adapter.layers().len(),
+        adapter.num_trainable_parameters()
+    );
+    let mut trainer = Trainer::new(decoder, adapter, config(args))?;
+    if args.show_plan {
+        println!("{}", trainer.plan(&train)?);
+    }
+    let bar = progress(args.iters as u64);
+    trainer.train(&train, &valid, |report| show(&bar, args, report))?;
+    bar.finish_and_clear();
+    Ok(())
+}
+
+/// The token sequences of a file; says what was cut or left out.
+fn examples(what: &str, rows: &Rows, tokenizer: &Tokenizer, args: &Args) -> Result<Vec<Example>> {
+    let options =
+        TokenizeOptions { max_seq_length: args.max_seq_length, mask_prompt: args.mask_prompt };
+    let all = tokenize(rows, tokenizer, options)?;
+    let (cut, limit) = (all.truncated, args.max_seq_length);
+    eprintln!(
+        "{what}: {} rows, {} tokens, {} of them trained; {cut} rows cut to {limit} tokens",
+        all.examples.len(),
+        all.tokens,
+        all.trained_tokens,
+    );
+    if all.untrained > 0 {
+        eprintln!("{what}: {} rows left out: none of their tokens is trained", all.untrained);
+    }
+    Ok(all.examples)
+}
+
+fn targets(names: &[String]) -> TargetModules {
+    match names {
+        [all] if all == "all-linear" => TargetModules::AllLinear,
+        names => TargetModules::Names(names.to_vec()),
+    }
+}
+
+fn config(args: &Args) -> TrainingConfig {
+    let (rate, warmup, total) = (args.learning_rate, args.warmup, args.iters);
+    let schedule = match args.lr_schedule {
+        Schedule::Constant if warmup == 0 => LRScheduler::Constant { rate },
+        Schedule::Constant => LRScheduler::Warmup { rate, warmup },
+        Schedule::Linear => LRScheduler::WarmupLinear { rate, warmup, total },
+        Schedule::Cosine => LRScheduler::WarmupCosine { rate, warmup, total, floor: 0.0 },
+    };
+    TrainingConfig {
+        iters: args.iters,
+        batch_size: args.batch_size,
+        max_seq_length: args.max_seq_length,
+        schedule,
+        optimizer: AdamWConfig { weight_decay: args.weight_decay, ..AdamWConfig::default() },
+        max_gradient_norm: args.max_grad_norm,
+        seed: args.seed,
+        steps_per_report: args.steps_per_report,
+        steps_per_eval: args.steps_per_eval,
+        val_batches: args.val_batches,
+        save_every: args.save_every,
+        adapter_path: Some(args.adapter_path.clone()),
+    }
+}
+
+/// A bar on a terminal, nothing elsewhere.
+fn progress(iters: u64) -> ProgressBar {
+    let style = ProgressStyle::with_template("{bar:30} {pos}/{len} {msg} eta {eta}");
+    ProgressBar::new(iters).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+}
+
+fn show(bar: &ProgressBar, args: &Args, report: Report) {
+    let line = match report {
+        Report::Train { step, loss, rate, gradient_norm, tokens_per_second, .. } => {
+            bar.set_position(step as u64);
+            bar.set_message(format!("loss {loss:.3}"));
+            format!(
+                "step {step}: loss {loss:.4}, learning rate {rate:.2e}, gradient norm \
+                 {gradient_norm:.3}, {tokens_per_second:.0} tok/s"
+            )
+        }
+        Report::Validation { step, loss } => format!("step {step}: validation loss {loss:.4}"),
+        Report::Skipped { step, loss, gradient_norm } => format!(
+            "step {step}: skipped, not finite: loss {loss}, gradient norm {gradient_norm}; \
+             a lower --learning-rate may help"
+        ),
+        Report::Saved { step } => {
+            format!("step {step}: saved to {}", args.adapter_path.display())
+        }
+    };
+    bar.suspend(|| println!("{line}"));
+}

@@ -1,0 +1,141 @@
+//! What went wrong, and at which line of the caller.
+
+use crate::{DType, Device, io};
+use metal_candle_graph::{Shape, TensorType};
+use std::fmt;
+use std::panic::Location;
+
+/// An error: its kind, and the line that made the mistake.
+pub struct Error {
+    kind: Box<ErrorKind>,
+    location: &'static Location<'static>,
+}
+
+/// [`std::result::Result`] with this crate's [`Error`].
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// The kinds of [`Error`]. Each carries the values that made it.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
+pub enum ErrorKind {
+    /// An ill-formed operation: shapes, dtypes, dims, or a gradient that does not exist.
+    #[error(transparent)]
+    Graph(#[from] metal_candle_graph::Error),
+    /// A failed run: an index out of range, no memory, a donated tensor that others hold.
+    #[error(transparent)]
+    Runtime(#[from] metal_candle_runtime::Error),
+    /// A file.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    /// A Candle tensor that could not be read or made.
+    #[error(transparent)]
+    Candle(#[from] candle_core::Error),
+    #[error("{op}: tensors live on {lhs:?} and on {rhs:?}: move one of them")]
+    DeviceMismatch { op: &'static str, lhs: Device, rhs: Device },
+    #[error("expected a value of {expected} elements of {dtype} for shape {shape}, got {got}")]
+    DataLength { dtype: DType, shape: Shape, expected: usize, got: usize },
+    #[error("expected a tensor of one element, got {got}")]
+    NotAScalar { got: TensorType },
+    #[error(
+        "argument {index} of a function that is being compiled has no value yet: \
+         return what you want to see"
+    )]
+    ArgumentValue { index: u32 },
+    #[error("the compiled function was given {got} arguments, but donates argument {donated}")]
+    DonatedArgument { donated: usize, got: usize },
+    /// An adapter's configuration that does not fit the model.
+    #[error("adapter: {0}")]
+    Adapter(io::peft::Problem),
+    /// Training data that cannot make a batch.
+    #[error("training data: {0}")]
+    Data(io::data::Problem),
+    #[error("expected {expected} parameters, got {got}")]
+    Parameters { expected: usize, got: usize },
+    #[error("no adapter is called {name}: there are {known}")]
+    UnknownAdapter { name: String, known: String },
+    #[error("the adapter is for another base: it adapts {module}, which this model does not have")]
+    AdapterModule { module: String },
+    #[error(
+        "the adapter is for another base: {module} is {expected:?} [out, in] here and {got:?} there"
+    )]
+    AdapterShape { module: String, expected: [usize; 2], got: [usize; 2] },
+    #[error("{name}: expected a matrix, got a tensor of shape {got:?}")]
+    NotAMatrix { name: String, got: Vec<usize> },
+    #[error("the prompt has {tokens} tokens: expected 1 to {context}, the model's context")]
+    PromptLength { tokens: usize, context: usize },
+}
+
+impl Error {
+    /// What went wrong.
+    pub fn kind(&self) -> &ErrorKind {
+        &self.kind
+    }
+
+    /// The caller's line.
+    pub fn location(&self) -> &'static Location<'static> {
+        self.location
+    }
+
+    pub(crate) fn at(
+        kind: impl Into<ErrorKind>,
+        location: &'static Location<'static>,
+    ) -> Error {
+        Error { kind: Box::new(kind.into()), location }
+    }
+}
+
+/// Turns an error of any layer into one that names the caller of the public method.
+pub(crate) trait AtCaller<T> {
+    #[track_caller]
+    fn at_caller(self) -> Result<T>;
+}
+
+impl<T, E: Into<ErrorKind>> AtCaller<T> for std::result::Result<T, E> {
+    #[track_caller]
+    fn at_caller(self) -> Result<T> {
+        let location = Location::caller();
+        self.map_err(|e| Error::at(e, location))
+    }
+}
+
+macro_rules! from_kind {
+    ($($source:ty),*) => {$(
+        impl From<$source> for Error {
+            #[track_caller]
+            fn from(e: $source) -> Error {
+                Error::at(e, Location::caller())
+            }
+        }
+    )*};
+}
+
+from_kind!(
+    ErrorKind,
+    metal_candle_graph::Error,
+    metal_candle_runtime::Error,
+    io::Error,
+    candle_core::Error
+);
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &*self.kind {
+            // Files are the matter here, not lines of code.
+            ErrorKind::Io(_) => write!(f, "{}", self.kind),
+            kind => write!(f, "{kind} (at {}:{})", self.location.file(), self.location.line()),
+        }
+    }
+}
+
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?} at {}", self.kind, self.location)
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        std::error::Error::source(&*self.kind)
+    }
+}

@@ -1,0 +1,46 @@
+//! The keys and values of the tokens seen so far.
+
+use crate::io::DecoderConfig;
+use crate::{DType, Device, LazyTensor, Result};
+
+/// Preallocated keys and values, `[batch, capacity, kv heads, head dim]` for every layer. They are donated to each
+/// step and updated in place.
+#[derive(Debug)]
+pub struct KVCache {
+    pub(super) keys: Vec<LazyTensor>,
+    pub(super) values: Vec<LazyTensor>,
+    capacity: usize,
+    len: usize,
+}
+
+impl KVCache {
+    /// An empty cache for `capacity` positions.
+    ///
+    /// # Errors
+    /// Where that many positions cannot be addressed.
+    pub fn new(config: &DecoderConfig, batch: usize, capacity: usize, device: &Device) -> Result<Self> {
+        let dims = [batch, capacity, config.num_kv_heads, config.head_dim];
+        let layer = || LazyTensor::zeros(&dims, DType::F32, device)?.to_owned_copy();
+        let layers = || (0..config.num_layers).map(|_| layer()).collect::<Result<Vec<_>>>();
+        Ok(KVCache { keys: layers()?, values: layers()?, capacity, len: 0 })
+    }
+
+    /// Positions that hold a token.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether no token was seen.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Positions in all.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    pub(super) fn advance(&mut self, tokens: usize) {
+        self.len += tokens;
+    }
+}

@@ -1,0 +1,32 @@
+//! Files in and out: models, tokenizers, chat templates, training data, adapters.
+//!
+//! ```text
+//! gguf ─────── a model file: metadata, tensors, names as in Hugging Face
+//! config ───── the shape of a decoder, as plain data
+//! tokenizer ── text <-> ids, from tokenizer.json or from a GGUF's metadata
+//! chat ─────── messages -> text, by the model's own Jinja template
+//! data ─────── JSONL rows -> token sequences -> padded batches
+//! peft ─────── LoRA adapters in PEFT's format
+//! file ─────── reading, and writing without ever leaving half a file
+//! ```
+//!
+//! Everything here is plain data (bytes, vectors, [`candle_core::Tensor`]) and knows no [lazy
+//! tensor](crate). Every input is taken to be hostile: a header is checked against the file's
+//! length before anything is allocated, and whatever is wrong comes back as an [`Error`] that
+//! names the file and carries the values.
+
+pub mod chat;
+pub mod config;
+pub mod data;
+mod error;
+pub mod file;
+pub mod gguf;
+pub mod peft;
+pub mod tokenizer;
+
+pub use chat::{ChatTemplate, Message};
+pub use config::{DecoderConfig, RopeLayout};
+pub use error::{Error, Result};
+pub use gguf::GgufFile;
+pub use peft::{LoraConfig, PeftAdapter};
+pub use tokenizer::Tokenizer;

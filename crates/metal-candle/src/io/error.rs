@@ -1,0 +1,46 @@
+//! What can be wrong with a file. Every error names the file; the `problem` says what and where.
+
+use std::path::{Path, PathBuf};
+
+use super::{chat, data, gguf, peft, tokenizer};
+
+/// A file that cannot be read, written or understood.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
+pub enum Error {
+    /// The operating system refused.
+    #[error("{}: {cause}", path.display())]
+    File { path: PathBuf, cause: std::io::Error },
+    /// A configuration file is not the JSON that was expected; the cause has line and column.
+    #[error("{}: {cause}", path.display())]
+    Json { path: PathBuf, cause: serde_json::Error },
+    /// A model file in the GGUF format.
+    #[error("{}: {problem}", path.display())]
+    Gguf { path: PathBuf, problem: gguf::Problem },
+    /// A tokenizer, or a text that it cannot encode.
+    #[error("{}: tokenizer: {problem}", path.display())]
+    Tokenizer { path: PathBuf, problem: tokenizer::Problem },
+    /// A chat template, or messages that it does not accept.
+    #[error("chat template: {0}")]
+    Chat(#[from] chat::Problem),
+    /// A line of training data. Columns count bytes from 1, as `serde_json` counts them.
+    #[error("{}:{line}:{column}: {problem}", path.display())]
+    Row { path: PathBuf, line: usize, column: usize, problem: data::RowProblem },
+    /// A data set as a whole.
+    #[error("{}: {problem}", path.display())]
+    Data { path: PathBuf, problem: data::Problem },
+    /// A LoRA configuration or adapter.
+    #[error("{}: {problem}", path.display())]
+    Adapter { path: PathBuf, problem: peft::Problem },
+}
+
+/// [`std::result::Result`] with this module's [`Error`].
+pub type Result<T> = std::result::Result<T, Error>;
+
+impl Error {
+    /// Wraps what the operating system said about `path`.
+    pub(crate) fn file(path: &Path) -> impl FnOnce(std::io::Error) -> Self + '_ {
+        move |cause| Error::File { path: path.to_owned(), cause }
+    }
+}

@@ -1,0 +1,67 @@
+//! Reading whole files, and writing them so that a reader sees the old one or the new one.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use serde::de::DeserializeOwned;
+
+use super::{Error, Result};
+
+/// The bytes of a file.
+///
+/// # Errors
+/// [`Error::File`].
+pub fn read(path: &Path) -> Result<Vec<u8>> {
+    fs::read(path).map_err(Error::file(path))
+}
+
+/// A value from a JSON file.
+///
+/// # Errors
+/// [`Error::File`]; [`Error::Json`] with line and column.
+pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
+    serde_json::from_slice(&read(path)?)
+        .map_err(|cause| Error::Json { path: path.to_owned(), cause })
+}
+
+/// Writes `bytes` to `path` in one step: a power cut or a kill leaves the old file or the new one.
+///
+/// The bytes go to a temporary file in the same folder, which is synchronised and then renamed.
+///
+/// # Errors
+/// [`Error::File`]; the temporary file is then removed.
+pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
+    let temporary = temporary_name(path);
+    let written = write_synced(&temporary, bytes)
+        .and_then(|()| fs::rename(&temporary, path))
+        .and_then(|()| sync_folder(path));
+    written.map_err(|cause| {
+        // The first error is the one to report; a leftover would only be a second symptom of it.
+        let _ = fs::remove_file(&temporary);
+        Error::File { path: path.to_owned(), cause }
+    })
+}
+
+/// `.{name}.{process}.tmp` beside `path`, so that two processes never share one.
+fn temporary_name(path: &Path) -> PathBuf {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    path.with_file_name(format!(".{name}.{}.tmp", std::process::id()))
+}
+
+fn write_synced(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    let mut file = OpenOptions::new().write(true).create(true).truncate(true).open(path)?;
+    file.write_all(bytes)?;
+    file.sync_all()
+}
+
+/// Makes the rename itself durable. Only Unix lets a folder be opened and synchronised.
+fn sync_folder(path: &Path) -> std::io::Result<()> {
+    if cfg!(unix)
+        && let Some(folder) = path.parent()
+    {
+        let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
+        File::open(folder)?.sync_all()?;
+    }
+    Ok(())
+}

@@ -1,0 +1,379 @@
+//! GGUF model files: metadata, tensors by range, and the names that Hugging Face gives them.
+//!
+//! The header is read here rather than by `candle_core::quantized::gguf_file::Content`: that
+//! reader divides by a hostile `general.alignment` of zero, loses the order of the tensors, lets a
+//! byte array of the file's size grow 32-fold, and refuses the whole file for one tensor of a type
+//! it does not know. Values, block types and dequantisation are Candle's.
+//!
+//! Format: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>, versions 2 and 3.
+
+mod decoder;
+mod header;
+mod names;
+mod problem;
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+pub use candle_core::quantized::gguf_file::Value;
+use candle_core::quantized::{GgmlDType, QStorage, QTensor};
+use candle_core::{Device, Tensor};
+use metal_candle_graph::{BlockFormat, DType};
+
+pub use self::names::{gguf_name, hf_name};
+pub use self::problem::Problem;
+use super::{Error, Result};
+
+/// How the bytes of a stored tensor spell its elements.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Encoding {
+    /// One little-endian element after the other.
+    Dense(DType),
+    /// Quantised blocks along the last dim.
+    Blocks(BlockFormat),
+}
+
+/// Where a tensor lies in the file. Checked against the file's length when it is opened.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TensorInfo {
+    /// The name in the file, such as `blk.0.attn_q.weight`.
+    pub name: String,
+    /// Row-major, slowest dim first (a GGUF lists them the other way round).
+    pub shape: Vec<usize>,
+    /// How its bytes are to be read.
+    pub encoding: Encoding,
+    /// From the start of the file.
+    pub offset_bytes: u64,
+    /// Length in the file.
+    pub len_bytes: usize,
+}
+
+/// A tensor's bytes as they lie in the file.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StoredTensor {
+    /// How `bytes` are to be read.
+    pub encoding: Encoding,
+    /// Row-major, slowest dim first.
+    pub shape: Vec<usize>,
+    /// Rows are whole: a block never spans two of them.
+    pub bytes: Vec<u8>,
+}
+
+/// An open GGUF file: its header in memory, its tensors on disk.
+#[derive(Debug)]
+pub struct GgufFile {
+    path: PathBuf,
+    /// Behind a lock because a read moves the position.
+    file: Mutex<File>,
+    metadata: HashMap<String, Value>,
+    tensors: Vec<TensorInfo>,
+    index: HashMap<String, usize>,
+}
+
+impl GgufFile {
+    /// Reads and checks the header; no tensor is read.
+    ///
+    /// # Errors
+    /// [`Error::File`]; [`Error::Gguf`] for whatever contradicts the format or the file's length.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref().to_owned();
+        let mut file = File::open(&path).map_err(Error::file(&path))?;
+        let len = file.metadata().map_err(Error::file(&path))?.len();
+        let header = header::read(&mut file, len)
+            .map_err(|problem| Error::Gguf { path: path.clone(), problem })?;
+        let index = header.tensors.iter().enumerate().map(|(i, t)| (t.name.clone(), i)).collect();
+        Ok(Self {
+            path,
+            file: Mutex::new(file),
+            metadata: header.metadata,
+            tensors: header.tensors,
+            index,
+        })
+    }
+
+    /// Where the file is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Every key and value of the header.
+    pub fn metadata(&self) -> &HashMap<String, Value> {
+        &self.metadata
+    }
+
+    /// The tensors in the order of the file.
+    pub fn tensors(&self) -> &[TensorInfo] {
+        &self.tensors
+    }
+
+    /// One tensor's place, by its name in the file.
+    ///
+    /// # Errors
+    /// [`Problem::NoTensor`].
+    pub fn tensor(&self, name: &str) -> Result<&TensorInfo> {
+        match self.index.get(name) {
+            Some(&i) => Ok(&self.tensors[i]),
+            None => Err(self.error(Problem::NoTensor { name: name.to_owned() })),
+        }
+    }
+
+    /// Whether the file has a tensor of this name.
+    pub fn has_tensor(&self, name: &str) -> bool {
+        self.index.contains_key(name)
+    }
+
+    /// One tensor's bytes, by its name in the file; nothing else is read.
+    ///
+    /// # Errors
+    /// [`Problem::NoTensor`]; [`Error::File`].
+    pub fn tensor_bytes(&self, name: &str) -> Result<StoredTensor> {
+        let info = self.tensor(name)?;
+        let mut bytes = vec![0; info.len_bytes];
+        // A panic of another reader cannot have left anything behind but the position.
+        let mut file = self.file.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        file.seek(SeekFrom::Start(info.offset_bytes))
+            .and_then(|_| file.read_exact(&mut bytes))
+            .map_err(Error::file(&self.path))?;
+        Ok(StoredTensor { encoding: info.encoding, shape: info.shape.clone(), bytes })
+    }
+
+    /// One tensor as `f32` on the CPU, by its name in the file.
+    ///
+    /// # Errors
+    /// As [`Self::tensor_bytes`].
+    pub fn dequantize(&self, name: &str) -> Result<Tensor> {
+        self.tensor_bytes(name)?.dequantize().map_err(|problem| self.error(problem))
+    }
+
+    /// An unsigned integer of any width that fits.
+    ///
+    /// # Errors
+    /// [`Problem::NoKey`], [`Problem::ValueType`].
+    pub fn u32(&self, key: &str) -> Result<u32> {
+        self.required(key, "an integer of 32 bits", as_u32)
+    }
+
+    /// A float of either width.
+    ///
+    /// # Errors
+    /// [`Problem::NoKey`], [`Problem::ValueType`].
+    pub fn f64(&self, key: &str) -> Result<f64> {
+        self.required(key, "a float", as_f64)
+    }
+
+    /// A string.
+    ///
+    /// # Errors
+    /// [`Problem::NoKey`], [`Problem::ValueType`].
+    pub fn str(&self, key: &str) -> Result<&str> {
+        self.required(key, "a string", as_str)
+    }
+
+    /// An array of strings.
+    ///
+    /// # Errors
+    /// [`Problem::NoKey`], [`Problem::ValueType`].
+    pub fn strings(&self, key: &str) -> Result<Vec<&str>> {
+        self.required(key, "an array of strings", |value| array(value, as_str))
+    }
+
+    /// An array of integers.
+    ///
+    /// # Errors
+    /// [`Problem::NoKey`], [`Problem::ValueType`].
+    pub fn u32s(&self, key: &str) -> Result<Vec<u32>> {
+        self.required(key, "an array of integers", |value| array(value, as_u32))
+    }
+
+    /// As [`Self::u32`], where the key may be absent.
+    ///
+    /// # Errors
+    /// [`Problem::ValueType`].
+    pub fn u32_opt(&self, key: &str) -> Result<Option<u32>> {
+        self.optional(key, "an integer of 32 bits", as_u32)
+    }
+
+    /// As [`Self::f64`], where the key may be absent.
+    ///
+    /// # Errors
+    /// [`Problem::ValueType`].
+    pub fn f64_opt(&self, key: &str) -> Result<Option<f64>> {
+        self.optional(key, "a float", as_f64)
+    }
+
+    /// A boolean, where the key may be absent.
+    ///
+    /// # Errors
+    /// [`Problem::ValueType`].
+    pub fn bool_opt(&self, key: &str) -> Result<Option<bool>> {
+        self.optional(key, "a boolean", |value| value.to_bool().ok())
+    }
+
+    /// As [`Self::str`], where the key may be absent.
+    ///
+    /// # Errors
+    /// [`Problem::ValueType`].
+    pub fn str_opt(&self, key: &str) -> Result<Option<&str>> {
+        self.optional(key, "a string", as_str)
+    }
+
+    fn required<'a, T>(
+        &'a self,
+        key: &str,
+        expected: &'static str,
+        read: impl FnOnce(&'a Value) -> Option<T>,
+    ) -> Result<T> {
+        self.optional(key, expected, read)?
+            .ok_or_else(|| self.error(Problem::NoKey { key: key.to_owned() }))
+    }
+
+    fn optional<'a, T>(
+        &'a self,
+        key: &str,
+        expected: &'static str,
+        read: impl FnOnce(&'a Value) -> Option<T>,
+    ) -> Result<Option<T>> {
+        let Some(value) = self.metadata.get(key) else { return Ok(None) };
+        read(value).map(Some).ok_or_else(|| {
+            self.error(Problem::ValueType {
+                key: key.to_owned(),
+                expected,
+                got: header::describe(value),
+            })
+        })
+    }
+
+    fn error(&self, problem: Problem) -> Error {
+        Error::Gguf { path: self.path.clone(), problem }
+    }
+}
+
+impl StoredTensor {
+    /// Every element as `f32`, on the CPU, by Candle's dequantisation.
+    ///
+    /// # Errors
+    /// [`Problem::StoredLength`], [`Problem::Candle`].
+    pub fn dequantize(&self) -> std::result::Result<Tensor, Problem> {
+        self.check_len()?;
+        let dtype = self.encoding.ggml();
+        let device = Device::Cpu;
+        QStorage::from_data(self.bytes.as_slice().into(), &device, dtype)
+            .and_then(|storage| QTensor::new(storage, self.shape.as_slice()))
+            .and_then(|tensor| tensor.dequantize(&device))
+            .map_err(|cause| Problem::Candle { cause })
+    }
+
+    /// Puts rows that llama.cpp stored for interleaved rotary embedding back into Hugging Face's
+    /// order: within each head, row `2i + s` becomes row `s·d/2 + i`.
+    ///
+    /// The rows are moved as bytes, so quantised weights stay exactly what they were. A bias (rank
+    /// 1) has rows of one element.
+    ///
+    /// # Errors
+    /// [`Problem::Heads`] unless the rows split into `heads` heads of an even width;
+    /// [`Problem::StoredLength`].
+    pub fn unpermute_rope_rows(&mut self, heads: usize) -> std::result::Result<(), Problem> {
+        self.check_len()?;
+        let rows = self.shape.first().copied().unwrap_or(0);
+        if heads == 0 || rows == 0 || !rows.is_multiple_of(2 * heads) {
+            return Err(Problem::Heads { rows, heads });
+        }
+        let row_bytes = self.bytes.len() / rows;
+        let head_bytes = rows / heads * row_bytes;
+        let mut unpermuted = Vec::with_capacity(self.bytes.len());
+        for head in self.bytes.chunks_exact(head_bytes) {
+            for side in 0..2 {
+                for pair in head.chunks_exact(2 * row_bytes) {
+                    unpermuted.extend_from_slice(&pair[side * row_bytes..][..row_bytes]);
+                }
+            }
+        }
+        self.bytes = unpermuted;
+        Ok(())
+    }
+
+    /// The fields are public: what follows relies on their telling the same story.
+    fn check_len(&self) -> std::result::Result<(), Problem> {
+        let (row, rows) = self.shape.split_last().map_or((1, &[][..]), |(&row, rows)| (row, rows));
+        let expected = rows
+            .iter()
+            .try_fold(self.encoding.row_bytes(row).unwrap_or(0), |n, &dim| n.checked_mul(dim))
+            .unwrap_or(0);
+        if expected == self.bytes.len() && expected > 0 {
+            return Ok(());
+        }
+        let (shape, got) = (self.shape.clone(), self.bytes.len());
+        Err(Problem::StoredLength { encoding: self.encoding, shape, expected, got })
+    }
+}
+
+impl Encoding {
+    /// The id in a GGUF file, Candle's name and ours, for every type that can be read.
+    const TABLE: [(u32, GgmlDType, Encoding); 15] = [
+        (0, GgmlDType::F32, Encoding::Dense(DType::F32)),
+        (1, GgmlDType::F16, Encoding::Dense(DType::F16)),
+        (30, GgmlDType::BF16, Encoding::Dense(DType::BF16)),
+        (2, GgmlDType::Q4_0, Encoding::Blocks(BlockFormat::Q4_0)),
+        (3, GgmlDType::Q4_1, Encoding::Blocks(BlockFormat::Q4_1)),
+        (6, GgmlDType::Q5_0, Encoding::Blocks(BlockFormat::Q5_0)),
+        (7, GgmlDType::Q5_1, Encoding::Blocks(BlockFormat::Q5_1)),
+        (8, GgmlDType::Q8_0, Encoding::Blocks(BlockFormat::Q8_0)),
+        (9, GgmlDType::Q8_1, Encoding::Blocks(BlockFormat::Q8_1)),
+        (10, GgmlDType::Q2K, Encoding::Blocks(BlockFormat::Q2K)),
+        (11, GgmlDType::Q3K, Encoding::Blocks(BlockFormat::Q3K)),
+        (12, GgmlDType::Q4K, Encoding::Blocks(BlockFormat::Q4K)),
+        (13, GgmlDType::Q5K, Encoding::Blocks(BlockFormat::Q5K)),
+        (14, GgmlDType::Q6K, Encoding::Blocks(BlockFormat::Q6K)),
+        (15, GgmlDType::Q8K, Encoding::Blocks(BlockFormat::Q8K)),
+    ];
+
+    /// Bytes of one row of `len` elements, or `None` where a block would span two rows.
+    pub fn row_bytes(self, len: usize) -> Option<usize> {
+        match self {
+            Encoding::Dense(dtype) => len.checked_mul(dtype.size_bytes()),
+            Encoding::Blocks(format) => format.bytes_for(len),
+        }
+    }
+
+    fn from_id(id: u32) -> Option<Self> {
+        Self::TABLE.iter().find(|(i, ..)| *i == id).map(|&(.., encoding)| encoding)
+    }
+
+    fn ggml(self) -> GgmlDType {
+        let row = Self::TABLE.iter().find(|(.., encoding)| *encoding == self);
+        row.expect("metal-candle bug: an encoding that no GGUF type id leads to").1
+    }
+}
+
+fn as_u32(value: &Value) -> Option<u32> {
+    match *value {
+        Value::U8(v) => Some(v.into()),
+        Value::U16(v) => Some(v.into()),
+        Value::U32(v) => Some(v),
+        Value::U64(v) => v.try_into().ok(),
+        Value::I8(v) => v.try_into().ok(),
+        Value::I16(v) => v.try_into().ok(),
+        Value::I32(v) => v.try_into().ok(),
+        Value::I64(v) => v.try_into().ok(),
+        Value::F32(_) | Value::F64(_) | Value::Bool(_) | Value::String(_) | Value::Array(_) => None,
+    }
+}
+
+fn as_f64(value: &Value) -> Option<f64> {
+    match *value {
+        Value::F32(v) => Some(v.into()),
+        Value::F64(v) => Some(v),
+        _ => None,
+    }
+}
+
+fn as_str(value: &Value) -> Option<&str> {
+    value.to_string().ok().map(String::as_str)
+}
+
+fn array<'a, T>(value: &'a Value, read: impl Fn(&'a Value) -> Option<T>) -> Option<Vec<T>> {
+    value.to_vec().ok()?.iter().map(read).collect()
+}

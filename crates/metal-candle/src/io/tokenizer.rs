@@ -1,0 +1,351 @@
+//! Text to token ids and back, as the model's own tokenizer does it.
+//!
+//! Three sources: a `tokenizer.json`; a Hugging Face folder with one; the metadata of a GGUF file
+//! (byte-level BPE). The work is done by the `tokenizers` crate; what is ours is building it from a
+//! GGUF, the check of a hostile merge table, and text that streams without half a character.
+
+mod gguf;
+mod stream;
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+pub use self::stream::TextStream;
+use super::gguf::GgufFile;
+use super::{ChatTemplate, Error, Result, file};
+
+/// What can be wrong with a tokenizer.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
+pub enum Problem {
+    #[error("model {got:?}: expected \"gpt2\" (byte-level BPE); put a tokenizer.json beside it")]
+    Model { got: String },
+    #[error("pre-tokenizer {got:?}: expected one of {known:?}; put a tokenizer.json beside it")]
+    PreTokenizer { got: String, known: Vec<&'static str> },
+    #[error("token {token:?} has two ids, {first} and {second}")]
+    DuplicateToken { token: String, first: usize, second: usize },
+    #[error("{tokens} tokens but {types} token types")]
+    TokenTypes { tokens: usize, types: usize },
+    #[error("merge {index} is {merge:?}: expected two tokens and a space between them")]
+    Merge { index: usize, merge: String },
+    #[error("merge {index} needs token {token:?}, which the vocabulary lacks")]
+    MergeToken { index: usize, token: String },
+    #[error("{key} is {id}, but the vocabulary has {tokens} tokens")]
+    SpecialId { key: &'static str, id: u32, tokens: usize },
+    #[error("{key} is {token:?}, which the vocabulary lacks")]
+    SpecialToken { key: &'static str, token: String },
+    #[error("{cause}")]
+    Library { cause: tokenizers::Error },
+}
+
+/// The ids that mean something beside text.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SpecialIds {
+    /// Begins a text, where the model wants one.
+    pub bos: Option<u32>,
+    /// Ends a text, and in most chat models a turn.
+    pub eos: Option<u32>,
+    /// Ends a turn, where that is another token.
+    pub eot: Option<u32>,
+    /// Fills a batch.
+    pub pad: Option<u32>,
+    /// Stands for what cannot be encoded.
+    pub unk: Option<u32>,
+}
+
+/// A text's ids, and which bytes of it each one covers.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Encoding {
+    /// Token ids.
+    pub ids: Vec<u32>,
+    /// As many byte ranges of the text; empty for a token that the tokenizer added.
+    pub spans: Vec<Range<usize>>,
+}
+
+/// Text to ids and back.
+#[derive(Clone, Debug)]
+pub struct Tokenizer {
+    path: PathBuf,
+    inner: tokenizers::Tokenizer,
+    special: SpecialIds,
+    chat_template: Option<ChatTemplate>,
+}
+
+impl Tokenizer {
+    /// From a `tokenizer.json`; special ids and the chat template from the `tokenizer_config.json`
+    /// and `chat_template.jinja` beside it, where they exist.
+    ///
+    /// # Errors
+    /// [`Error::File`], [`Error::Json`], [`Error::Tokenizer`], [`Error::Chat`].
+    pub fn from_file(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let bytes = file::read(path)?;
+        let failed = |problem| Error::Tokenizer { path: path.to_owned(), problem };
+        check_json(path, &bytes)?;
+        let inner = tokenizers::Tokenizer::from_bytes(&bytes)
+            .map_err(|cause| failed(Problem::Library { cause }))?;
+        let mut tokenizer = Self::new(path, inner);
+        tokenizer.read_config(&path.with_file_name("tokenizer_config.json"))?;
+        let template = path.with_file_name("chat_template.jinja");
+        if template.exists() {
+            let source = String::from_utf8_lossy(&file::read(&template)?).into_owned();
+            tokenizer.chat_template = Some(tokenizer.template(source)?);
+        }
+        Ok(tokenizer)
+    }
+
+    /// From the metadata of a GGUF file (`tokenizer.ggml.*`, `tokenizer.chat_template`).
+    ///
+    /// # Errors
+    /// [`Error::Gguf`] for keys that are missing or of another type; [`Error::Tokenizer`],
+    /// [`Error::Chat`].
+    pub fn from_gguf(gguf: &GgufFile) -> Result<Self> {
+        let (inner, special) = gguf::build(gguf)?;
+        let mut tokenizer = Self { special, ..Self::new(gguf.path(), inner) };
+        if let Some(source) = gguf.str_opt("tokenizer.chat_template")? {
+            tokenizer.chat_template = Some(tokenizer.template(source.to_owned())?);
+        }
+        Ok(tokenizer)
+    }
+
+    /// The ids of `text`. Special tokens spelled out in it are recognised; with `add_special` the
+    /// ones that the model wants around every text (such as BOS) are added.
+    ///
+    /// # Errors
+    /// [`Problem::Library`].
+    pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
+        let encoding = self.inner.encode_fast(text, add_special).map_err(self.library())?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// As [`Self::encode`], with the bytes of `text` that each id covers.
+    ///
+    /// # Errors
+    /// [`Problem::Library`].
+    pub fn encode_spans(&self, text: &str, add_special: bool) -> Result<Encoding> {
+        let encoding = self.inner.encode(text, add_special).map_err(self.library())?;
+        let spans = encoding.get_offsets().iter().map(|&(start, end)| start..end).collect();
+        Ok(Encoding { ids: encoding.get_ids().to_vec(), spans })
+    }
+
+    /// The text of `ids`; `skip_special` leaves out tokens such as EOS. Bytes that are no UTF-8
+    /// become U+FFFD, ids outside the vocabulary nothing.
+    ///
+    /// # Errors
+    /// [`Problem::Library`].
+    pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
+        self.inner.decode(ids, skip_special).map_err(self.library())
+    }
+
+    /// Decodes ids one by one; see [`TextStream`].
+    pub fn stream(&self) -> TextStream<'_> {
+        TextStream::new(self)
+    }
+
+    /// The ids that mean something beside text.
+    pub fn special(&self) -> &SpecialIds {
+        &self.special
+    }
+
+    /// Whether generation stops at `id`.
+    pub fn is_end(&self, id: u32) -> bool {
+        self.special.eos == Some(id) || self.special.eot == Some(id)
+    }
+
+    /// The id of one token, by its exact spelling in the vocabulary.
+    pub fn token_id(&self, token: &str) -> Option<u32> {
+        self.inner.token_to_id(token)
+    }
+
+    /// Tokens of the vocabulary, added ones included.
+    pub fn vocab_size(&self) -> usize {
+        self.inner.get_vocab_size(true)
+    }
+
+    /// The model's chat template, where it has one.
+    pub fn chat_template(&self) -> Option<&ChatTemplate> {
+        self.chat_template.as_ref()
+    }
+
+    fn new(path: &Path, inner: tokenizers::Tokenizer) -> Self {
+        let special = SpecialIds::default();
+        Self { path: path.to_owned(), inner, special, chat_template: None }
+    }
+
+    /// Special ids and chat template of a `tokenizer_config.json`, if there is one.
+    fn read_config(&mut self, path: &Path) -> Result<()> {
+        if !path.exists() {
+            return Ok(());
+        }
+        let config: Config = file::read_json(path)?;
+        let id = |key, token: &Option<TokenName>| self.named_id(path, key, token.as_ref());
+        self.special = SpecialIds {
+            bos: id("bos_token", &config.bos_token)?,
+            eos: id("eos_token", &config.eos_token)?,
+            eot: None,
+            pad: id("pad_token", &config.pad_token)?,
+            unk: id("unk_token", &config.unk_token)?,
+        };
+        let template = match config.chat_template {
+            None => None,
+            Some(Templates::One(source)) => Some(source),
+            Some(Templates::Named(all)) => {
+                all.into_iter().find(|named| named.name == "default").map(|named| named.template)
+            }
+        };
+        self.chat_template = template.map(|source| self.template(source)).transpose()?;
+        Ok(())
+    }
+
+    fn named_id(
+        &self,
+        path: &Path,
+        key: &'static str,
+        token: Option<&TokenName>,
+    ) -> Result<Option<u32>> {
+        let Some(TokenName::Text(token) | TokenName::Added { content: token }) = token else {
+            return Ok(None);
+        };
+        match self.token_id(token) {
+            Some(id) => Ok(Some(id)),
+            None => Err(Error::Tokenizer {
+                path: path.to_owned(),
+                problem: Problem::SpecialToken { key, token: token.clone() },
+            }),
+        }
+    }
+
+    /// A template that knows how this vocabulary spells its special tokens.
+    fn template(&self, source: String) -> Result<ChatTemplate> {
+        let spell = |id: Option<u32>| id.and_then(|id| self.inner.id_to_token(id));
+        let SpecialIds { bos, eos, pad, unk, .. } = self.special;
+        let tokens =
+            [("bos_token", bos), ("eos_token", eos), ("pad_token", pad), ("unk_token", unk)];
+        let tokens = tokens.into_iter().filter_map(|(name, id)| Some((name, spell(id)?)));
+        Ok(ChatTemplate::new(source, tokens)?)
+    }
+
+    fn library(&self) -> impl FnOnce(tokenizers::Error) -> Error + '_ {
+        |cause| Error::Tokenizer { path: self.path.clone(), problem: Problem::Library { cause } }
+    }
+}
+
+/// The keys of a `tokenizer_config.json` that concern us.
+#[derive(Deserialize)]
+struct Config {
+    bos_token: Option<TokenName>,
+    eos_token: Option<TokenName>,
+    pad_token: Option<TokenName>,
+    unk_token: Option<TokenName>,
+    chat_template: Option<Templates>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum TokenName {
+    Text(String),
+    Added { content: String },
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Templates {
+    One(String),
+    Named(Vec<NamedTemplate>),
+}
+
+#[derive(Deserialize)]
+struct NamedTemplate {
+    name: String,
+    template: String,
+}
+
+/// What of a `tokenizer.json` can make the library panic.
+#[derive(Deserialize)]
+struct Json {
+    model: JsonModel,
+}
+
+#[derive(Deserialize)]
+struct JsonModel {
+    #[serde(default, rename = "type")]
+    kind: Option<String>,
+    #[serde(default)]
+    vocab: serde_json::Value,
+    #[serde(default)]
+    merges: Vec<JsonMerge>,
+    #[serde(default)]
+    continuing_subword_prefix: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum JsonMerge {
+    Line(String),
+    Pair(String, String),
+}
+
+/// Holds the merges of a BPE `tokenizer.json` against its vocabulary, before the library does.
+fn check_json(path: &Path, bytes: &[u8]) -> Result<()> {
+    let json: Json = serde_json::from_slice(bytes)
+        .map_err(|cause| Error::Json { path: path.to_owned(), cause })?;
+    let model = json.model;
+    let Some(vocab) = model.vocab.as_object() else { return Ok(()) };
+    if model.kind.is_some_and(|kind| kind != "BPE") {
+        return Ok(());
+    }
+    let vocab: HashMap<&str, ()> = vocab.keys().map(|token| (token.as_str(), ())).collect();
+    let prefix = model.continuing_subword_prefix.unwrap_or_default();
+    let mut pairs = Vec::with_capacity(model.merges.len());
+    for (index, merge) in model.merges.iter().enumerate() {
+        pairs.push(match merge {
+            JsonMerge::Pair(left, right) => (left.as_str(), right.as_str()),
+            // A header line that old files carry and the library skips.
+            JsonMerge::Line(line) if line.starts_with("#version") => continue,
+            JsonMerge::Line(line) => split_merge(index, line).map_err(in_file(path))?,
+        });
+    }
+    check_merges(&vocab, &pairs, &prefix).map_err(in_file(path))
+}
+
+fn in_file(path: &Path) -> impl Fn(Problem) -> Error + '_ {
+    |problem| Error::Tokenizer { path: path.to_owned(), problem }
+}
+
+/// The two tokens of a merge written as `left right`.
+fn split_merge(index: usize, merge: &str) -> std::result::Result<(&str, &str), Problem> {
+    match merge.split_once(' ') {
+        Some((left, right)) if !left.is_empty() && !right.is_empty() && !right.contains(' ') => {
+            Ok((left, right))
+        }
+        _ => Err(Problem::Merge { index, merge: merge.to_owned() }),
+    }
+}
+
+/// Both sides of every merge and what they make are in the vocabulary.
+///
+/// The library copies the two sides into a buffer of the longest token's size before it looks, and
+/// panics where they do not fit.
+fn check_merges<V>(
+    vocab: &HashMap<&str, V>,
+    merges: &[(&str, &str)],
+    prefix: &str,
+) -> std::result::Result<(), Problem> {
+    let mut made = String::new();
+    for (index, &(left, right)) in merges.iter().enumerate() {
+        made.clear();
+        made.push_str(left);
+        // A right side too short for its prefix makes a token that no vocabulary has.
+        made.push_str(right.strip_prefix(prefix).unwrap_or("\0"));
+        for token in [left, right, &made] {
+            if !vocab.contains_key(token) {
+                return Err(Problem::MergeToken { index, token: token.to_owned() });
+            }
+        }
+    }
+    Ok(())
+}

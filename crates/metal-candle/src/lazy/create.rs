@@ -1,0 +1,166 @@
+//! Tensors from data, constants and random numbers.
+
+use super::LazyTensor;
+use crate::error::{AtCaller, ErrorKind};
+use crate::{DType, Device, Error, Result};
+use metal_candle_graph::{Distribution, Operation, Scalar, Shape, TensorType};
+use metal_candle_runtime::{Buffer, Element};
+
+impl LazyTensor {
+    /// A Candle tensor's own memory, not copied if it is contiguous.
+    ///
+    /// # Errors
+    /// For a dtype or a device that this build has no kernels for.
+    #[track_caller]
+    pub fn from_tensor(tensor: &candle_core::Tensor) -> Result<LazyTensor> {
+        let buffer = Buffer::from_candle(tensor).at_caller()?;
+        let shape = Shape::new(tensor.dims()).at_caller()?;
+        let ty = TensorType::new(buffer.dtype(), shape);
+        Ok(LazyTensor::ready(buffer, ty))
+    }
+
+    /// The vector's own memory, in row-major order.
+    ///
+    /// # Errors
+    /// Where `data` has not the elements of `dims`.
+    #[track_caller]
+    pub fn from_vec<T: Element>(
+        data: Vec<T>,
+        dims: &[usize],
+        device: &Device,
+    ) -> Result<LazyTensor> {
+        let shape = Shape::new(dims).at_caller()?;
+        let Device::Cpu = device else { return unsupported(*device) };
+        let got = data.len();
+        let buffer = Buffer::from_vec(data);
+        let dtype = buffer.dtype();
+        if got != shape.len() {
+            let expected = shape.len();
+            return Err(Error::from(ErrorKind::DataLength { dtype, shape, expected, got }));
+        }
+        Ok(LazyTensor::ready(buffer, TensorType::new(dtype, shape)))
+    }
+
+    /// A copy of `data`, in row-major order.
+    ///
+    /// # Errors
+    /// Where `data` has not the elements of `dims`.
+    #[track_caller]
+    pub fn from_slice<T: Element>(
+        data: &[T],
+        dims: &[usize],
+        device: &Device,
+    ) -> Result<LazyTensor> {
+        LazyTensor::from_vec(data.to_vec(), dims, device)
+    }
+
+    /// `value` everywhere. Takes no memory until it is needed.
+    ///
+    /// # Errors
+    /// Where the shape cannot be addressed.
+    #[track_caller]
+    pub fn full(value: f64, dims: &[usize], dtype: DType, device: &Device) -> Result<LazyTensor> {
+        let shape = Shape::new(dims).at_caller()?;
+        let scalar = LazyTensor::constant(Scalar::from_f64(dtype, value), device);
+        scalar.broadcast_shape(shape)
+    }
+
+    /// # Errors
+    /// As [`LazyTensor::full`].
+    #[track_caller]
+    pub fn zeros(dims: &[usize], dtype: DType, device: &Device) -> Result<LazyTensor> {
+        LazyTensor::full(0.0, dims, dtype, device)
+    }
+
+    /// # Errors
+    /// As [`LazyTensor::full`].
+    #[track_caller]
+    pub fn ones(dims: &[usize], dtype: DType, device: &Device) -> Result<LazyTensor> {
+        LazyTensor::full(1.0, dims, dtype, device)
+    }
+
+    /// Zeros of this tensor's shape and dtype.
+    ///
+    /// # Errors
+    /// Never for a tensor that exists.
+    #[track_caller]
+    pub fn zeros_like(&self) -> Result<LazyTensor> {
+        LazyTensor::zeros(self.dims(), self.dtype(), self.device())
+    }
+
+    /// Ones of this tensor's shape and dtype.
+    ///
+    /// # Errors
+    /// Never for a tensor that exists.
+    #[track_caller]
+    pub fn ones_like(&self) -> Result<LazyTensor> {
+        LazyTensor::ones(self.dims(), self.dtype(), self.device())
+    }
+
+    /// `start, start + 1, ..` below `end`, rank 1.
+    ///
+    /// # Errors
+    /// Where `end` is below `start`.
+    #[track_caller]
+    pub fn arange(start: i64, end: i64, dtype: DType, device: &Device) -> Result<LazyTensor> {
+        let len = end.checked_sub(start).and_then(|len| usize::try_from(len).ok());
+        let len = len.ok_or_else(|| metal_candle_graph::Error::Attribute {
+            op: "arange",
+            what: "end",
+            expected: "at least start",
+            got: format!("{end} for start {start}"),
+        });
+        let len = len.at_caller()?;
+        let ty = TensorType::new(dtype, Shape::new(&[len]).at_caller()?);
+        let op = Operation::Iota { len, dtype };
+        let iota = LazyTensor::from_parts(op, smallvec::SmallVec::new(), ty, *device);
+        if start == 0 { Ok(iota) } else { iota.affine(1.0, start as f64) }
+    }
+
+    /// Uniform on `[0, 1)`: element `i` depends on `seed` and `i` only.
+    ///
+    /// # Errors
+    /// For an integer dtype, or a shape that cannot be addressed.
+    #[track_caller]
+    pub fn rand(dims: &[usize], dtype: DType, seed: u64, device: &Device) -> Result<LazyTensor> {
+        LazyTensor::random(Distribution::Uniform, dims, dtype, seed, device)
+    }
+
+    /// Standard normal: element `i` depends on `seed` and `i` only.
+    ///
+    /// # Errors
+    /// As [`LazyTensor::rand`].
+    #[track_caller]
+    pub fn randn(dims: &[usize], dtype: DType, seed: u64, device: &Device) -> Result<LazyTensor> {
+        LazyTensor::random(Distribution::Normal, dims, dtype, seed, device)
+    }
+
+    #[track_caller]
+    fn random(
+        distribution: Distribution,
+        dims: &[usize],
+        dtype: DType,
+        seed: u64,
+        device: &Device,
+    ) -> Result<LazyTensor> {
+        let shape = Shape::new(dims).at_caller()?;
+        let seed = LazyTensor::constant(Scalar::from_i64(DType::I64, seed as i64), device);
+        let op = Operation::Random { distribution, stream: 0, dtype, shape };
+        LazyTensor::record(op, &[&seed])
+    }
+
+    pub(crate) fn constant(value: Scalar, device: &Device) -> LazyTensor {
+        let ty = TensorType::new(value.dtype(), Shape::SCALAR);
+        LazyTensor::from_parts(Operation::Const(value), smallvec::SmallVec::new(), ty, *device)
+    }
+
+    /// A constant of this tensor's dtype and device, rank 0.
+    pub(crate) fn scalar_like(&self, value: f64) -> LazyTensor {
+        LazyTensor::constant(Scalar::from_f64(self.dtype(), value), self.device())
+    }
+}
+
+#[track_caller]
+fn unsupported<T>(device: Device) -> Result<T> {
+    Err(metal_candle_runtime::Error::Device { got: format!("{device:?}") }).at_caller()
+}

@@ -1,0 +1,155 @@
+//! Cross-entropy.
+
+use super::norm::composite;
+use crate::error::AtCaller;
+use crate::{DType, LazyTensor, Result};
+use metal_candle_graph::composite::CrossEntropyAttrs;
+use metal_candle_graph::{Composite, Error, Scalar, Shape};
+
+/// How a cross-entropy weighs rows and what it makes of their losses.
+///
+/// By default rows with the label -100 do not count, nothing is smoothed, and the result is the
+/// mean over the rows that count.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct CrossEntropy {
+    ignore_index: Option<i64>,
+    label_smoothing: f64,
+    reduction: Reduction,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Reduction {
+    Mean,
+    Sum,
+    PerRow,
+}
+
+impl Default for CrossEntropy {
+    fn default() -> CrossEntropy {
+        CrossEntropy { ignore_index: Some(-100), label_smoothing: 0.0, reduction: Reduction::Mean }
+    }
+}
+
+impl CrossEntropy {
+    /// The default.
+    pub fn new() -> CrossEntropy {
+        CrossEntropy::default()
+    }
+
+    /// Rows with this label have loss 0, gradient 0, and do not count for the mean; `None`: every
+    /// row counts.
+    #[must_use]
+    pub fn ignore_index(self, ignore_index: Option<i64>) -> CrossEntropy {
+        CrossEntropy { ignore_index, ..self }
+    }
+
+    /// `ε` of `(1 - ε) · loss + ε · (the mean loss over all classes)` (Szegedy et al. 2016), within
+    /// 0 and 1.
+    #[must_use]
+    pub fn label_smoothing(self, label_smoothing: f64) -> CrossEntropy {
+        CrossEntropy { label_smoothing, ..self }
+    }
+
+    /// The mean over the rows that count, 0 if none does: the default.
+    #[must_use]
+    pub fn mean(self) -> CrossEntropy {
+        CrossEntropy { reduction: Reduction::Mean, ..self }
+    }
+
+    /// The sum over all rows.
+    #[must_use]
+    pub fn sum(self) -> CrossEntropy {
+        CrossEntropy { reduction: Reduction::Sum, ..self }
+    }
+
+    /// The loss of every row, in the shape of the labels.
+    #[must_use]
+    pub fn per_row(self) -> CrossEntropy {
+        CrossEntropy { reduction: Reduction::PerRow, ..self }
+    }
+
+    fn attrs(&self) -> CrossEntropyAttrs {
+        let label_smoothing = Scalar::from_f64(DType::F64, self.label_smoothing);
+        CrossEntropyAttrs { ignore_index: self.ignore_index, label_smoothing }
+    }
+
+    /// The result, from the losses of all rows: `losses: [n]`, `labels: [..]`.
+    #[track_caller]
+    fn reduced(&self, losses: &LazyTensor, labels: &LazyTensor) -> Result<LazyTensor> {
+        match self.reduction {
+            Reduction::PerRow => losses.reshape_to(labels.ty().shape),
+            Reduction::Sum => losses.sum_all(),
+            Reduction::Mean => {
+                let sum = losses.sum_all()?;
+                let Some(index) = self.ignore_index else {
+                    return sum.affine(1.0 / losses.elem_count().max(1) as f64, 0.0);
+                };
+                // In i64, where no u32 label equals a negative index.
+                let index = Scalar::from_i64(DType::I64, index);
+                let index = LazyTensor::constant(index, labels.device());
+                let counts = labels.to_dtype(DType::I64)?.ne(&index)?.to_dtype(losses.dtype())?;
+                let count = counts.sum_all()?;
+                sum.div(&count.maximum(&count.scalar_like(1.0))?)
+            }
+        }
+    }
+}
+
+impl LazyTensor {
+    /// `logsumexp(logits) - logits[label]` of every row, reduced as the options say.
+    ///
+    /// # Shapes
+    /// Logits `[.., classes]` and integer labels `[..]` give rank 0, or the labels' shape per row.
+    ///
+    /// # Numerics
+    /// Computed and given in f32 (f64 for f64). The logits' gradient is rounded once.
+    ///
+    /// # Errors
+    /// Where the shapes do not fit, the logits are integers, the labels floats, or the smoothing is
+    /// not within 0 and 1.
+    #[track_caller]
+    pub fn cross_entropy(&self, labels: &LazyTensor, options: CrossEntropy) -> Result<LazyTensor> {
+        let [logits, rows] = self.rows("cross_entropy", labels)?;
+        let losses = composite(Composite::CrossEntropy(options.attrs()), &[&logits, &rows])?;
+        options.reduced(&losses, labels)
+    }
+
+    /// [`LazyTensor::cross_entropy`] of the logits `x weightᵀ`, which are computed in chunks of the
+    /// vocabulary and never held, neither forward nor backward.
+    ///
+    /// # Shapes
+    /// `x: [.., features]`, `weight: [classes, features]` and integer labels `[..]` give rank 0, or
+    /// the labels' shape per row.
+    ///
+    /// # Numerics
+    /// Logits, losses and their sums are f32 (f64 for f64); gradients are rounded once.
+    ///
+    /// # Errors
+    /// As [`LazyTensor::cross_entropy`], and where x and the weight differ in features, dtype or
+    /// device.
+    #[track_caller]
+    pub fn linear_cross_entropy(
+        &self,
+        weight: &LazyTensor,
+        labels: &LazyTensor,
+        options: CrossEntropy,
+    ) -> Result<LazyTensor> {
+        let [x, rows] = self.rows("linear_cross_entropy", labels)?;
+        let loss = Composite::LinearCrossEntropy(options.attrs());
+        let losses = composite(loss, &[&x, weight, &rows])?;
+        options.reduced(&losses, labels)
+    }
+
+    /// This tensor as `[n, last]` and the labels, of its other extents, as `[n]`.
+    #[track_caller]
+    fn rows(&self, op: &'static str, labels: &LazyTensor) -> Result<[LazyTensor; 2]> {
+        let Some((last, outer)) = self.dims().split_last() else {
+            return Err(Error::Rank { op, expected: "at least 1", got: 0 }).at_caller();
+        };
+        let (expected, got) = (Shape::new(outer).at_caller()?, labels.ty().shape);
+        if expected != got {
+            return Err(Error::Shape { op, expected, got }).at_caller();
+        }
+        Ok([self.reshape(&[expected.len(), *last])?, labels.flatten_all()?])
+    }
+}

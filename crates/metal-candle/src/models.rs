@@ -1,0 +1,7 @@
+//! Models, written on [`LazyTensor`](crate::LazyTensor).
+
+mod decoder;
+mod load;
+
+pub use decoder::{CacheInput, Decoder, DecoderLayer};
+pub use load::{BaseWeights, LoadedModel, load_gguf};

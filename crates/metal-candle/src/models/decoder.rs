@@ -1,0 +1,209 @@
+//! A decoder of the Llama family (Touvron et al. 2023), driven by its config.
+
+use crate::error::ErrorKind;
+use crate::io::DecoderConfig;
+use crate::nn::{ApplyAdapter, Embedding, Linear, LoRAAdapter, RmsNorm, Rotary, Rotation};
+use crate::{Attention, CrossEntropy, LazyTensor, Result};
+
+/// One block: attention and a gated feed-forward, each after a norm and added to the residual.
+#[derive(Clone, Debug)]
+pub struct DecoderLayer {
+    pub(crate) input_norm: RmsNorm,
+    pub(crate) q_proj: Linear,
+    pub(crate) k_proj: Linear,
+    pub(crate) v_proj: Linear,
+    /// Qwen3 normalises every head of q and k.
+    pub(crate) q_norm: Option<RmsNorm>,
+    pub(crate) k_norm: Option<RmsNorm>,
+    pub(crate) o_proj: Linear,
+    pub(crate) post_norm: RmsNorm,
+    pub(crate) gate_proj: Linear,
+    pub(crate) up_proj: Linear,
+    pub(crate) down_proj: Linear,
+}
+
+impl DecoderLayer {
+    fn linears(&self) -> [&Linear; 7] {
+        [
+            &self.q_proj,
+            &self.k_proj,
+            &self.v_proj,
+            &self.o_proj,
+            &self.gate_proj,
+            &self.up_proj,
+            &self.down_proj,
+        ]
+    }
+}
+
+/// A causal language model.
+#[derive(Clone, Debug)]
+pub struct Decoder {
+    /// Sizes and constants.
+    pub config: DecoderConfig,
+    pub(crate) embed: Embedding,
+    pub(crate) layers: Vec<DecoderLayer>,
+    pub(crate) norm: RmsNorm,
+    /// `[vocabulary, hidden]`; the embedding itself where they are tied.
+    pub(crate) output: LazyTensor,
+    pub(crate) rotary: Rotary,
+    pub(crate) adapter: Option<LoRAAdapter>,
+}
+
+/// What a cached forward pass reads and updates: `[b, capacity, kv heads, head dim]` per layer, and the
+/// position of the first new token.
+#[derive(Clone, Copy, Debug)]
+pub struct CacheInput<'a> {
+    /// Keys, one per layer.
+    pub keys: &'a [LazyTensor],
+    /// Values, one per layer.
+    pub values: &'a [LazyTensor],
+    /// `i64[]`
+    pub position: &'a LazyTensor,
+}
+
+impl Decoder {
+    /// The linear layers that an adapter may target, with `[out, in]`.
+    pub fn modules(&self) -> impl Iterator<Item = (&str, [usize; 2])> {
+        let linears = self.layers.iter().flat_map(DecoderLayer::linears);
+        linears.map(|l| (l.name.as_str(), l.weight.dims()))
+    }
+
+    /// The hidden states after the last norm.
+    ///
+    /// # Shapes
+    /// `ids: u32 [b, t]` gives `[b, t, hidden]`.
+    ///
+    /// # Errors
+    /// Where `t` exceeds the model's context.
+    pub fn hidden(&self, ids: &LazyTensor, adapter: Option<&LoRAAdapter>) -> Result<LazyTensor> {
+        let rotation = self.rotary.at(None, ids.dims()[1])?;
+        let mut x = self.embed.forward(ids)?;
+        for layer in &self.layers {
+            let keep = |k: LazyTensor, v: LazyTensor| Ok((k, v, self.attention()));
+            x = self.layer(layer, &x, &rotation, adapter, keep)?;
+        }
+        self.norm.forward(&x)
+    }
+
+    /// The hidden states of new tokens, seen after those in the cache; and the cache with the new tokens in it.
+    ///
+    /// # Errors
+    /// Where the new tokens do not fit into the cache (when it runs).
+    pub fn hidden_cached(
+        &self,
+        ids: &LazyTensor,
+        cache: CacheInput<'_>,
+        adapter: Option<&LoRAAdapter>,
+    ) -> Result<(LazyTensor, Vec<LazyTensor>, Vec<LazyTensor>)> {
+        let rotation = self.rotary.at(Some(cache.position), ids.dims()[1])?;
+        let (mut keys, mut values) = (Vec::new(), Vec::new());
+        let mut x = self.embed.forward(ids)?;
+        for (i, layer) in self.layers.iter().enumerate() {
+            let remember = |k: LazyTensor, v: LazyTensor| {
+                let k = cache.keys[i].slice_update(1, &k, cache.position)?;
+                let v = cache.values[i].slice_update(1, &v, cache.position)?;
+                keys.push(k.clone());
+                values.push(v.clone());
+                Ok((k, v, self.attention().offset(cache.position)))
+            };
+            x = self.layer(layer, &x, &rotation, adapter, remember)?;
+        }
+        Ok((self.norm.forward(&x)?, keys, values))
+    }
+
+    /// The logits of hidden states: `[.., hidden]` gives `[.., vocabulary]`.
+    ///
+    /// # Errors
+    /// Where the last dim is not the hidden size.
+    pub fn logits(&self, hidden: &LazyTensor) -> Result<LazyTensor> {
+        hidden.matmul(&self.output.t()?)
+    }
+
+    /// The mean loss of the next token over the labels that count (not -100).
+    ///
+    /// # Shapes
+    /// `ids: u32 [b, t]`, `labels: i64 [b, t]`, already shifted: `labels[i]` follows `ids[i]`.
+    ///
+    /// # Errors
+    /// Where the shapes differ.
+    pub fn loss(
+        &self,
+        ids: &LazyTensor,
+        labels: &LazyTensor,
+        adapter: Option<&LoRAAdapter>,
+    ) -> Result<LazyTensor> {
+        let hidden = self.hidden(ids, adapter)?;
+        let rows = ids.dims()[0] * ids.dims()[1];
+        let hidden = hidden.reshape(&[rows, self.config.hidden_size])?;
+        let labels = labels.reshape(&[rows])?;
+        hidden.linear_cross_entropy(&self.output, &labels, CrossEntropy::default())
+    }
+
+    /// How every layer attends.
+    fn attention<'c>(&self) -> Attention<'c> {
+        let causal = Attention::new().causal();
+        self.config.sliding_window.map_or(causal, |window| causal.window(window))
+    }
+
+    /// One block. `remember` takes the new keys and values and says which ones to attend to, and how.
+    fn layer<'c>(
+        &self,
+        layer: &DecoderLayer,
+        x: &LazyTensor,
+        rotation: &Rotation,
+        adapter: Option<&LoRAAdapter>,
+        remember: impl FnOnce(LazyTensor, LazyTensor) -> Result<(LazyTensor, LazyTensor, Attention<'c>)>,
+    ) -> Result<LazyTensor> {
+        let linear = |l: &Linear, x: &LazyTensor| {
+            l.forward(x, adapter.and_then(|adapter| adapter.layer(&l.name)))
+        };
+        let [b, t] = [x.dims()[0], x.dims()[1]];
+        let c = &self.config;
+        let heads = |x: LazyTensor, n: usize| x.reshape(&[b, t, n, c.head_dim]);
+
+        let normed = layer.input_norm.forward(x)?;
+        let q = heads(linear(&layer.q_proj, &normed)?, c.num_heads)?;
+        let k = heads(linear(&layer.k_proj, &normed)?, c.num_kv_heads)?;
+        let q = rotation.apply(&norm_heads(layer.q_norm.as_ref(), q)?)?;
+        let k = rotation.apply(&norm_heads(layer.k_norm.as_ref(), k)?)?;
+        let v = heads(linear(&layer.v_proj, &normed)?, c.num_kv_heads)?;
+        let (k, v, attention) = remember(k, v)?;
+        let seen = attention.forward(&q, &k, &v)?.reshape(&[b, t, c.num_heads * c.head_dim])?;
+        let x = x.add(&linear(&layer.o_proj, &seen)?)?;
+
+        let normed = layer.post_norm.forward(&x)?;
+        let gate = linear(&layer.gate_proj, &normed)?.silu()?;
+        let inner = gate.mul(&linear(&layer.up_proj, &normed)?)?;
+        x.add(&linear(&layer.down_proj, &inner)?)
+    }
+}
+
+fn norm_heads(norm: Option<&RmsNorm>, x: LazyTensor) -> Result<LazyTensor> {
+    norm.map_or(Ok(x.clone()), |norm| norm.forward(&x))
+}
+
+impl ApplyAdapter for Decoder {
+    fn apply_adapter(&mut self, adapter: LoRAAdapter) -> Result<Option<LoRAAdapter>> {
+        for (module, layer) in adapter.layers() {
+            let dims = self.modules().find(|(name, _)| *name == module).map(|(_, dims)| dims);
+            let Some([out, input]) = dims else {
+                return Err(ErrorKind::AdapterModule { module: module.to_string() }.into());
+            };
+            let got = [layer.b.dims()[0], layer.a.dims()[1]];
+            if got != [out, input] {
+                let module = module.to_string();
+                return Err(ErrorKind::AdapterShape { module, expected: [out, input], got }.into());
+            }
+        }
+        Ok(self.adapter.replace(adapter))
+    }
+
+    fn remove_adapter(&mut self) -> Option<LoRAAdapter> {
+        self.adapter.take()
+    }
+
+    fn adapter(&self) -> Option<&LoRAAdapter> {
+        self.adapter.as_ref()
+    }
+}

@@ -1,0 +1,10 @@
+//! Layers: what a model is made of. They know shapes and weights, no device and no file.
+
+mod adapter;
+mod layers;
+mod lora;
+
+pub use crate::io::LoraConfig as LoRAAdapterConfig;
+pub use adapter::{AdapterRegistry, ApplyAdapter, LoRAAdapter};
+pub use layers::{Embedding, Linear, RmsNorm, Rotary, Rotation, Weight};
+pub use lora::{LoRADropout, LoRALayer};

@@ -1,0 +1,179 @@
+//! The layers of a decoder.
+
+use super::LoRALayer;
+use crate::{LazyTensor, Result};
+use metal_candle_graph::BlockFormat;
+use metal_candle_graph::composite::RopeLayout;
+
+/// The matrix of a linear layer, `[out, in]`.
+#[derive(Clone, Debug)]
+pub enum Weight {
+    /// A float tensor `[out, in]`.
+    Dense(LazyTensor),
+    /// GGUF blocks, row by row: stays quantised, is dequantised tile by tile inside the product.
+    Quantised {
+        /// The blocks, `u8[bytes]`.
+        blocks: LazyTensor,
+        /// How a block is laid out.
+        format: BlockFormat,
+        /// Output features.
+        rows: usize,
+        /// Input features.
+        cols: usize,
+    },
+}
+
+impl Weight {
+    /// `[out, in]`
+    pub fn dims(&self) -> [usize; 2] {
+        match self {
+            Weight::Dense(w) => [w.dims()[0], w.dims()[1]],
+            Weight::Quantised { rows, cols, .. } => [*rows, *cols],
+        }
+    }
+}
+
+/// `y = x Wᵀ + b`, with room for a LoRA branch.
+#[derive(Clone, Debug)]
+pub struct Linear {
+    /// The module path in Hugging Face's terms, as `model.layers.0.self_attn.q_proj`.
+    pub name: String,
+    /// The frozen matrix.
+    pub weight: Weight,
+    /// `[out]`
+    pub bias: Option<LazyTensor>,
+}
+
+impl Linear {
+    /// Applies the layer, and the adapter's branch if there is one.
+    ///
+    /// # Shapes
+    /// `x: [.., in]` gives `[.., out]`.
+    ///
+    /// # Errors
+    /// Where the last dim of x is not the layer's input size.
+    pub fn forward(&self, x: &LazyTensor, lora: Option<&LoRALayer>) -> Result<LazyTensor> {
+        let base = match &self.weight {
+            Weight::Dense(w) => x.matmul(&w.t()?)?,
+            Weight::Quantised { blocks, format, rows, cols } => {
+                x.quant_matmul(blocks, *format, *rows, *cols)?
+            }
+        };
+        let adapted = match lora {
+            Some(lora) => base.add(&lora.branch(x)?)?,
+            None => base,
+        };
+        match &self.bias {
+            Some(bias) => adapted.add(bias),
+            None => Ok(adapted),
+        }
+    }
+}
+
+/// A table of token vectors.
+#[derive(Clone, Debug)]
+pub struct Embedding {
+    /// `[vocabulary, hidden]`
+    pub weight: LazyTensor,
+}
+
+impl Embedding {
+    /// # Shapes
+    /// `ids: u32 [b, t]` gives `[b, t, hidden]`.
+    ///
+    /// # Errors
+    /// Where an id is no row of the table (when it runs).
+    pub fn forward(&self, ids: &LazyTensor) -> Result<LazyTensor> {
+        self.weight.embedding(ids)
+    }
+}
+
+/// Root-mean-square normalisation (Zhang & Sennrich 2019).
+#[derive(Clone, Debug)]
+pub struct RmsNorm {
+    /// `[hidden]`
+    pub weight: LazyTensor,
+    /// Added to the mean square.
+    pub eps: f64,
+}
+
+impl RmsNorm {
+    /// # Errors
+    /// Where the last dim of x is not that of the weight.
+    pub fn forward(&self, x: &LazyTensor) -> Result<LazyTensor> {
+        x.rms_norm(&self.weight, self.eps)
+    }
+}
+
+/// The tables of a rotary embedding (Su et al. 2021).
+#[derive(Clone, Debug)]
+pub struct Rotary {
+    cos: LazyTensor,
+    sin: LazyTensor,
+    layout: RopeLayout,
+}
+
+impl Rotary {
+    /// Tables for `positions` positions of heads of `head_dim` elements: the angle of pair `i` at position
+    /// `p` is `p · theta^(-2i / head_dim)`, computed in f64 and rounded to f32.
+    ///
+    /// # Errors
+    /// Where the tables could not be made.
+    pub fn new(
+        head_dim: usize,
+        theta: f64,
+        positions: usize,
+        layout: RopeLayout,
+    ) -> Result<Rotary> {
+        let half = head_dim / 2;
+        let angle = |at: usize| {
+            let (p, i) = (at / half, at % half);
+            // Hugging Face rounds the inverse frequency and the product to f32; so do we, to follow its logits.
+            let inverse = theta.powf(-(2.0 * i as f64) / head_dim as f64) as f32;
+            f64::from(p as f32 * inverse)
+        };
+        let table = |f: fn(f64) -> f64| {
+            let values: Vec<f32> = (0..positions * half).map(|at| f(angle(at)) as f32).collect();
+            LazyTensor::from_vec(values, &[positions, half], &crate::Device::Cpu)
+        };
+        Ok(Rotary { cos: table(f64::cos)?, sin: table(f64::sin)?, layout })
+    }
+
+    /// The rows for `t` positions from `start` (a run-time `i64[]`), or from 0.
+    ///
+    /// # Errors
+    /// Where there are fewer than `t` positions in the table.
+    pub fn at(&self, start: Option<&LazyTensor>, t: usize) -> Result<Rotation> {
+        let rows = |table: &LazyTensor| {
+            let rows = match start {
+                Some(start) => table.dynamic_slice(0, start, t)?,
+                None => table.narrow(0, 0, t)?,
+            };
+            let half = rows.dims()[1];
+            rows.reshape(&[1, t, 1, half])
+        };
+        Ok(Rotation { cos: rows(&self.cos)?, sin: rows(&self.sin)?, layout: self.layout })
+    }
+}
+
+/// The rotation of the positions that one forward pass looks at.
+#[derive(Clone, Debug)]
+pub struct Rotation {
+    cos: LazyTensor,
+    sin: LazyTensor,
+    layout: RopeLayout,
+}
+
+impl Rotation {
+    /// # Shapes
+    /// `x: [b, t, heads, head_dim]`, result alike.
+    ///
+    /// # Errors
+    /// Where x is of another shape than the tables.
+    pub fn apply(&self, x: &LazyTensor) -> Result<LazyTensor> {
+        match self.layout {
+            RopeLayout::Half => x.rope(&self.cos, &self.sin),
+            RopeLayout::Interleaved => x.rope_interleaved(&self.cos, &self.sin),
+        }
+    }
+}

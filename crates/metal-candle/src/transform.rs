@@ -1,0 +1,7 @@
+//! Functions of functions: gradients and compilation.
+
+mod compile;
+mod grad;
+
+pub use compile::{Compiled, compile};
+pub use grad::{grad, value_and_grad};

@@ -1,0 +1,175 @@
+//! Trace once, call many times.
+
+use crate::error::{AtCaller, ErrorKind};
+use crate::lazy::{LazyTensor, Leaf, Trace, trace};
+use crate::{Device, Error, Result};
+use metal_candle_compiler::Plan;
+use metal_candle_graph::TensorType;
+use metal_candle_runtime::{AsyncGraphExecutor, Buffer, Executable};
+use smallvec::SmallVec;
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+
+type Function = dyn Fn(&[LazyTensor]) -> Result<Vec<LazyTensor>> + Send + Sync;
+
+/// A function that is traced once for each tuple of argument types and then only run.
+///
+/// Tensors that the function captures are held by it. Arguments may be donated: their memory is then updated in
+/// place, and the caller's handle must be the only one.
+///
+/// ```
+/// use metal_candle::{DType, Device, LazyTensor, compile};
+/// let f = compile(|x: &[LazyTensor]| Ok(vec![x[0].sqr()?.add(&x[1])?]));
+/// let x = LazyTensor::full(2.0, &[3], DType::F32, &Device::Cpu)?;
+/// assert_eq!(f.call(vec![x.clone(), x])?[0].to_vec1::<f32>()?, [6.0, 6.0, 6.0]);
+/// # Ok::<(), metal_candle::Error>(())
+/// ```
+pub struct Compiled {
+    f: Box<Function>,
+    donated: Vec<usize>,
+    /// Most recently used last.
+    traced: Mutex<Vec<Arc<Traced>>>,
+}
+
+/// Traces kept of one function: shapes beyond that are traced anew, the least recently used first.
+const CAPACITY: usize = 32;
+
+struct Traced {
+    types: Vec<TensorType>,
+    executable: Arc<Executable>,
+    /// What each input of the plan is.
+    inputs: Vec<Leaf>,
+    results: Vec<TensorType>,
+}
+
+/// Wraps `f`. Nothing is traced before the first call.
+pub fn compile(
+    f: impl Fn(&[LazyTensor]) -> Result<Vec<LazyTensor>> + Send + Sync + 'static,
+) -> Compiled {
+    Compiled { f: Box::new(f), donated: Vec::new(), traced: Mutex::new(Vec::new()) }
+}
+
+impl Compiled {
+    /// Arguments at these positions are given away at every call.
+    #[must_use]
+    pub fn donate(mut self, positions: impl IntoIterator<Item = usize>) -> Compiled {
+        self.donated.extend(positions);
+        self
+    }
+
+    /// Runs the function and waits. Results are in memory.
+    ///
+    /// # Errors
+    /// Those of the function when it is traced; a donated argument that something else holds; a failed run.
+    #[track_caller]
+    pub fn call(&self, args: Vec<LazyTensor>) -> Result<Vec<LazyTensor>> {
+        let traced = self.traced(&args)?;
+        let inputs = traced.bind(args)?;
+        let values = AsyncGraphExecutor::global().run(&traced.executable, inputs).at_caller()?;
+        Ok(traced.results(values))
+    }
+
+    /// [`Compiled::call`] without blocking the thread.
+    ///
+    /// # Errors
+    /// As [`Compiled::call`].
+    pub async fn call_async(&self, args: Vec<LazyTensor>) -> Result<Vec<LazyTensor>> {
+        let traced = self.traced(&args)?;
+        let inputs = traced.bind(args)?;
+        let executable = Arc::clone(&traced.executable);
+        let values = AsyncGraphExecutor::global().submit(executable, inputs).await.at_caller()?;
+        Ok(traced.results(values))
+    }
+
+    /// The plan for arguments of these types; nothing is run.
+    ///
+    /// # Errors
+    /// Those of the function when it is traced.
+    #[track_caller]
+    pub fn plan(&self, args: &[LazyTensor]) -> Result<Plan> {
+        Ok(self.traced(args)?.executable.plan().clone())
+    }
+
+    #[track_caller]
+    fn traced(&self, args: &[LazyTensor]) -> Result<Arc<Traced>> {
+        let same = |t: &Arc<Traced>| {
+            t.types.len() == args.len() && t.types.iter().zip(args).all(|(ty, x)| *ty == x.ty())
+        };
+        {
+            let mut traced = self.traced.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(at) = traced.iter().position(same) {
+                let last = traced.len() - 1;
+                traced.swap(at, last);
+                return Ok(Arc::clone(&traced[last]));
+            }
+        }
+        // Tracing runs the caller's code, which may call this function: not under the lock.
+        let new = Arc::new(self.trace(args)?);
+        let mut traced = self.traced.lock().unwrap_or_else(PoisonError::into_inner);
+        if traced.len() == CAPACITY {
+            traced.remove(0);
+        }
+        traced.push(Arc::clone(&new));
+        Ok(new)
+    }
+
+    #[track_caller]
+    fn trace(&self, args: &[LazyTensor]) -> Result<Traced> {
+        if let Some(donated) = self.donated.iter().copied().find(|d| *d >= args.len()) {
+            return Err(Error::from(ErrorKind::DonatedArgument { donated, got: args.len() }));
+        }
+        let device = args.first().map_or(Device::Cpu, |x| *x.device());
+        let placeholder =
+            |(i, x): (usize, &LazyTensor)| LazyTensor::argument(i as u32, x.ty(), device);
+        let placeholders: Vec<LazyTensor> = args.iter().enumerate().map(placeholder).collect();
+        let outputs = (self.f)(&placeholders)?;
+        let Trace { graph, leaves, .. } = trace(&outputs.iter().collect::<Vec<_>>(), false);
+        let donated: Vec<bool> = leaves
+            .iter()
+            .map(|leaf| matches!(leaf, Leaf::Argument(i) if self.donated.contains(&(*i as usize))))
+            .collect();
+        let plan = metal_candle_compiler::plan(&graph, device.target(), &donated)
+            .map_err(metal_candle_runtime::Error::from)
+            .at_caller()?;
+        Ok(Traced {
+            types: args.iter().map(LazyTensor::ty).collect(),
+            executable: Arc::new(Executable::new(plan).at_caller()?),
+            inputs: leaves,
+            results: outputs.iter().map(LazyTensor::ty).collect(),
+        })
+    }
+}
+
+impl Traced {
+    /// The plan's inputs, out of the arguments and of what was captured.
+    #[track_caller]
+    fn bind(&self, args: Vec<LazyTensor>) -> Result<Vec<Buffer>> {
+        let mut buffers: SmallVec<[Option<Buffer>; 8]> = SmallVec::new();
+        for arg in args {
+            buffers.push(Some(arg.into_buffer()?));
+        }
+        let input = |leaf: &Leaf| match leaf {
+            Leaf::Value(buffer) => buffer.clone(),
+            // Each argument is one input of the plan, so its memory is handed on, not shared.
+            Leaf::Argument(i) => buffers[*i as usize]
+                .take()
+                .expect("metal-candle bug: an argument is two inputs of its plan"),
+            Leaf::Detached => panic!("metal-candle bug: a detached input in a compiled function"),
+        };
+        Ok(self.inputs.iter().map(input).collect())
+    }
+
+    fn results(&self, values: Vec<Buffer>) -> Vec<LazyTensor> {
+        values.into_iter().zip(&self.results).map(|(v, ty)| LazyTensor::ready(v, *ty)).collect()
+    }
+}
+
+impl fmt::Debug for Compiled {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let traced = self.traced.lock().unwrap_or_else(PoisonError::into_inner);
+        f.debug_struct("Compiled")
+            .field("donated", &self.donated)
+            .field("traced", &traced.len())
+            .finish()
+    }
+}

@@ -1,0 +1,14 @@
+//! Files in and out, against what the Python libraries make of the same files, and against files
+//! that are broken on purpose.
+//!
+//! The vectors in `data/` are made by `reference/files.py`. Tests of the real SmolLM2-135M look
+//! for it where `cargo xtask quickstart` keeps it, or in `METAL_CANDLE_MODELS`, and say so when
+//! they skip.
+
+mod chat;
+mod data;
+mod file;
+mod gguf;
+mod peft;
+mod support;
+mod tokenizer;
