@@ -297,7 +297,10 @@ impl<'a> Emitter<'a> {
         let kept = |axis: &usize| !self.space.reduced.contains(axis);
         let rows: SmallVec<[usize; 4]> = (0..n).filter(kept).collect();
         let mut strides = SmallVec::from_elem(0, n);
-        if dims.len() == n {
+        if layout.shape.is_empty() {
+            // No element: walked along every axis, or it would be read once a row.
+            strides.fill(1);
+        } else if dims.len() == n {
             let order = rows.iter().chain(&self.space.reduced);
             for (to, axis) in order.enumerate() {
                 strides[to] = layout.strides[dims[*axis].0];

@@ -3,7 +3,7 @@
 //! This is how LoRA is lowered: `x W + s (x A) B` is a product, a thin product, and a thin product that
 //! accumulates onto the first one's result. No operation of the graph knows about it.
 
-use crate::analysis::{Analysis, Edge, Kind, Located, edge};
+use crate::analysis::{Analysis, Kind, Located};
 use metal_candle_graph::{BinaryOp, NodeId, Operation};
 use rustc_hash::FxHashMap;
 
@@ -70,7 +70,9 @@ fn scaled_by(a: &Analysis, id: NodeId) -> Option<(Located, f64)> {
 /// A GEMM result that only `reader` reads, element for element.
 fn sole_gemm(a: &Analysis, gemms: &Gemms, operand: Located, reader: NodeId) -> Option<NodeId> {
     let base = operand.base;
-    let whole = edge(&operand.layout, a.node(base).shape()) == Edge::Direct;
+    // In whatever shape: a batch of rows is one product of all of them.
+    let len = a.node(base).shape().len();
+    let whole = operand.layout.is_contiguous() && operand.layout.shape.len() == len;
     let same_dtype = a.node(base).ty.dtype == a.node(reader).ty.dtype;
     let sole = a.uses[base.index()] == 1 && whole && same_dtype;
     (sole && gemms.contains_key(&base)).then_some(base)

@@ -5,7 +5,8 @@ use crate::emit::{Draft, Emitter, Stored};
 use crate::gemm::{self, Gemms};
 use crate::library::LibraryCall;
 use crate::region::Regions;
-use crate::{Layout, Target, Work, schedule};
+use crate::{Layout, PlanInput, Target, Work, schedule};
+use metal_candle_graph::composite::AttentionInput;
 use metal_candle_graph::{
     Composite, ComputationGraph, DType, NodeId, Operation, Shape, TensorType,
 };
@@ -31,7 +32,7 @@ pub(crate) struct Lowered {
     /// Calls that update their first output in place: by step, the value that it starts from.
     pub(crate) bases: FxHashMap<usize, Located>,
     pub(crate) types: Vec<TensorType>,
-    pub(crate) inputs: Vec<crate::plan::PlanInput>,
+    pub(crate) inputs: Vec<PlanInput>,
     /// By input node: its index.
     pub(crate) input_of: FxHashMap<NodeId, u32>,
     pub(crate) outputs: Vec<Output>,
@@ -54,7 +55,23 @@ fn copied(g: &ComputationGraph, i: usize) -> NodeId {
     NodeId((g.len() + i) as u32)
 }
 
-pub(crate) fn lower(g: &ComputationGraph, target: &Target, donated: &[bool]) -> Lowered {
+/// What the caller passes, by index. An index that the graph does not name is a placeholder.
+pub(crate) fn inputs(g: &ComputationGraph, donated: &[bool]) -> Vec<PlanInput> {
+    let mut inputs: Vec<PlanInput> = Vec::new();
+    for node in g.nodes() {
+        let Operation::Input(index) = node.op else { continue };
+        let index = index as usize;
+        if inputs.len() <= index {
+            let unused = TensorType::new(DType::U8, Shape::SCALAR);
+            inputs.resize(index + 1, PlanInput { ty: unused, donated: false });
+        }
+        let donated = donated.get(index).copied().unwrap_or(false);
+        inputs[index] = PlanInput { ty: node.ty, donated };
+    }
+    inputs
+}
+
+pub(crate) fn lower(g: &ComputationGraph, target: &Target, inputs: Vec<PlanInput>) -> Lowered {
     let mut a = Analysis::new(g);
     let gemms = gemm::find(&mut a);
     let regions = Regions::form(&a, target.max_tape);
@@ -64,7 +81,7 @@ pub(crate) fn lower(g: &ComputationGraph, target: &Target, donated: &[bool]) -> 
     let drafts: Vec<Drafts> =
         units.iter().map(|unit| draft(&a, &gemms, &stored, unit, &outputs)).collect();
     let order = schedule::order(&units, &drafts, &regions);
-    assemble(&a, &regions, donated, outputs, drafts, &order)
+    assemble(&a, &regions, inputs, outputs, drafts, &order)
 }
 
 /// The steps of one unit, and what an in-place step starts from.
@@ -180,7 +197,7 @@ fn require_copied(value: Located, stored: &mut Stored, found: &mut Vec<NodeId>) 
 /// The library calls, those that share a pass together.
 fn calls(a: &Analysis, gemms: &Gemms) -> Vec<Unit> {
     let mut units: Vec<Unit> = Vec::new();
-    let mut shared: FxHashMap<(&'static str, &[NodeId]), usize> = FxHashMap::default();
+    let mut shared: FxHashMap<(Composite, &[NodeId]), usize> = FxHashMap::default();
     for id in a.g.ids() {
         if gemms.contains_key(&id) {
             units.push(Unit::Gemm(id));
@@ -190,8 +207,9 @@ fn calls(a: &Analysis, gemms: &Gemms) -> Vec<Unit> {
                 units.push(Unit::Call([id].into_iter().collect()));
                 continue;
             };
+            let is_first = node.op == Operation::Composite(group);
             match shared.get(&(group, &node.inputs[..])).map(|at| &mut units[*at]) {
-                Some(Unit::Call(ids)) => ids.push(id),
+                Some(Unit::Call(ids)) => ids.insert(if is_first { 0 } else { ids.len() }, id),
                 _ => {
                     shared.insert((group, &node.inputs[..]), units.len());
                     units.push(Unit::Call([id].into_iter().collect()));
@@ -202,13 +220,15 @@ fn calls(a: &Analysis, gemms: &Gemms) -> Vec<Unit> {
     units
 }
 
-/// Calls of one group with equal inputs run as one.
-fn sharing(op: &Operation) -> Option<&'static str> {
-    match op {
-        Operation::Composite(Composite::AttentionGrad { .. }) => Some("attention_grad"),
+/// Calls of one group with equal inputs run as one; the one that the group is named after gives the first output.
+fn sharing(op: &Operation) -> Option<Composite> {
+    match *op {
+        Operation::Composite(Composite::AttentionGrad { attrs, .. }) => {
+            Some(Composite::AttentionGrad { attrs, wrt: AttentionInput::Query })
+        }
         Operation::Composite(
-            Composite::LinearCrossEntropy(_) | Composite::LinearCrossEntropyGradX(_),
-        ) => Some("linear_cross_entropy"),
+            Composite::LinearCrossEntropy(attrs) | Composite::LinearCrossEntropyGradX(attrs),
+        ) => Some(Composite::LinearCrossEntropy(attrs)),
         _ => None,
     }
 }
@@ -369,7 +389,7 @@ fn composite_call(a: &Analysis, composite: Composite, ids: &[NodeId]) -> Library
 fn assemble(
     a: &Analysis,
     regions: &Regions,
-    donated: &[bool],
+    inputs: Vec<PlanInput>,
     outputs: Vec<Output>,
     mut drafts: Vec<Drafts>,
     order: &[usize],
@@ -378,18 +398,9 @@ fn assemble(
     let output_types: Vec<TensorType> = a.g.outputs.iter().map(|o| a.g.ty(*o)).collect();
     types.extend(&output_types);
     let mut input_of = FxHashMap::default();
-    let mut inputs: Vec<crate::plan::PlanInput> = Vec::new();
     for id in a.g.ids() {
         if let Operation::Input(index) = a.node(id).op {
-            let index = index as usize;
-            if inputs.len() <= index {
-                // An index that nothing reads keeps this placeholder.
-                let unused = TensorType::new(DType::U8, Shape::SCALAR);
-                inputs.resize(index + 1, crate::plan::PlanInput { ty: unused, donated: false });
-            }
-            let donated = donated.get(index).copied().unwrap_or(false);
-            inputs[index] = crate::plan::PlanInput { ty: a.g.ty(id), donated };
-            input_of.insert(id, index as u32);
+            input_of.insert(id, index);
         }
     }
     let (mut steps, mut bases) = (Vec::new(), FxHashMap::default());

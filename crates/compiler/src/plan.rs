@@ -120,10 +120,12 @@ impl Plan {
 /// # Errors
 /// [`crate::Error`] where a composite's decomposition is ill-formed or the arena could not be addressed.
 pub fn plan(g: &ComputationGraph, target: &Target, donated: &[bool]) -> Result<Plan> {
+    // Of the graph as it was given: the caller passes an input even where the passes drop it.
+    let inputs = lower::inputs(g, donated);
     let g = pass::expand(g, |c| target.keeps(c))?;
     let g = pass::simplify(&g)?;
     let g = pass::split_reductions(&g, target.max_reduce)?;
-    let lowered = lower::lower(&g, target, donated);
+    let lowered = lower::lower(&g, target, inputs);
     memory::place(lowered, target)
 }
 

@@ -132,8 +132,8 @@ pub(crate) fn vjp(
     dy: NodeId,
 ) -> Result<Vec<Option<NodeId>>> {
     match composite {
-        Composite::Softmax { dim } => softmax::softmax_vjp(g, *dim, y, dy),
-        Composite::LogSoftmax { dim } => softmax::log_softmax_vjp(g, *dim, y, dy),
+        Composite::Softmax { dim } => softmax::softmax_vjp(g, *dim, inputs[0], y, dy),
+        Composite::LogSoftmax { dim } => softmax::log_softmax_vjp(g, *dim, inputs[0], y, dy),
         Composite::LogSumExp { dim } => softmax::logsumexp_vjp(g, *dim, inputs[0], y, dy),
         Composite::RmsNorm { eps } => norm::rms_norm_vjp(g, *eps, inputs, dy),
         Composite::LayerNorm { eps } => norm::layer_norm_vjp(g, *eps, inputs, dy),

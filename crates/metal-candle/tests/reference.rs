@@ -1,7 +1,7 @@
 //! Every operation against PyTorch in f64: outputs and input gradients.
 //!
-//! The vectors are made by `reference/ops.py`. A case is run in each dtype that its tolerance names, on
-//! dense and on strided Candle tensors; an operation without a case fails [`coverage`].
+//! The vectors are made by `reference/ops.py`. A case is run in each dtype that its tolerance
+//! names, on dense and on strided Candle tensors; an operation without a case fails [`coverage`].
 
 #[path = "reference/call.rs"]
 mod call;
@@ -149,7 +149,7 @@ impl Run<'_> {
         Ok(wrong)
     }
 
-    /// The inputs as leaves: floats in this run's dtype, unless it is the one that they are stored in.
+    /// The inputs as leaves: floats in this run's dtype, or as they are stored.
     fn inputs(&self) -> Result<Vec<LazyTensor>, Box<dyn std::error::Error>> {
         let leaf = |name: &String| {
             let x = self.in_dtype(&self.vectors.tensors[name])?;
@@ -272,7 +272,8 @@ fn differences(
     let Some(at) = worst.filter(|at| excesses[*at] > 1.0) else { return Vec::new() };
     let (got, want, off) = (got[at], want[at], excesses[at]);
     vec![format!(
-        "{wrong} elements of {what} differ; at {at} it is {got:e}, expected {want:e}, {off:.1} times the tolerance"
+        "{wrong} elements of {what} differ; at {at} it is {got:e}, expected {want:e}: \
+         {off:.1} times the tolerance"
     )]
 }
 

@@ -8,7 +8,8 @@ mod support;
 mod walk;
 
 use metal_candle_compiler::{OutputSource, Plan, Slot, Target};
-use metal_candle_graph::{ComputationGraph, DType};
+use metal_candle_graph::oracle::Value;
+use metal_candle_graph::{BinaryOp, ComputationGraph, DType, Dims, NodeId, ReduceOp, UnaryOp};
 use metal_candle_runtime::{AsyncGraphExecutor, Buffer, Executable};
 use random::{Case, Limits, Rng, SMALL, case};
 use std::sync::LazyLock;
@@ -34,29 +35,36 @@ fn buffers(case: &Case, plan: &Plan) -> Vec<Buffer> {
     used.map(|(value, input)| buffer(value, input.donated)).collect()
 }
 
-/// Runs the plan with one thread, with two, and once more on the used arena: the same bits; near the walk's values.
+/// A random graph of these limits.
 fn check(seed: u64, limits: &Limits) -> Plan {
-    let case = case(seed, limits);
+    let mut case = case(seed, limits);
     let mut rng = Rng(seed);
     let donated: Vec<bool> = case.inputs.iter().map(|_| rng.one_in(3)).collect();
-    let plan = planned(&case.graph, &donated);
+    // Both round at the same places: a twentieth of what a graph may lose is far more than they differ by.
+    case.tolerances.iter_mut().for_each(|t| *t /= 20.0);
+    compare(&format!("graph {seed}"), &case, &donated)
+}
+
+/// Runs the plan with one thread, with two, and once more on the used arena: the same bits; near the walk's values.
+fn compare(name: &str, case: &Case, donated: &[bool]) -> Plan {
+    let plan = planned(&case.graph, donated);
     let executable = Executable::new(plan.clone())
-        .unwrap_or_else(|e| panic!("graph {seed}: {e}\n{}\n{plan}", case.graph));
+        .unwrap_or_else(|e| panic!("{name}: {e}\n{}\n{plan}", case.graph));
     assert_eq!(executable.allocated_arena_bytes(), plan.arena_bytes);
     let run = |executor: &AsyncGraphExecutor| -> Vec<Vec<f64>> {
-        let results = executor.run(&executable, buffers(&case, &plan));
-        let results = results.unwrap_or_else(|e| panic!("graph {seed}: {e}\n{}", case.graph));
+        let results = executor.run(&executable, buffers(case, &plan));
+        let results = results.unwrap_or_else(|e| panic!("{name}: {e}\n{}", case.graph));
         results.iter().map(support::values).collect()
     };
     let [one, two] = EXECUTORS.each_ref().map(run);
     let again = run(&EXECUTORS[0]);
     let bits =
         |run: &[Vec<f64>]| -> Vec<u64> { run.concat().iter().map(|x| x.to_bits()).collect() };
-    assert_eq!(bits(&one), bits(&two), "graph {seed}: the number of threads shows\n{plan}");
-    assert_eq!(bits(&one), bits(&again), "graph {seed}: an earlier run shows\n{plan}");
+    assert_eq!(bits(&one), bits(&two), "{name}: the number of threads shows\n{plan}");
+    assert_eq!(bits(&one), bits(&again), "{name}: an earlier run shows\n{plan}");
     let want = walk::run(&plan, &case.inputs);
     for (i, (got, want)) in one.iter().zip(&want).enumerate() {
-        let what = format!("graph {seed}, output {i}\n{}\n{plan}\n{:#?}", case.graph, plan.steps);
+        let what = format!("{name}, output {i}\n{}\n{plan}\n{:#?}", case.graph, plan.steps);
         support::close(got, want, case.tolerances[i], &what);
     }
     plan
@@ -79,16 +87,16 @@ fn kernels_of_one_dtype_equal_the_walk_of_their_ir() {
 #[test]
 fn kernels_at_the_edges_of_tiles_equal_the_walk_of_their_ir() {
     let limits = Limits { extents: EDGES, max_len: 12_000, ops: 12, ..KERNELS };
-    (0..500).for_each(|seed| drop(check(seed, &limits)));
+    (0..1_500).for_each(|seed| drop(check(seed, &limits)));
     let rows = Limits { max_rank: 1, ..limits };
-    (0..200).for_each(|seed| drop(check(seed, &rows)));
+    (0..600).for_each(|seed| drop(check(seed, &rows)));
 }
 
 /// Large enough for several tasks, in every way to cut one.
 #[test]
 fn large_kernels_equal_the_walk_of_their_ir_on_any_number_of_threads() {
     let limits = Limits { extents: EDGES, max_len: 120_000, ops: 8, ..KERNELS };
-    (0..60).for_each(|seed| drop(check(1 << 32 | seed, &limits)));
+    (0..150).for_each(|seed| drop(check(1 << 32 | seed, &limits)));
 }
 
 #[test]
@@ -112,4 +120,112 @@ fn random_plans_update_in_place() {
     };
     assert!(plans.iter().filter(in_place).count() > 10);
     assert!(plans.iter().map(|p| p.steps.len()).max() > Some(8));
+}
+
+/// A graph of `build(inputs)` on these vectors.
+fn compare_on(
+    name: &str,
+    dtype: DType,
+    data: &[&[f64]],
+    build: impl Fn(&mut ComputationGraph, &[NodeId]) -> Vec<NodeId>,
+) {
+    let value = |x: &&[f64]| Value::new(dtype, &[x.len()], x.to_vec()).unwrap();
+    let inputs: Vec<Value> = data.iter().map(value).collect();
+    let mut graph = ComputationGraph::new();
+    let ids: Vec<NodeId> = (0..).zip(&inputs).map(|(i, v)| graph.input(i, v.ty)).collect();
+    graph.outputs = build(&mut graph, &ids);
+    let tolerances = vec![support::tolerance(dtype); graph.outputs.len()];
+    compare(
+        &format!("{name} of {dtype}"),
+        &Case { graph, inputs, tolerances, gradients: None },
+        &[],
+    );
+}
+
+const NOT_FINITE: [f64; 3] = [f64::NAN, f64::INFINITY, f64::NEG_INFINITY];
+
+/// Zeros of both signs, what is no number, what is nearly none, and halves to be rounded; more than a vector of them.
+fn special_floats() -> Vec<f64> {
+    let finite = [0.0, -0.0, 0.5, -0.5, 1.5, 2.5, -2.5, 1.0, -1.0, 1e-30, -1e-30, 1e4, -1e4, 87.0];
+    [&NOT_FINITE[..], &finite].concat().repeat(3)
+}
+
+#[test]
+fn scalar_functions_of_special_values_equal_the_walk() {
+    let x = special_floats();
+    for dtype in support::FLOATS {
+        for f in UnaryOp::ALL {
+            compare_on(f.as_str(), dtype, &[&x], |g, x| vec![g.unary(*f, x[0]).unwrap()]);
+        }
+        // Every pair.
+        let (a, b): (Vec<f64>, Vec<f64>) =
+            x[..17].iter().flat_map(|a| x[..17].iter().map(|b| (*a, *b))).unzip();
+        for f in BinaryOp::ALL {
+            let build =
+                |g: &mut ComputationGraph, x: &[NodeId]| vec![g.binary(*f, x[0], x[1]).unwrap()];
+            compare_on(f.as_str(), dtype, &[&a, &b], build);
+        }
+    }
+}
+
+#[test]
+fn reductions_of_special_values_equal_the_walk() {
+    let all = |g: &mut ComputationGraph, x: &[NodeId]| {
+        let reduce = |op: &ReduceOp| g.reduce(*op, x[0], Dims::new([0])).unwrap();
+        ReduceOp::ALL.iter().map(reduce).collect::<Vec<_>>()
+    };
+    for dtype in support::FLOATS {
+        for n in [1, 15, 16, 17, 33, 500] {
+            for special in [&NOT_FINITE[..], &[-0.0]].concat() {
+                for at in [0, n / 2, n - 1] {
+                    let mut x: Vec<f64> = (0..n).map(|i| (i % 7) as f64 - 3.0).collect();
+                    x[at] = special;
+                    compare_on("reduce", dtype, &[&x], all);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn integers_wrap_after_every_instruction() {
+    for (dtype, x) in [
+        (DType::U8, vec![0.0, 1.0, 2.0, 127.0, 128.0, 254.0, 255.0]),
+        (DType::U32, vec![0.0, 1.0, 65_536.0, 2_147_483_648.0, 4_294_967_295.0]),
+        (DType::I64, vec![0.0, 1.0, -1.0, 7.0, 9e18, i64::MIN as f64]),
+    ] {
+        for f in UnaryOp::ALL.iter().filter(|f| f.takes_integers()) {
+            compare_on(f.as_str(), dtype, &[&x], |g, x| {
+                let y = g.unary(*f, x[0]).unwrap();
+                vec![g.binary_scalar(BinaryOp::Div, y, 2.0).unwrap()]
+            });
+        }
+        let (a, b): (Vec<f64>, Vec<f64>) =
+            x.iter().flat_map(|a| x.iter().map(|b| (*a, *b))).unzip();
+        for f in BinaryOp::ALL.iter().filter(|f| **f != BinaryOp::Pow) {
+            compare_on(f.as_str(), dtype, &[&a, &b], |g, x| {
+                let y = g.binary(*f, x[0], x[1]).unwrap();
+                vec![g.binary_scalar(BinaryOp::Div, y, 2.0).unwrap()]
+            });
+        }
+        compare_on("pow", dtype, &[&x], |g, x| {
+            let three = g.scalar_like(x[0], 3.0);
+            let y = g.binary(BinaryOp::Pow, x[0], three).unwrap();
+            vec![g.binary_scalar(BinaryOp::Div, y, 2.0).unwrap()]
+        });
+    }
+}
+
+/// The sum of a row is read in the kernel that makes it, where it has no memory to wrap in.
+#[test]
+fn sums_of_integers_wrap_before_they_are_read() {
+    for (dtype, value) in [(DType::U8, 200.0), (DType::U32, 4e9)] {
+        for n in [3, 100, 3_000] {
+            compare_on("sum", dtype, &[&vec![value; n]], |g, x| {
+                let sum = g.sum(x[0], Dims::new([0])).unwrap();
+                let half = g.binary_scalar(BinaryOp::Div, sum, 2.0).unwrap();
+                vec![g.binary(BinaryOp::Minimum, x[0], half).unwrap(), half]
+            });
+        }
+    }
 }

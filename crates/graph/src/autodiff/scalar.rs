@@ -2,7 +2,7 @@
 
 use crate::{
     BinaryOp::{self, *},
-    ComputationGraph, NodeId, Operation, Result,
+    ComputationGraph, DType, NodeId, Operation, Result,
     UnaryOp::{self, *},
 };
 use std::f64::consts::{FRAC_1_SQRT_2, FRAC_2_SQRT_PI, PI};
@@ -166,9 +166,13 @@ pub(super) fn binary(
     Ok(Some(dx))
 }
 
-/// `a / b`; by a row statistic it divides once a row, not once an element.
+/// `a / b`; by a row statistic it divides once a row, not once an element. Not where the reciprocal
+/// may be rounded to bf16.
 fn quotient(g: &mut ComputationGraph, a: NodeId, b: NodeId) -> Result<NodeId> {
     let Operation::Broadcast(_) = g[b].op else { return g.binary(Div, a, b) };
+    if matches!(g.ty(b).dtype, DType::BF16 | DType::F16) {
+        return g.binary(Div, a, b);
+    }
     let row = g[b].inputs[0];
     let r = g.unary(Recip, row)?;
     g.binary(Mul, a, r)

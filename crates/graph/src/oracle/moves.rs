@@ -1,5 +1,6 @@
 //! Operations that move elements.
 
+use super::scalar::wrap;
 use super::{Value, flat, unflat};
 use crate::{Error, Node, Operation, Result, Shape};
 
@@ -74,7 +75,8 @@ fn indexed(node: &Node, x: &[&Value]) -> Result<Vec<f64>> {
             let mut out = x[0].data.clone();
             for (i, value) in x[2].data.iter().enumerate() {
                 let row = checked(name, x[1].data[i], shape[dim], i)?;
-                out[flat(&shape, &with(&x[2].ty.shape, i, dim, row))] += value;
+                let sum = &mut out[flat(&shape, &with(&x[2].ty.shape, i, dim, row))];
+                *sum = wrap(*sum + value, node.ty.dtype);
             }
             Ok(out)
         }
@@ -83,7 +85,8 @@ fn indexed(node: &Node, x: &[&Value]) -> Result<Vec<f64>> {
             for (i, value) in x[2].data.iter().enumerate() {
                 let k = unflat(&x[2].ty.shape, i)[dim];
                 let row = checked(name, x[1].data[k], shape[dim], k)?;
-                out[flat(&shape, &with(&x[2].ty.shape, i, dim, row))] += value;
+                let sum = &mut out[flat(&shape, &with(&x[2].ty.shape, i, dim, row))];
+                *sum = wrap(*sum + value, node.ty.dtype);
             }
             Ok(out)
         }

@@ -69,8 +69,10 @@ struct Reduction {
     reducer: Reducer,
     /// The partial results.
     acc: Place,
-    /// The row value; across, the partial results are it.
-    out: Place,
+    /// One register of them; across, the partial results themselves.
+    joined: Place,
+    /// For a dtype narrower than its registers: what wraps them, and where the row value is then.
+    wrap: Option<(TileFn, Place)>,
 }
 
 /// How the work is cut into tasks: by its size alone.

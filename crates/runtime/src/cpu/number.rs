@@ -62,6 +62,9 @@ pub(crate) trait Real:
     fn from_f64(value: f64) -> Self;
     fn to_f64(self) -> f64;
     fn from_f32_all(from: &[f32], to: &mut [Self]);
+    /// The row itself, if it is one of f32.
+    fn as_f32(row: &[Self]) -> Option<&[f32]>;
+    fn as_f32_mut(row: &mut [Self]) -> Option<&mut [f32]>;
     fn exp(self) -> Self;
     fn ln(self) -> Self;
     /// The largest element, NaN if any is; `NEG_INFINITY` of none.
@@ -138,7 +141,7 @@ macro_rules! half {
 half!(bf16, f16);
 
 macro_rules! real {
-    ($ty:ident, $max_of:path, $exp_all:path, $dot:path, $axpy:path, $scale_all:path) => {
+    ($ty:ident, |$row:ident| $as_f32:expr, $max_of:path, $exp_all:path, $dot:path, $axpy:path, $scale_all:path) => {
         impl Number for $ty {
             type Acc = $ty;
             fn widen(self) -> $ty {
@@ -180,6 +183,12 @@ macro_rules! real {
                     *to = $ty::from(*from);
                 }
             }
+            fn as_f32($row: &[$ty]) -> Option<&[f32]> {
+                $as_f32
+            }
+            fn as_f32_mut($row: &mut [$ty]) -> Option<&mut [f32]> {
+                $as_f32
+            }
             fn exp(self) -> $ty {
                 self.exp()
             }
@@ -206,6 +215,7 @@ macro_rules! real {
 }
 real!(
     f32,
+    |row| Some(row),
     math::max_of_f32,
     math::exp_all_f32,
     math::dot_f32,
@@ -214,6 +224,7 @@ real!(
 );
 real!(
     f64,
+    |_row| None,
     math::max_of_f64,
     math::exp_all_f64,
     math::dot_f64,

@@ -1,12 +1,16 @@
 //! Weights in GGUF blocks: dequantised a panel of rows at a time, into the cache, and multiplied there.
 //!
-//! What a block means is Candle's word ([`GgmlType::to_float`]).
+//! What a block means is Candle's word ([`GgmlType::to_float`]). A single row is multiplied with the blocks as they
+//! are.
+
+mod unpack;
 
 use crate::cpu::gemm::gemm;
 use crate::cpu::matrix::{Mat, MatMut};
-use crate::cpu::number::{Accumulator, Float, Real, for_float};
+use crate::cpu::number::{Accumulator, Float, Number, Real, for_float};
 use crate::cpu::parallel::{self, Parts};
 use crate::cpu::scratch;
+use unpack::{DotFn, UnpackFn};
 use crate::cpu::view::{Arg, Out};
 use candle_core::quantized::GgmlType;
 use candle_core::quantized::k_quants::{
@@ -27,6 +31,7 @@ pub(crate) struct Blocks<'a> {
     format: BlockFormat,
     rows: usize,
     cols: usize,
+    loops: Option<(UnpackFn, DotFn)>,
 }
 
 /// `f32[rows, cols]` from blocks. `args = [w]`
@@ -71,11 +76,37 @@ pub(crate) fn call_gemm(
             for (row, to) in packed.chunks_exact_mut(from.max(1)).enumerate() {
                 x.row(row).widen_to(to);
             }
-            let x = Mat::dense(packed, m, from);
-            if transposed {
-                times_transposed::<T>(x, &w, out, parallel);
+            let row = <T as Number>::Acc::as_f32(packed).filter(|_| m == 1 && !transposed);
+            if let (Some(x), Some((_, dot))) = (row, w.loops) {
+                times_row::<T>(x, &w, dot, out, parallel);
+            } else if transposed {
+                times_transposed::<T>(Mat::dense(packed, m, from), &w, out, parallel);
             } else {
-                times::<T>(x, &w, out, parallel);
+                times::<T>(Mat::dense(packed, m, from), &w, out, parallel);
+            }
+        });
+    });
+}
+
+/// `out = x wᵀ` for one row x: a task is some rows of the weight, each multiplied as it is.
+fn times_row<T: Float>(x: &[f32], w: &Blocks, dot: DotFn, out: Parts<T>, parallel: bool) {
+    let row_bytes = w.bytes.len() / w.rows.max(1);
+    let panel = (PANEL / w.cols.max(1)).clamp(4, 64);
+    scratch::with(unpack::sums_len(x.len()), |sums: &mut [f32]| {
+        unpack::block_sums(x, sums);
+        let sums = &*sums;
+        parallel::for_each(parallel, w.rows.div_ceil(panel), |task| {
+            let start = task * panel;
+            let len = panel.min(w.rows - start);
+            // SAFETY: the rows of a panel belong to its task.
+            let out = unsafe { out.part(start, len) };
+            for (out, row) in out.iter_mut().zip(w.bytes[start * row_bytes..].chunks(row_bytes)) {
+                let mut y = 0.0;
+                // SAFETY: this processor has what the loop was compiled for.
+                unsafe { dot(row, x, sums, &mut y) };
+                let mut wide = [T::Acc::ZERO];
+                T::Acc::from_f32_all(&[y], &mut wide);
+                *out = T::narrow(wide[0]);
             }
         });
     });
@@ -135,7 +166,7 @@ impl<'a> Blocks<'a> {
         let bytes = w.slice::<u8>();
         let expected = format.bytes_for(cols).map(|row| row * rows);
         assert_eq!(Some(bytes.len()), expected, "metal-candle bug: {format:?} of {rows} x {cols}");
-        Blocks { bytes, format, rows, cols }
+        Blocks { bytes, format, rows, cols, loops: unpack::loops(format) }
     }
 
     /// The weights of `row` from column `start` on, which is the first of a block.
@@ -143,6 +174,10 @@ impl<'a> Blocks<'a> {
         let block = self.format.block_len();
         let at = (row * self.cols + start) / block * self.format.block_bytes();
         let bytes = &self.bytes[at..at + to.len() / block * self.format.block_bytes()];
+        if let (Some((unpack, _)), Some(to)) = (self.loops, A::as_f32_mut(to)) {
+            // SAFETY: this processor has what the loop was compiled for.
+            return unsafe { unpack(bytes, to) };
+        }
         match self.format {
             BlockFormat::Q4_0 => blocks_to_float::<BlockQ4_0, A>(bytes, to),
             BlockFormat::Q4_1 => blocks_to_float::<BlockQ4_1, A>(bytes, to),

@@ -1,5 +1,5 @@
 //! Plans of one library call over random strided operands, to be compared with plain loops in f64.
-#![allow(dead_code, reason = "every test uses its own part")]
+#![allow(dead_code, unreachable_pub, reason = "every test uses its own part")]
 
 use half::{bf16, f16};
 use metal_candle_compiler::{

@@ -162,7 +162,9 @@ fn row_values(kernel: &Kernel, step: &Step, memory: &mut Memory, row: usize) -> 
             Level::Col => kernel.cols(),
         };
         let made = match inst.op {
-            KernelOp::Reduce(op, x) => vec![reduce(op, &values[x.index()]).settle(inst.dtype)],
+            KernelOp::Reduce(op, x) => {
+                vec![reduce(op, &values[x.index()], inst.dtype).settle(inst.dtype)]
+            }
             _ => (0..cols)
                 .map(|col| element(kernel, step, memory, inst, [row, col], &values))
                 .collect(),
@@ -227,6 +229,8 @@ fn place(kernel: &Kernel, at: &Affine, row: usize, col: usize) -> isize {
     let walk = |extents: &[usize], strides: &[isize], mut i: usize| {
         let mut sum = 0;
         for (extent, stride) in extents.iter().zip(strides).rev() {
+            // A row of no columns still has row values.
+            let extent = (*extent).max(1);
             sum += (i % extent) as isize * stride;
             i /= extent;
         }
@@ -236,13 +240,12 @@ fn place(kernel: &Kernel, at: &Affine, row: usize, col: usize) -> isize {
     at.offset + walk(rows, row_strides, row) + walk(cols, col_strides, col)
 }
 
-fn reduce(op: ReduceOp, values: &[Num]) -> Num {
+fn reduce(op: ReduceOp, values: &[Num], dtype: DType) -> Num {
     let float =
         |start: f64, f: fn(f64, f64) -> f64| Num::F(values.iter().fold(start, |a, x| f(a, x.f())));
     let integer =
         |start: i64, f: fn(i64, i64) -> i64| Num::I(values.iter().fold(start, |a, x| f(a, x.i())));
-    let is_float = matches!(values.first(), None | Some(Num::F(_)));
-    match (op, is_float) {
+    match (op, dtype.is_float()) {
         (ReduceOp::Sum, true) => float(0.0, |a, b| a + b),
         (ReduceOp::Max, true) => float(f64::NEG_INFINITY, larger),
         (ReduceOp::Min, true) => float(f64::INFINITY, |a, b| -larger(-a, -b)),

@@ -127,16 +127,19 @@ impl<'a> Emitter<'a> {
             let KernelOp::Reduce(op, _) = inst.op else {
                 panic!("metal-candle bug: {inst:?} is no reduction")
             };
-            let (acc, out) = match self.s.axis {
+            let (acc, joined) = match self.s.axis {
                 VectorAxis::Along => (self.fixed(LANES), self.fixed(1)),
                 VectorAxis::Across => {
                     let acc = self.tile();
                     (acc, acc)
                 }
             };
-            self.places[*reg] = out;
+            let is_narrow = matches!(inst.dtype, DType::U8 | DType::U32);
+            let wrap =
+                is_narrow.then(|| (cast_of(DType::I64, inst.dtype), self.lasting(*reg)));
+            self.places[*reg] = wrap.map_or(joined, |(_, out)| out);
             self.accs.insert(*reg, acc);
-            Reduction { reducer: reducer_of(op, inst.dtype.class()), acc, out }
+            Reduction { reducer: reducer_of(op, inst.dtype.class()), acc, joined, wrap }
         };
         needs.reductions.iter().map(reduction).collect()
     }

@@ -1,7 +1,7 @@
 //! Walks the rows and tiles of a [`Program`].
 
 use super::reduce::LANES;
-use super::{Access, Op, Place, Program, RowWalk, Seed, Split};
+use super::{Access, Op, Place, Program, Reduction, RowWalk, Seed, Split};
 use crate::cpu::{parallel, scratch};
 use metal_candle_graph::{Class, DType, Distribution, Scalar, random_f64};
 use smallvec::SmallVec;
@@ -152,7 +152,8 @@ impl<'a> Worker<'a> {
                 self.columns(&pass.body, cols.clone());
                 for reduction in &pass.reductions {
                     let lanes = self.read_from(reduction.acc);
-                    (reduction.reducer.join)(self.write_to(reduction.out), lanes);
+                    (reduction.reducer.join)(self.write_to(reduction.joined), lanes);
+                    self.wrap(reduction, 1);
                 }
             }
         }
@@ -210,9 +211,21 @@ impl<'a> Worker<'a> {
                 // SAFETY: the caller's promise.
                 unsafe { self.exec(&pass.body, n) };
             }
+            for reduction in &pass.reductions {
+                // SAFETY: the row values have their place.
+                unsafe { self.wrap(reduction, n) };
+            }
         }
         // SAFETY: the caller's promise.
         unsafe { self.exec(&p.last, n) };
+    }
+
+    unsafe fn wrap(&self, reduction: &Reduction, n: usize) {
+        if let Some((f, out)) = reduction.wrap {
+            let from = self.read_from(reduction.joined);
+            // SAFETY: the caller's promise.
+            unsafe { f(self.write_to(out), [from, std::ptr::null(), std::ptr::null()], n) };
+        }
     }
 
     unsafe fn exec(&mut self, ops: &[Op], n: usize) {
