@@ -44,7 +44,10 @@ pub(crate) fn find(a: &mut Analysis) -> Gemms {
 /// `x · const` as x and the constant, where x may be read instead.
 fn unscaled(a: &Analysis, operand: Located) -> (Located, f64) {
     let (mut located, mut scale) = (operand, 1.0);
-    while a.node(located.base).op == Operation::Binary(BinaryOp::Mul) {
+    // One that is a call has absorbed its product: nothing else is left to be read.
+    while a.kind(located.base) == Kind::Map
+        && a.node(located.base).op == Operation::Binary(BinaryOp::Mul)
+    {
         match scaled_by(a, located.base) {
             // The layout of the product serves x only if x is laid out as the product would be.
             Some((x, s)) if x.layout.is_contiguous() && a.kind(x.base) != Kind::Virtual => {

@@ -1,5 +1,6 @@
 //! One aligned allocation, made once and used by run after run.
 
+use crate::pages::prefer_huge;
 use crate::{Error, Result};
 use std::alloc::{self, Layout};
 use std::ptr::NonNull;
@@ -28,6 +29,7 @@ impl Arena {
         // SAFETY: the layout has a size.
         let data = unsafe { alloc::alloc_zeroed(layout) };
         let data = NonNull::new(data).ok_or_else(out_of_memory)?;
+        prefer_huge(data.as_ptr(), bytes);
         Ok(Arena { data, layout })
     }
 

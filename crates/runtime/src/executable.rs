@@ -6,6 +6,7 @@ use crate::cpu;
 use crate::cpu::kernel::Program;
 use crate::cpu::view::{Arg, Out};
 use crate::element::Data;
+use crate::pages::prefer_huge;
 use crate::{Error, Result, verify};
 use candle_core::StorageRef;
 use metal_candle_compiler::{Operand, OutputSource, Plan, PlanOutput, Slot, Step, Target, Work};
@@ -403,7 +404,9 @@ fn fresh(output: &PlanOutput, zeroed: bool) -> Result<Option<Data>> {
     let data = if zeroed { Data::zeroed(dtype, len) } else { Data::with_capacity(dtype, len) };
     let out_of_memory =
         || Error::OutOfMemory { what: format!("a result {}", output.ty), bytes: output.ty.size_bytes() };
-    data.map(Some).ok_or_else(out_of_memory)
+    let mut data = data.ok_or_else(out_of_memory)?;
+    prefer_huge(data.as_mut_ptr(), output.ty.size_bytes());
+    Ok(Some(data))
 }
 
 /// The memory of a vector that is empty, for elements of another type or lifetime.

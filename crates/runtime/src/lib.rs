@@ -18,6 +18,7 @@ mod element;
 mod error;
 mod executable;
 mod executor;
+mod pages;
 mod pending;
 mod verify;
 

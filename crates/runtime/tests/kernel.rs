@@ -11,7 +11,7 @@ use metal_candle_compiler::{OutputSource, Plan, Slot, Target};
 use metal_candle_graph::oracle::Value;
 use metal_candle_graph::{BinaryOp, ComputationGraph, DType, Dims, NodeId, ReduceOp, UnaryOp};
 use metal_candle_runtime::{AsyncGraphExecutor, Buffer, Executable};
-use random::{Case, Limits, Rng, SMALL, case};
+use random::{Case, Limits, Rng, SMALL, case, seeds};
 use std::sync::LazyLock;
 
 static EXECUTORS: LazyLock<[AsyncGraphExecutor; 2]> =
@@ -72,7 +72,7 @@ fn compare(name: &str, case: &Case, donated: &[bool]) -> Plan {
 
 #[test]
 fn kernels_equal_the_walk_of_their_ir() {
-    (0..3_000).for_each(|seed| drop(check(seed, &KERNELS)));
+    seeds(3_000).for_each(|seed| drop(check(seed, &KERNELS)));
 }
 
 #[test]
@@ -80,29 +80,29 @@ fn kernels_of_one_dtype_equal_the_walk_of_their_ir() {
     const EACH: [&[DType]; 4] = [&[DType::F64], &[DType::F32], &[DType::BF16], &[DType::F16]];
     for floats in EACH {
         let limits = Limits { floats, ops: 12, ..KERNELS };
-        (0..300).for_each(|seed| drop(check(seed, &limits)));
+        seeds(300).for_each(|seed| drop(check(seed, &limits)));
     }
 }
 
 #[test]
 fn kernels_at_the_edges_of_tiles_equal_the_walk_of_their_ir() {
     let limits = Limits { extents: EDGES, max_len: 12_000, ops: 12, ..KERNELS };
-    (0..1_500).for_each(|seed| drop(check(seed, &limits)));
+    seeds(1_500).for_each(|seed| drop(check(seed, &limits)));
     let rows = Limits { max_rank: 1, ..limits };
-    (0..600).for_each(|seed| drop(check(seed, &rows)));
+    seeds(600).for_each(|seed| drop(check(seed, &rows)));
 }
 
 /// Large enough for several tasks, in every way to cut one.
 #[test]
 fn large_kernels_equal_the_walk_of_their_ir_on_any_number_of_threads() {
     let limits = Limits { extents: EDGES, max_len: 120_000, ops: 8, ..KERNELS };
-    (0..150).for_each(|seed| drop(check(1 << 32 | seed, &limits)));
+    seeds(150).for_each(|seed| drop(check(1 << 32 | seed, &limits)));
 }
 
 #[test]
 fn kernels_of_nothing_equal_the_walk_of_their_ir() {
     let limits = Limits { extents: &[0, 0, 1, 2, 17], ops: 10, ..KERNELS };
-    (0..400).for_each(|seed| drop(check(seed, &limits)));
+    seeds(400).for_each(|seed| drop(check(seed, &limits)));
 }
 
 /// The cases above do update memory in place, donated and scratch alike.

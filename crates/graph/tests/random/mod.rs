@@ -51,6 +51,12 @@ pub(crate) const SMALL: Limits = Limits {
     public: false,
 };
 
+/// `0..n`, or so many times as many as the environment asks for: a search for rarer bugs than CI has time for.
+pub(crate) fn seeds(n: u64) -> std::ops::Range<u64> {
+    let times = std::env::var("METAL_CANDLE_GRAPHS").ok();
+    0..n * times.map_or(1, |times| times.parse().expect("METAL_CANDLE_GRAPHS is a number"))
+}
+
 /// splitmix64
 #[derive(Clone)]
 pub(crate) struct Rng(pub(crate) u64);

@@ -197,8 +197,14 @@ impl Gen {
         if !self.fits(&self.g.shape(y)) {
             return;
         }
-        let scale = 1.0 / shape[rank - 1].max(1) as f64;
+        // A product of products, where it is small enough as it is.
+        let small = self.rng.one_in(2);
+        let scale = if small { 0.25 } else { 1.0 } / shape[rank - 1].max(1) as f64;
         let mut y = self.g.binary_scalar(BinaryOp::Mul, y, scale).unwrap();
+        if small && self.rng.one_in(2) {
+            let v = self.derived(y, &[a, b], false);
+            return self.push(v);
+        }
         let mut from = vec![a, b];
         // An addend, as LoRA has one.
         let to = self.g.shape(y);
