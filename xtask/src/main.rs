@@ -1,1 +1,49 @@
-fn main() {}
+//! The repository's own commands: `cargo xtask COMMAND`.
+
+mod bench;
+mod command;
+mod model;
+mod quickstart;
+mod reference;
+mod test;
+mod tidy;
+
+use std::process::ExitCode;
+
+const USAGE: &str = "\
+cargo xtask COMMAND
+
+    quickstart [--model FILE]   get a small model, fine-tune it, show its answers before and after
+    test                        format, lints, tidy, doctests, all tests
+    tidy                        the rules of ARCHITECTURE.md, and no loose ends
+    bench [ARGS]                the same work through eager Candle and through this library
+    reference                   make the reference vectors anew, by PyTorch
+";
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = args.iter().map(String::as_str).collect();
+    let result = match words[..] {
+        ["quickstart"] => quickstart::run(None),
+        ["quickstart", "--model", path] => quickstart::run(Some(path.as_ref())),
+        ["test"] => test::run(),
+        ["tidy"] => tidy::run(),
+        ["bench", ref rest @ ..] => bench::run(rest),
+        ["reference"] => reference::run(),
+        [] | ["help" | "-h" | "--help"] => {
+            print!("{USAGE}");
+            return ExitCode::SUCCESS;
+        }
+        _ => {
+            eprint!("unknown arguments: {}\n\n{USAGE}", args.join(" "));
+            return ExitCode::from(2);
+        }
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

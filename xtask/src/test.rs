@@ -1,0 +1,80 @@
+//! `cargo xtask test`: everything that must hold before a change lands.
+
+use crate::command::{cargo, execute, program, works};
+use crate::{model, tidy};
+use anyhow::{Context, Result};
+use std::time::{Duration, Instant};
+
+type Stage = (&'static str, fn() -> Result<()>);
+
+/// The quick ones first; the tests last, so that their summary closes the output.
+const STAGES: [Stage; 6] = [
+    ("set-up", set_up),
+    ("format", || execute(cargo().args(["fmt", "--all", "--check"]))),
+    ("tidy", tidy::run),
+    ("clippy", clippy),
+    ("doctests", || execute(cargo().args(["test", "--doc", "--workspace", "--all-features"]))),
+    ("tests", tests),
+];
+
+pub(crate) fn run() -> Result<()> {
+    let mut times = Vec::new();
+    for (name, stage) in STAGES {
+        println!("\n== {name}");
+        let started = Instant::now();
+        let result = stage();
+        times.push((name, started.elapsed()));
+        if result.is_err() {
+            print_times(&times);
+        }
+        result.with_context(|| format!("the stage {name}"))?;
+    }
+    print_times(&times);
+    Ok(())
+}
+
+fn print_times(times: &[(&str, Duration)]) {
+    let line: Vec<String> =
+        times.iter().map(|(name, t)| format!("{name} {:.0} s", t.as_secs_f64())).collect();
+    let total: Duration = times.iter().map(|(_, t)| *t).sum();
+    println!("\n== {}; {:.0} s in all", line.join(", "), total.as_secs_f64());
+}
+
+/// What a new machine lacks.
+fn set_up() -> Result<()> {
+    for (component, probe) in [("rustfmt", ["fmt", "--version"]), ("clippy", ["clippy", "-V"])] {
+        if !works(cargo().args(probe)) {
+            execute(program("rustup").args(["component", "add", component]))?;
+        }
+    }
+    if !has_nextest() {
+        // Without it the tests still run, by cargo test.
+        if let Err(error) = execute(cargo().args(["install", "cargo-nextest", "--locked"])) {
+            eprintln!("warning: {error:#}");
+        }
+    }
+    let model = model::fetch()?;
+    println!("model: {}", model.display());
+    Ok(())
+}
+
+fn has_nextest() -> bool {
+    works(cargo().args(["nextest", "--version"]))
+}
+
+fn clippy() -> Result<()> {
+    let all = ["clippy", "--workspace", "--all-targets", "--all-features"];
+    execute(cargo().args(all).args(["--", "--deny", "warnings"]))
+}
+
+fn tests() -> Result<()> {
+    let all = ["--workspace", "--all-features"];
+    let mut command = cargo();
+    if has_nextest() {
+        command.args(["nextest", "run"]).args(all);
+    } else {
+        // --all-targets but benches: doctests are a stage of their own.
+        command.arg("test").args(all).args(["--lib", "--bins", "--tests", "--examples"]);
+    }
+    execute(command.env("METAL_CANDLE_MODELS", model::folder()?))
+}
