@@ -3,7 +3,7 @@
 use crate::model::ModelArgs;
 use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
-use metal_candle::generate::{Generator, GeneratorConfig, SamplingStrategy};
+use metal_candle::generate::{Generator, GeneratorConfig};
 use metal_candle::io::Tokenizer;
 use metal_candle::io::chat::Message;
 use metal_candle::io::data::{Content, Row, Rows};
@@ -61,7 +61,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             // An answer that goes on for longer than the expected one does not match.
             max_tokens = max_tokens.min(tokenizer.encode(&question.expected, false)?.len() + SLACK);
         }
-        let config = GeneratorConfig { max_tokens, sampling: SamplingStrategy::Greedy, seed: 0 };
+        let config = GeneratorConfig { max_tokens, ..GeneratorConfig::default() };
         let got = generator.generate(&question.prompt, &config, |_| {})?.text;
         matches += usize::from(got.trim() == question.expected.trim());
         if i < args.samples {

@@ -1,11 +1,12 @@
 //! `metal-candle generate`
 
 use crate::model::ModelArgs;
+use crate::sampling::{SamplingArgs, summary};
 use anyhow::{Context, Result, bail};
-use metal_candle::generate::{Finish, Generated, Generator, GeneratorConfig, SamplingStrategy};
+use metal_candle::generate::{Generator, GeneratorConfig};
 use metal_candle::io::chat::{ChatTemplate, Message};
 use std::io::{BufRead, Read, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// Names follow mlx-lm where it has them.
@@ -22,24 +23,17 @@ pub(crate) struct Args {
     /// Many prompts: JSON lines with a field `prompt`; prints a JSON line for each
     #[arg(long, conflicts_with = "prompt")]
     prompts_file: Option<PathBuf>,
-    /// Tokens at most
-    #[arg(short, long, default_value_t = 256)]
-    max_tokens: usize,
-    /// Sampling temperature; 0 takes the most likely token
-    #[arg(long, default_value_t = 0.0)]
-    temp: f64,
-    /// Sample from the k most likely tokens; 0 is all
-    #[arg(long, default_value_t = 0)]
-    top_k: usize,
-    /// Sample from the most likely tokens that together have this probability
-    #[arg(long, default_value_t = 1.0)]
-    top_p: f64,
-    /// Of the random choices
-    #[arg(long, default_value_t = 0)]
-    seed: u64,
+    /// What the system says before the prompt
+    #[arg(long, conflicts_with = "ignore_chat_template")]
+    system_prompt: Option<String>,
+    /// The answer begins with this text, which is not printed
+    #[arg(long)]
+    prefill_response: Option<String>,
     /// Continue the prompt as it is, without the model's chat template
     #[arg(long)]
     ignore_chat_template: bool,
+    #[command(flatten)]
+    sampling: SamplingArgs,
     /// Print nothing but the text
     #[arg(short, long)]
     quiet: bool,
@@ -48,26 +42,36 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args) -> Result<()> {
     let loaded = args.model.load_with(args.adapter_path.as_deref())?;
     let tokenizer = Arc::new(loaded.tokenizer);
+    let config = args.sampling.config(&tokenizer)?;
     let template = tokenizer.chat_template().filter(|_| !args.ignore_chat_template);
+    if template.is_none() && args.system_prompt.is_some() {
+        bail!("--system-prompt: the model has no chat template to put it into");
+    }
     let generator = Generator::new(Arc::new(loaded.decoder), Arc::clone(&tokenizer))?;
     match &args.prompts_file {
-        Some(path) => many(args, &generator, template, path),
-        None => one(args, &generator, template),
+        Some(path) => many(args, &generator, &config, template, path),
+        None => one(args, &generator, &config, template),
     }
 }
 
-fn one(args: &Args, generator: &Generator, template: Option<&ChatTemplate>) -> Result<()> {
+fn one(
+    args: &Args,
+    generator: &Generator,
+    config: &GeneratorConfig,
+    template: Option<&ChatTemplate>,
+) -> Result<()> {
     let mut prompt = args.prompt.clone().unwrap_or_default();
     if prompt == "-" {
         prompt.clear();
         std::io::stdin().read_to_string(&mut prompt).context("cannot read standard input")?;
     }
     let mut out = std::io::stdout();
-    let generated = generator.generate(&render(template, &prompt)?, &config(args)?, |token| {
-        // A closed pipe ends the program at the next line; a lost token is no reason to stop here.
+    let prompt = render(args, template, &prompt)?;
+    let generated = generator.generate(&prompt, config, |token| {
+        // A closed pipe ends the program at the last line; a lost token is no reason to stop here.
         let _ = out.write_all(token.text.as_bytes()).and_then(|()| out.flush());
     })?;
-    println!();
+    writeln!(out)?;
     if !args.quiet {
         eprintln!("{}", summary(&generated));
     }
@@ -77,64 +81,41 @@ fn one(args: &Args, generator: &Generator, template: Option<&ChatTemplate>) -> R
 fn many(
     args: &Args,
     generator: &Generator,
+    config: &GeneratorConfig,
     template: Option<&ChatTemplate>,
-    path: &PathBuf,
+    path: &Path,
 ) -> Result<()> {
     let file =
         std::fs::File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
+    let mut out = std::io::stdout();
     for (i, line) in std::io::BufReader::new(file).lines().enumerate() {
-        let line = line?;
+        let at = || format!("{}:{}", path.display(), i + 1);
+        let line = line.with_context(at)?;
         if line.trim().is_empty() {
             continue;
         }
-        let row: serde_json::Value = serde_json::from_str(&line)
-            .with_context(|| format!("{}:{}: not JSON", path.display(), i + 1))?;
+        let row: serde_json::Value =
+            serde_json::from_str(&line).with_context(|| format!("{}: not JSON", at()))?;
         let Some(prompt) = row.get("prompt").and_then(|p| p.as_str()) else {
-            bail!("{}:{}: expected a field \"prompt\" with a text", path.display(), i + 1);
+            bail!("{}: expected a field \"prompt\" with a text", at());
         };
-        let generated = generator.generate(&render(template, prompt)?, &config(args)?, |_| {})?;
-        println!("{}", serde_json::json!({ "prompt": prompt, "completion": generated.text }));
+        let generated = generator.generate(&render(args, template, prompt)?, config, |_| {})?;
+        let row = serde_json::json!({ "prompt": prompt, "completion": generated.text });
+        writeln!(out, "{row}")?;
     }
     Ok(())
 }
 
-fn render(template: Option<&ChatTemplate>, prompt: &str) -> Result<String> {
-    Ok(match template {
-        Some(template) => template.render(&[Message::new("user", prompt)], None, true)?,
-        None => prompt.to_string(),
-    })
-}
-
-fn config(args: &Args) -> Result<GeneratorConfig> {
-    if args.temp < 0.0 || !(0.0..=1.0).contains(&args.top_p) {
-        bail!(
-            "expected --temp of 0 or more and --top-p in 0..=1, got {} and {}",
-            args.temp,
-            args.top_p
-        );
-    }
-    let sampling = match args.temp {
-        0.0 => SamplingStrategy::Greedy,
-        temperature => {
-            SamplingStrategy::Sample { temperature, top_k: args.top_k, top_p: args.top_p }
+/// All that the model reads.
+fn render(args: &Args, template: Option<&ChatTemplate>, prompt: &str) -> Result<String> {
+    let mut text = match template {
+        Some(template) => {
+            let system = args.system_prompt.iter().map(|text| Message::new("system", text));
+            let messages: Vec<_> = system.chain([Message::new("user", prompt)]).collect();
+            template.render(&messages, None, true)?
         }
+        None => prompt.to_owned(),
     };
-    Ok(GeneratorConfig { max_tokens: args.max_tokens, sampling, seed: args.seed })
-}
-
-fn summary(g: &Generated) -> String {
-    let rate =
-        |tokens: usize, time: std::time::Duration| tokens as f64 / time.as_secs_f64().max(1e-9);
-    let end = match g.finish {
-        Finish::EndOfText => "",
-        Finish::Length => " (--max-tokens reached)",
-        Finish::Context => " (the model's context is full)",
-    };
-    format!(
-        "prompt: {} tokens, {:.1} tok/s; generation: {} tokens, {:.1} tok/s{end}",
-        g.prompt_tokens,
-        rate(g.prompt_tokens, g.prefill),
-        g.ids.len(),
-        rate(g.ids.len().saturating_sub(1), g.decode)
-    )
+    text += args.prefill_response.as_deref().unwrap_or_default();
+    Ok(text)
 }

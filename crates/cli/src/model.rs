@@ -2,14 +2,14 @@
 
 use anyhow::{Context, Result};
 use metal_candle::Device;
-use metal_candle::models::{BaseWeights, LoadedModel, load_gguf};
+use metal_candle::models::{BaseWeights, LoadedModel, load};
 use metal_candle::nn::{ApplyAdapter, LoRAAdapter};
 use std::path::{Path, PathBuf};
 
 /// The model to work on.
 #[derive(clap::Args)]
 pub(crate) struct ModelArgs {
-    /// A GGUF file
+    /// A GGUF file, or a Hugging Face folder: config.json, safetensors, tokenizer.json
     #[arg(long)]
     pub(crate) model: PathBuf,
     /// Hold the linear layers as f32 instead of as stored
@@ -20,7 +20,7 @@ pub(crate) struct ModelArgs {
 impl ModelArgs {
     pub(crate) fn load(&self) -> Result<LoadedModel> {
         let base = if self.dequantize { BaseWeights::F32 } else { BaseWeights::AsStored };
-        load_gguf(&self.model, base, &Device::Cpu)
+        load(&self.model, base, &Device::Cpu)
             .with_context(|| format!("cannot load {}", self.model.display()))
     }
 
@@ -37,6 +37,9 @@ impl ModelArgs {
 
     /// The name under which an adapter remembers its base.
     pub(crate) fn name(&self) -> String {
-        self.model.file_stem().unwrap_or_default().to_string_lossy().into_owned()
+        // A folder's name is no file's: what follows its last dot belongs to it.
+        let name =
+            if self.model.is_dir() { self.model.file_name() } else { self.model.file_stem() };
+        name.unwrap_or_default().to_string_lossy().into_owned()
     }
 }

@@ -11,6 +11,7 @@ use metal_candle::nn::LoRAAdapter;
 use metal_candle::train::{AdamWConfig, LRScheduler, Report, Trainer, TrainingConfig};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Names follow mlx-lm where it has them.
 #[derive(clap::Args)]
@@ -26,6 +27,9 @@ pub(crate) struct Args {
     /// Rows of a batch
     #[arg(long, default_value_t = 4)]
     batch_size: usize,
+    /// Batches of an update
+    #[arg(long, default_value_t = 1)]
+    grad_accumulation_steps: usize,
     /// Tokens of a row; longer ones are cut and counted
     #[arg(long, default_value_t = 2048)]
     max_seq_length: usize,
@@ -74,9 +78,15 @@ pub(crate) struct Args {
     /// Batches of one validation; 0 is all
     #[arg(long, default_value_t = 25)]
     val_batches: usize,
-    /// Updates between two saved adapters; 0 is only at the end
+    /// Validations without a lower loss after which training ends; 0 is never
+    #[arg(long, default_value_t = 0)]
+    patience: usize,
+    /// Updates between two checkpoints; 0 is only at the end
     #[arg(long, default_value_t = 100)]
     save_every: usize,
+    /// Go on where the run in --adapter-path stopped
+    #[arg(long)]
+    resume: bool,
     /// Print the plan of one step and its exact memory before training
     #[arg(long)]
     show_plan: bool,
@@ -112,7 +122,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         adapter.layers().len(),
         adapter.num_trainable_parameters()
     );
-    let mut trainer = Trainer::new(decoder, adapter, config(args))?;
+    let mut trainer = Trainer::new(decoder, adapter, config(args))?.stop_when(on_interrupt()?);
     if args.show_plan {
         println!("{}", trainer.plan(&train)?);
     }
@@ -120,6 +130,19 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     trainer.train(&train, &valid, |report| show(&bar, args, report))?;
     bar.finish_and_clear();
     Ok(())
+}
+
+/// Becomes true with the first Ctrl-C; the second one ends the program at once.
+fn on_interrupt() -> Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let flag = Arc::clone(&stop);
+    ctrlc::set_handler(move || {
+        if flag.swap(true, Ordering::Relaxed) {
+            std::process::exit(130);
+        }
+        eprintln!("finishing the step and saving; press Ctrl-C again to end at once");
+    })?;
+    Ok(stop)
 }
 
 /// The token sequences of a file; says what was cut or left out.
@@ -158,6 +181,7 @@ fn config(args: &Args) -> TrainingConfig {
     TrainingConfig {
         iters: args.iters,
         batch_size: args.batch_size,
+        grad_accumulation_steps: args.grad_accumulation_steps,
         max_seq_length: args.max_seq_length,
         schedule,
         optimizer: AdamWConfig { weight_decay: args.weight_decay, ..AdamWConfig::default() },
@@ -166,8 +190,10 @@ fn config(args: &Args) -> TrainingConfig {
         steps_per_report: args.steps_per_report,
         steps_per_eval: args.steps_per_eval,
         val_batches: args.val_batches,
+        patience: args.patience,
         save_every: args.save_every,
         adapter_path: Some(args.adapter_path.clone()),
+        resume: args.resume,
     }
 }
 
@@ -187,11 +213,25 @@ fn show(bar: &ProgressBar, args: &Args, report: Report) {
                  {gradient_norm:.3}, {tokens_per_second:.0} tok/s"
             )
         }
-        Report::Validation { step, loss } => format!("step {step}: validation loss {loss:.4}"),
-        Report::Skipped { step, loss, gradient_norm } => format!(
-            "step {step}: skipped, not finite: loss {loss}, gradient norm {gradient_norm}; \
-             a lower --learning-rate may help"
+        Report::Validation { step, loss, is_best } => {
+            format!(
+                "step {step}: validation loss {loss:.4}{}",
+                if is_best { ", the best" } else { "" }
+            )
+        }
+        Report::Skipped { step, loss, gradient_norm, culprit } => format!(
+            "step {step}: skipped, not finite: loss {loss}, gradient norm {gradient_norm}, first in {}; \
+             a lower --learning-rate may help",
+            culprit.as_deref().unwrap_or("the loss")
         ),
+        Report::Resumed { step } => {
+            bar.set_position(step as u64);
+            format!("step {step}: going on from {}", args.adapter_path.display())
+        }
+        Report::Stopped { step } => format!("step {step}: stopped; --resume goes on from here"),
+        Report::Stale { step } => {
+            format!("step {step}: the validation loss no longer falls: done")
+        }
         Report::Saved { step } => {
             format!("step {step}: saved to {}", args.adapter_path.display())
         }

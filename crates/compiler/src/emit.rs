@@ -193,7 +193,7 @@ impl<'a> Emitter<'a> {
     /// A kernel that stores a value of [`Kind::Virtual`].
     pub(crate) fn position(s: &'a Stored<'a>, own: Located) -> Draft {
         let mut e = Emitter::new(s, None, Space::maps(&own.layout.shape));
-        let reg = e.from_position(&own);
+        let reg = e.positioned(&own);
         let node = s.a.node(own.base);
         e.store(reg, 0, node.ty.dtype, &own.layout);
         e.names.push(node.op.name());
@@ -261,13 +261,13 @@ impl<'a> Emitter<'a> {
                 let at = self.affine(&operand.layout);
                 self.draft.push(KernelOp::Load(Access { arg, dtype, at }), dtype)
             }
-            Source::Position => self.from_position(operand),
+            Source::Position => self.positioned(operand),
             Source::Missing => panic!("metal-candle bug: {:?} was not stored", operand.base),
         }
     }
 
     /// An operand of [`Kind::Virtual`]: the affine map of its layout is the element's number.
-    fn from_position(&mut self, operand: &Located) -> Reg {
+    fn positioned(&mut self, operand: &Located) -> Reg {
         let node = self.s.a.node(operand.base);
         let at = self.affine(&operand.layout);
         let op = match node.op {

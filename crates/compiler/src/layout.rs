@@ -48,10 +48,11 @@ impl Layout {
                     out.strides[d] = if self.shape[d] == 1 { 0 } else { self.strides[d] };
                 }
             }
-            Operation::Slice { dim, start, step, .. } => {
+            Operation::Slice { dim, start, len, step } => {
                 out.strides = self.strides;
                 out.offset += start as isize * self.strides[dim];
-                out.strides[dim] *= step as isize;
+                // The step of one element may be anything.
+                out.strides[dim] *= if len > 1 { step as isize } else { 1 };
             }
             Operation::Flip { dim } => {
                 out.strides = self.strides;

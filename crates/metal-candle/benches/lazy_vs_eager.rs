@@ -165,7 +165,7 @@ fn lora_step() -> Row {
     let inputs = lora_inputs();
     let args: Vec<LazyTensor> = inputs.iter().map(lazy).collect();
     let vars: Vec<Var> = inputs[2..].iter().map(|x| Var::from_tensor(x).expect("var")).collect();
-    let eager_inputs: Vec<Tensor> = inputs[..2].iter().cloned().collect();
+    let eager_inputs: Vec<Tensor> = inputs[..2].to_vec();
     let step = compile(|x: &[LazyTensor]| {
         let loss = lazy_lora(x)?.sqr()?.mean_all()?;
         grad(&loss, &[&x[2], &x[3]])
@@ -321,6 +321,8 @@ fn repeat(f: impl Fn()) -> Duration {
         (0..TIMES).for_each(|_| f());
         start.elapsed() / TIMES
     };
-    (0..10).for_each(|_| drop(batch()));
+    for _ in 0..10 {
+        batch();
+    }
     median((0..50).map(|_| batch()).collect())
 }

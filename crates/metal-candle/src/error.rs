@@ -60,10 +60,17 @@ pub enum ErrorKind {
         "the adapter is for another base: {module} is {expected:?} [out, in] here and {got:?} there"
     )]
     AdapterShape { module: String, expected: [usize; 2], got: [usize; 2] },
-    #[error("{name}: expected a matrix, got a tensor of shape {got:?}")]
-    NotAMatrix { name: String, got: Vec<usize> },
+    #[error("rope scaling: expected {expected} divisors, one per pair of a head's dims, got {got}")]
+    RopeDivisors { expected: usize, got: usize },
     #[error("the prompt has {tokens} tokens: expected 1 to {context}, the model's context")]
     PromptLength { tokens: usize, context: usize },
+    /// A setting of the sampling that no distribution has.
+    #[error("{name}: expected {expected}, got {got}")]
+    Sampling { name: &'static str, expected: &'static str, got: f64 },
+    #[error("a stop string is empty: it would end every text before it begins")]
+    EmptyStop,
+    #[error("a cache of {dims:?} values per layer cannot be addressed")]
+    CacheSize { dims: Vec<usize> },
 }
 
 impl Error {
@@ -77,10 +84,7 @@ impl Error {
         self.location
     }
 
-    pub(crate) fn at(
-        kind: impl Into<ErrorKind>,
-        location: &'static Location<'static>,
-    ) -> Error {
+    pub(crate) fn at(kind: impl Into<ErrorKind>, location: &'static Location<'static>) -> Error {
         Error { kind: Box::new(kind.into()), location }
     }
 }

@@ -1,9 +1,26 @@
 //! Generation: a prompt in, tokens out, one plan per token.
+//!
+//! ```text
+//! generator ─ the decode step and the loop around it, blocking or awaited
+//! run ─────── what one generation knows: logits in, tokens and text out
+//! sampling ── from logits to a token
+//! logits ──── penalties and biases before, log-probabilities after
+//! stop ────── stop strings, also across tokens
+//! cache ───── keys and values of the tokens so far
+//! ```
 
 mod cache;
+mod config;
 mod generator;
+mod logits;
+mod run;
 mod sampling;
+mod stop;
+mod stream;
 
 pub use cache::KVCache;
-pub use generator::{Finish, Generated, Generator, GeneratorConfig, StreamToken};
-pub use sampling::{SamplingStrategy, sample_token};
+pub use config::{Finish, Generated, GeneratorConfig, StreamToken};
+pub use generator::Generator;
+pub use logits::LogProbs;
+pub use sampling::{Sampling, SamplingStrategy, sample_token};
+pub use stream::TokenStream;

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! gguf ─────── a model file: metadata, tensors, names as in Hugging Face
+//! hf ───────── a model folder: config.json and safetensors, whole or in shards
 //! config ───── the shape of a decoder, as plain data
 //! tokenizer ── text <-> ids, from tokenizer.json or from a GGUF's metadata
 //! chat ─────── messages -> text, by the model's own Jinja template
@@ -21,12 +22,14 @@ pub mod data;
 mod error;
 pub mod file;
 pub mod gguf;
+pub mod hf;
 pub mod peft;
 pub mod tokenizer;
 
 pub use chat::{ChatTemplate, Message};
-pub use config::{DecoderConfig, RopeLayout};
+pub use config::{DecoderConfig, RopeLayout, RopeScaling};
 pub use error::{Error, Result};
 pub use gguf::GgufFile;
+pub use hf::HfFolder;
 pub use peft::{LoraConfig, PeftAdapter};
 pub use tokenizer::Tokenizer;

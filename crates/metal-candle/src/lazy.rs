@@ -41,7 +41,10 @@ pub(crate) struct Node {
 
 #[derive(Clone)]
 pub(crate) enum State {
-    Op { op: Operation, inputs: SmallVec<[LazyTensor; 3]> },
+    Op {
+        op: Operation,
+        inputs: SmallVec<[LazyTensor; 3]>,
+    },
     /// In memory; what it was made of has been let go.
     Ready(Buffer),
     /// The argument of a function that is being traced.

@@ -4,4 +4,4 @@ mod decoder;
 mod load;
 
 pub use decoder::{CacheInput, Decoder, DecoderLayer};
-pub use load::{BaseWeights, LoadedModel, load_gguf};
+pub use load::{BaseWeights, LoadedModel, load, load_decoder, load_gguf};

@@ -3,6 +3,7 @@
 mod adapter;
 mod layers;
 mod lora;
+mod rope;
 
 pub use crate::io::LoraConfig as LoRAAdapterConfig;
 pub use adapter::{AdapterRegistry, ApplyAdapter, LoRAAdapter};

@@ -1,11 +1,15 @@
 //! Training: one step is one plan (forward, loss, backward, clipping, optimizer).
 
+pub mod checkpoint;
 mod optimizer;
+mod report;
 mod schedule;
 mod step;
 mod trainer;
 
+pub use checkpoint::Progress;
 pub use optimizer::AdamWConfig;
+pub use report::Report;
 pub use schedule::LRScheduler;
-pub use step::{StepMetrics, TrainStep};
-pub use trainer::{Report, Trainer, TrainingConfig};
+pub use step::{StepCount, StepMetrics, TrainStep};
+pub use trainer::{Trainer, TrainingConfig};

@@ -9,7 +9,7 @@ mod replay;
 use metal_candle::graph::NodeId;
 use metal_candle::graph::oracle::{self, Value};
 use metal_candle::{DType, LazyTensor, Result, compile, grad};
-use random::{Case, Limits, Rng, SMALL, case};
+use random::{Case, Limits, Rng, SMALL, case, seeds};
 use std::sync::Arc;
 
 const PUBLIC: Limits = Limits { public: true, ..SMALL };
@@ -82,24 +82,24 @@ fn check_compiled(seed: u64, limits: &Limits) {
 
 #[test]
 fn evaluated_graphs_equal_the_oracle() {
-    (0..2_500).for_each(|seed| check_eval(seed, &PUBLIC));
+    seeds(2_500).for_each(|seed| check_eval(seed, &PUBLIC));
 }
 
 #[test]
 fn evaluated_graphs_of_one_dtype_equal_the_oracle() {
     const EACH: [&[DType]; 4] = [&[DType::F64], &[DType::F32], &[DType::BF16], &[DType::F16]];
     for floats in EACH {
-        (0..250).for_each(|seed| check_eval(seed, &Limits { floats, ..PUBLIC }));
+        seeds(250).for_each(|seed| check_eval(seed, &Limits { floats, ..PUBLIC }));
     }
 }
 
 #[test]
 fn deep_graphs_equal_the_oracle() {
     let limits = Limits { ops: 80, floats: &[DType::F64, DType::F32], ..PUBLIC };
-    (0..250).for_each(|seed| check_eval(seed, &limits));
+    seeds(250).for_each(|seed| check_eval(seed, &limits));
 }
 
 #[test]
 fn compiled_graphs_equal_the_oracle() {
-    (0..1_000).for_each(|seed| check_compiled(seed, &PUBLIC));
+    seeds(1_000).for_each(|seed| check_compiled(seed, &PUBLIC));
 }

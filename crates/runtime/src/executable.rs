@@ -312,9 +312,7 @@ impl Prepared {
         let place = |operand: &Operand| match operand.slot {
             Slot::Arena { offset_bytes, .. } => Place { base: 0, offset_bytes },
             Slot::Input(i) => Place { base: 1 + i, offset_bytes: 0 },
-            Slot::Output(i) => {
-                Place { base: 1 + plan.inputs.len() as u32 + i, offset_bytes: 0 }
-            }
+            Slot::Output(i) => Place { base: 1 + plan.inputs.len() as u32 + i, offset_bytes: 0 },
         };
         let program = match &step.work {
             Work::Kernel(kernel) => Some(Program::new(kernel, updates_in_place(step))),
@@ -402,8 +400,10 @@ fn fresh(output: &PlanOutput, zeroed: bool) -> Result<Option<Data>> {
     }
     let (dtype, len) = (output.ty.dtype, output.ty.shape.len());
     let data = if zeroed { Data::zeroed(dtype, len) } else { Data::with_capacity(dtype, len) };
-    let out_of_memory =
-        || Error::OutOfMemory { what: format!("a result {}", output.ty), bytes: output.ty.size_bytes() };
+    let out_of_memory = || Error::OutOfMemory {
+        what: format!("a result {}", output.ty),
+        bytes: output.ty.size_bytes(),
+    };
     let mut data = data.ok_or_else(out_of_memory)?;
     prefer_huge(data.as_mut_ptr(), output.ty.size_bytes());
     Ok(Some(data))

@@ -62,7 +62,8 @@ impl AsyncGraphExecutor {
         let threads = threads.max(1);
         let builder = ThreadPoolBuilder::new().num_threads(threads);
         let builder = builder.thread_name(|i| format!("metal-candle-kernel-{i}"));
-        let pool = (threads > 1).then(|| builder.build().expect("the system starts no more threads"));
+        let pool =
+            (threads > 1).then(|| builder.build().expect("the system starts no more threads"));
         let shared = Shared { threads, pool, queue: Mutex::default(), news: Condvar::new() };
         AsyncGraphExecutor { owner: Arc::new(Owner { shared: Arc::new(shared) }) }
     }

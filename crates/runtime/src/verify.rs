@@ -20,11 +20,8 @@ pub(crate) fn verify(plan: &Plan) -> Result<()> {
         .map_err(fault)?;
     }
     let sound = (0..plan.outputs.len()).all(|i| output_is_sound(plan, i));
-    let fault = Error::Plan {
-        step: plan.steps.len(),
-        label: "results".into(),
-        fault: PlanFault::Output,
-    };
+    let fault =
+        Error::Plan { step: plan.steps.len(), label: "results".into(), fault: PlanFault::Output };
     if sound { Ok(()) } else { Err(fault) }
 }
 
@@ -56,9 +53,8 @@ pub(crate) fn is_written_whole(plan: &Plan, index: usize) -> bool {
 
 fn output_is_sound(plan: &Plan, index: usize) -> bool {
     let output = &plan.outputs[index];
-    let alike = |ty: &TensorType| {
-        ty.dtype == output.ty.dtype && ty.shape.len() == output.ty.shape.len()
-    };
+    let alike =
+        |ty: &TensorType| ty.dtype == output.ty.dtype && ty.shape.len() == output.ty.shape.len();
     match output.source {
         OutputSource::Written => true,
         OutputSource::Input(i) => plan.inputs.get(i as usize).is_some_and(|input| alike(&input.ty)),
@@ -67,9 +63,7 @@ fn output_is_sound(plan: &Plan, index: usize) -> bool {
             let once = plan.outputs[..index].iter().all(|o| o.source != output.source);
             once && donated.is_some_and(|input| alike(&input.ty))
         }
-        OutputSource::SameAs(i) => {
-            (i as usize) < index && alike(&plan.outputs[i as usize].ty)
-        }
+        OutputSource::SameAs(i) => (i as usize) < index && alike(&plan.outputs[i as usize].ty),
     }
 }
 
@@ -155,9 +149,9 @@ fn check_kernel(plan: &Plan, kernel: &Kernel, step: &Step) -> std::result::Resul
         let distinct = are_distinct(&points, &to.at.strides);
         let beside = stored.iter().all(|other| !span.overlaps(other));
         // What is read where it is written must be read at the very same point.
-        let in_place = loads.iter().all(|(at, load)| {
-            !span.overlaps(load) || (**at == to.at && load.start == span.start)
-        });
+        let in_place = loads
+            .iter()
+            .all(|(at, load)| !span.overlaps(load) || (**at == to.at && load.start == span.start));
         if !(distinct && beside && in_place) {
             return Err(PlanFault::Overlap);
         }

@@ -238,9 +238,11 @@ fn view(g: &mut ComputationGraph, node: &Node, x: NodeId) -> Result<Option<NodeI
             Operation::Slice { dim, start, len, step },
             Operation::Slice { dim: first, start: s, step: t, .. },
         ) if dim == first => {
-            // A slice of nothing may start at the end of x, and `t` times that lies beyond.
+            // A slice of nothing may start at the end of x, and `t` times that lies beyond; where nothing is
+            // stepped over, a step may be anything.
             let start = if len == 0 { 0 } else { s + start * t };
-            let merged = Operation::Slice { dim, start, len, step: step * t };
+            let step = if len <= 1 { 1 } else { step * t };
+            let merged = Operation::Slice { dim, start, len, step };
             inner.map(|inner| g.add(merged, &[inner])).transpose()?
         }
         _ => None,

@@ -92,6 +92,13 @@ pub(crate) struct Var {
     coarsest: DType,
 }
 
+/// The mean of a value's sine, and pairs of an input and its gradient.
+struct Gradients {
+    of: Var,
+    loss: NodeId,
+    found: Vec<[NodeId; 2]>,
+}
+
 pub(crate) struct Gen {
     pub(crate) rng: Rng,
     limits: Limits,
@@ -138,24 +145,24 @@ impl Gen {
         }
         let mut tolerances: Vec<f64> = outputs.iter().map(|v| tolerance(v.coarsest)).collect();
         let mut ids: Vec<NodeId> = outputs.iter().map(|v| v.id).collect();
-        let gradients = self.gradients().map(|(y, loss, found)| {
-            ids.extend(found.iter().map(|(_, gradient)| *gradient));
-            tolerances.resize(ids.len(), 10.0 * tolerance(y.coarsest));
-            (loss, found.iter().map(|(input, _)| *input).collect())
+        let gradients = self.gradients().map(|Gradients { of, loss, found }| {
+            ids.extend(found.iter().map(|[_, gradient]| *gradient));
+            tolerances.resize(ids.len(), 10.0 * tolerance(of.coarsest));
+            (loss, found.iter().map(|[input, _]| *input).collect())
         });
         self.g.outputs = ids;
         Case { graph: self.g, inputs: self.inputs, tolerances, gradients }
     }
 
-    /// A value, its loss, and the gradients with respect to one or two inputs that it reaches.
-    fn gradients(&mut self) -> Option<(Var, NodeId, Vec<(NodeId, NodeId)>)> {
+    /// The gradients of a value with respect to one or two inputs that reach it.
+    fn gradients(&mut self) -> Option<Gradients> {
         let smooth = |s: &Gen, v: Var| v.smooth && s.is_float(v.id) && !s.shape(v).is_empty();
-        let y = self.any_where(smooth)?;
+        let of = self.any_where(smooth)?;
         if self.rng.one_in(2) {
             return None;
         }
-        let x = self.g.unary(UnaryOp::Sin, y.id).unwrap();
-        let mean = self.g.mean(x, Dims::new(0..self.shape(y).rank())).unwrap();
+        let x = self.g.unary(UnaryOp::Sin, of.id).unwrap();
+        let mean = self.g.mean(x, Dims::new(0..self.shape(of).rank())).unwrap();
         let loss = self.g.reshape(mean, Shape::SCALAR).unwrap();
         let mut found = Vec::new();
         for id in self.g.ids() {
@@ -165,10 +172,10 @@ impl Gen {
                 && found.len() < 2
                 && let Ok(gradient) = gradients(&mut self.g, loss, &trainable)
             {
-                found.push((id, gradient[0]));
+                found.push([id, gradient[0]]);
             }
         }
-        (!found.is_empty()).then_some((y, loss, found))
+        (!found.is_empty()).then_some(Gradients { of, loss, found })
     }
 
     // ---- drawing ----

@@ -1,10 +1,11 @@
 //! The keys and values of the tokens seen so far.
 
+use crate::error::ErrorKind;
 use crate::io::DecoderConfig;
-use crate::{DType, Device, LazyTensor, Result};
+use crate::{Device, LazyTensor, Result};
 
-/// Preallocated keys and values, `[batch, capacity, kv heads, head dim]` for every layer. They are donated to each
-/// step and updated in place.
+/// Preallocated keys and values, `[batch, capacity, kv heads, head dim]` for every layer. They are
+/// donated to each step and updated in place.
 #[derive(Debug)]
 pub struct KVCache {
     pub(super) keys: Vec<LazyTensor>,
@@ -18,9 +19,18 @@ impl KVCache {
     ///
     /// # Errors
     /// Where that many positions cannot be addressed.
-    pub fn new(config: &DecoderConfig, batch: usize, capacity: usize, device: &Device) -> Result<Self> {
+    pub fn new(
+        config: &DecoderConfig,
+        batch: usize,
+        capacity: usize,
+        device: &Device,
+    ) -> Result<Self> {
         let dims = [batch, capacity, config.num_kv_heads, config.head_dim];
-        let layer = || LazyTensor::zeros(&dims, DType::F32, device)?.to_owned_copy();
+        let len = dims.iter().try_fold(1usize, |n, dim| n.checked_mul(*dim));
+        let len = len.filter(|n| *n <= isize::MAX as usize / 4);
+        let len = len.ok_or_else(|| ErrorKind::CacheSize { dims: dims.to_vec() })?;
+        // Zeroed pages of the machine's, in memory that nothing else holds: no run is waited for.
+        let layer = || LazyTensor::from_vec(vec![0f32; len], &dims, device);
         let layers = || (0..config.num_layers).map(|_| layer()).collect::<Result<Vec<_>>>();
         Ok(KVCache { keys: layers()?, values: layers()?, capacity, len: 0 })
     }
@@ -38,6 +48,10 @@ impl KVCache {
     /// Positions in all.
     pub fn capacity(&self) -> usize {
         self.capacity
+    }
+
+    pub(super) fn has_room(&self) -> bool {
+        self.len < self.capacity
     }
 
     pub(super) fn advance(&mut self, tokens: usize) {

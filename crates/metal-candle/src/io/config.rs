@@ -7,7 +7,7 @@ pub use metal_candle_graph::composite::RopeLayout;
 /// Names are those of Hugging Face's `config.json`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DecoderConfig {
-    /// `llama`, `qwen2`, `qwen3`: the family's name in the file.
+    /// `llama`, `mistral`, `qwen2`, `qwen3`: the family's name in the file.
     pub architecture: String,
     /// Rows of the embedding.
     pub vocab_size: usize,
@@ -27,8 +27,10 @@ pub struct DecoderConfig {
     pub rms_norm_eps: f64,
     /// Base of the rotary frequencies.
     pub rope_theta: f64,
-    /// How the weights, as loaded, pair a head's dims: Hugging Face's order, `(i, i + d/2)`, for every
-    /// model once loaded.
+    /// How the rotary frequencies are stretched for contexts longer than the pretraining's.
+    pub rope_scaling: RopeScaling,
+    /// How the weights, as loaded, pair a head's dims: Hugging Face's order, `(i, i + d/2)`, for
+    /// every model once loaded.
     pub rope_layout: RopeLayout,
     /// The longest context that the model was made for.
     pub max_position_embeddings: usize,
@@ -38,6 +40,73 @@ pub struct DecoderConfig {
     pub tie_word_embeddings: bool,
     /// Whether q, k and v have biases (Qwen2).
     pub attention_bias: bool,
+    /// Whether the attention's output projection has one, too.
+    pub attention_output_bias: bool,
     /// Whether q and k are normalised per head (Qwen3).
     pub qk_norm: bool,
+}
+
+impl DecoderConfig {
+    /// The longest context that is accepted: every position has a row in the rotary tables.
+    pub const MAX_POSITIONS: usize = 1 << 21;
+}
+
+/// What is done to the rotary frequencies `f_i = theta^(-2i / head_dim)`; `L` is the context of the
+/// pretraining.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub enum RopeScaling {
+    /// Nothing.
+    #[default]
+    None,
+    /// `f / factor` (Chen et al. 2023).
+    Linear {
+        /// How many times longer the context became.
+        factor: f64,
+    },
+    /// As Llama 3.1: `f` where the wavelength `2 pi / f` is below `L / high_freq_factor`,
+    /// `f / factor` where it is above `L / low_freq_factor`, and a mixture of the two between.
+    Llama3 {
+        /// Divides the low frequencies.
+        factor: f64,
+        /// The wavelength from which on `factor` applies in full, as `L / wavelength`.
+        low_freq_factor: f64,
+        /// The wavelength up to which nothing changes, as `L / wavelength`.
+        high_freq_factor: f64,
+        /// `L`.
+        original_max_position_embeddings: f64,
+    },
+    /// YaRN (Peng et al. 2023): `f` for the pairs that turn more than `beta_fast` times in `L`,
+    /// `f / factor` for those that turn less than `beta_slow` times, and a ramp between.
+    Yarn {
+        /// Divides the low frequencies.
+        factor: f64,
+        /// `L`.
+        original_max_position_embeddings: f64,
+        /// Multiplies cos and sin.
+        attention_factor: f64,
+        /// Turns above which a pair keeps its frequency.
+        beta_fast: f64,
+        /// Turns below which a pair is divided by `factor`.
+        beta_slow: f64,
+        /// Whether the ramp's ends are rounded outwards to whole pairs.
+        truncate: bool,
+    },
+    /// Every `f_i` is divided by its own number, as GGUF files write Llama 3's scaling.
+    Divisors(Vec<f32>),
+}
+
+impl RopeScaling {
+    /// YaRN's attention factor where the file names none: `0.1 ln(factor) + 1`.
+    pub fn yarn_attention_factor(factor: f64) -> f64 {
+        yarn_temperature(factor, 1.0)
+    }
+
+    /// YaRN's attention factor of DeepSeek's kind, from its two weights of `ln(factor)`.
+    pub fn yarn_attention_ratio(factor: f64, mscale: f64, mscale_all_dim: f64) -> f64 {
+        yarn_temperature(factor, mscale) / yarn_temperature(factor, mscale_all_dim)
+    }
+}
+
+fn yarn_temperature(factor: f64, mscale: f64) -> f64 {
+    if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 }
 }

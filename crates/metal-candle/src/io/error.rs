@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{chat, data, gguf, peft, tokenizer};
+use super::{chat, data, gguf, hf, peft, tokenizer};
 
 /// A file that cannot be read, written or understood.
 #[derive(Debug, thiserror::Error)]
@@ -18,6 +18,19 @@ pub enum Error {
     /// A model file in the GGUF format.
     #[error("{}: {problem}", path.display())]
     Gguf { path: PathBuf, problem: gguf::Problem },
+    /// A model in a Hugging Face folder.
+    #[error("{}: {problem}", path.display())]
+    Model { path: PathBuf, problem: hf::Problem },
+    /// A weight that does not fit the model's configuration.
+    #[error("{}: tensor {tensor:?} has shape {got:?}: expected {expected:?}", path.display())]
+    WeightShape { path: PathBuf, tensor: String, expected: Vec<usize>, got: Vec<usize> },
+    /// Nothing there to load.
+    #[error(
+        "{}: no such file or folder: expected a GGUF file, or a folder with config.json, \
+         tokenizer.json and model.safetensors; names on the Hugging Face hub are not looked up",
+        path.display()
+    )]
+    NoModel { path: PathBuf },
     /// A tokenizer, or a text that it cannot encode.
     #[error("{}: tokenizer: {problem}", path.display())]
     Tokenizer { path: PathBuf, problem: tokenizer::Problem },
@@ -30,6 +43,9 @@ pub enum Error {
     /// A data set as a whole.
     #[error("{}: {problem}", path.display())]
     Data { path: PathBuf, problem: data::Problem },
+    /// Where a training run stood.
+    #[error("{}: {problem}", path.display())]
+    Checkpoint { path: PathBuf, problem: Box<crate::train::checkpoint::Problem> },
     /// A LoRA configuration or adapter.
     #[error("{}: {problem}", path.display())]
     Adapter { path: PathBuf, problem: peft::Problem },

@@ -11,6 +11,8 @@ mod decoder;
 mod header;
 mod names;
 mod problem;
+mod rope;
+mod stored;
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -18,13 +20,14 @@ use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
+use candle_core::Tensor;
+use candle_core::quantized::GgmlDType;
 pub use candle_core::quantized::gguf_file::Value;
-use candle_core::quantized::{GgmlDType, QStorage, QTensor};
-use candle_core::{Device, Tensor};
 use metal_candle_graph::{BlockFormat, DType};
 
 pub use self::names::{gguf_name, hf_name};
 pub use self::problem::Problem;
+pub use self::stored::StoredTensor;
 use super::{Error, Result};
 
 /// How the bytes of a stored tensor spell its elements.
@@ -49,17 +52,6 @@ pub struct TensorInfo {
     pub offset_bytes: u64,
     /// Length in the file.
     pub len_bytes: usize,
-}
-
-/// A tensor's bytes as they lie in the file.
-#[derive(Clone, Debug, PartialEq)]
-pub struct StoredTensor {
-    /// How `bytes` are to be read.
-    pub encoding: Encoding,
-    /// Row-major, slowest dim first.
-    pub shape: Vec<usize>,
-    /// Rows are whole: a block never spans two of them.
-    pub bytes: Vec<u8>,
 }
 
 /// An open GGUF file: its header in memory, its tensors on disk.
@@ -248,65 +240,6 @@ impl GgufFile {
 
     fn error(&self, problem: Problem) -> Error {
         Error::Gguf { path: self.path.clone(), problem }
-    }
-}
-
-impl StoredTensor {
-    /// Every element as `f32`, on the CPU, by Candle's dequantisation.
-    ///
-    /// # Errors
-    /// [`Problem::StoredLength`], [`Problem::Candle`].
-    pub fn dequantize(&self) -> std::result::Result<Tensor, Problem> {
-        self.check_len()?;
-        let dtype = self.encoding.ggml();
-        let device = Device::Cpu;
-        QStorage::from_data(self.bytes.as_slice().into(), &device, dtype)
-            .and_then(|storage| QTensor::new(storage, self.shape.as_slice()))
-            .and_then(|tensor| tensor.dequantize(&device))
-            .map_err(|cause| Problem::Candle { cause })
-    }
-
-    /// Puts rows that llama.cpp stored for interleaved rotary embedding back into Hugging Face's
-    /// order: within each head, row `2i + s` becomes row `s·d/2 + i`.
-    ///
-    /// The rows are moved as bytes, so quantised weights stay exactly what they were. A bias (rank
-    /// 1) has rows of one element.
-    ///
-    /// # Errors
-    /// [`Problem::Heads`] unless the rows split into `heads` heads of an even width;
-    /// [`Problem::StoredLength`].
-    pub fn unpermute_rope_rows(&mut self, heads: usize) -> std::result::Result<(), Problem> {
-        self.check_len()?;
-        let rows = self.shape.first().copied().unwrap_or(0);
-        if heads == 0 || rows == 0 || !rows.is_multiple_of(2 * heads) {
-            return Err(Problem::Heads { rows, heads });
-        }
-        let row_bytes = self.bytes.len() / rows;
-        let head_bytes = rows / heads * row_bytes;
-        let mut unpermuted = Vec::with_capacity(self.bytes.len());
-        for head in self.bytes.chunks_exact(head_bytes) {
-            for side in 0..2 {
-                for pair in head.chunks_exact(2 * row_bytes) {
-                    unpermuted.extend_from_slice(&pair[side * row_bytes..][..row_bytes]);
-                }
-            }
-        }
-        self.bytes = unpermuted;
-        Ok(())
-    }
-
-    /// The fields are public: what follows relies on their telling the same story.
-    fn check_len(&self) -> std::result::Result<(), Problem> {
-        let (row, rows) = self.shape.split_last().map_or((1, &[][..]), |(&row, rows)| (row, rows));
-        let expected = rows
-            .iter()
-            .try_fold(self.encoding.row_bytes(row).unwrap_or(0), |n, &dim| n.checked_mul(dim))
-            .unwrap_or(0);
-        if expected == self.bytes.len() && expected > 0 {
-            return Ok(());
-        }
-        let (shape, got) = (self.shape.clone(), self.bytes.len());
-        Err(Problem::StoredLength { encoding: self.encoding, shape, expected, got })
     }
 }
 

@@ -1,6 +1,6 @@
 //! Running what was recorded.
 
-use super::{Leaf, LazyTensor, State, Trace, trace};
+use super::{LazyTensor, Leaf, State, Trace, trace};
 use crate::error::{AtCaller, ErrorKind};
 use crate::{Device, Error, Result};
 use candle_core::Tensor;
@@ -71,9 +71,13 @@ impl LazyTensor {
     #[track_caller]
     pub fn plan(roots: &[&LazyTensor]) -> Result<Plan> {
         let trace = trace(roots, false);
-        metal_candle_compiler::plan(&trace.graph, roots.first().map_or(Device::Cpu, |r| *r.device()).target(), &[])
-            .map_err(metal_candle_runtime::Error::from)
-            .at_caller()
+        metal_candle_compiler::plan(
+            &trace.graph,
+            roots.first().map_or(Device::Cpu, |r| *r.device()).target(),
+            &[],
+        )
+        .map_err(metal_candle_runtime::Error::from)
+        .at_caller()
     }
 
     /// The plan that evaluating `roots` would run, from the cache that [`LazyTensor::eval`] uses.
@@ -211,8 +215,7 @@ impl Job {
             Leaf::Detached => panic!("metal-candle bug: a detached input in an evaluation"),
         });
         let inputs = inputs.collect::<Result<Vec<_>>>()?;
-        let executable =
-            plans().get(&graph, &[], &device).map_err(|e| Error::at(e, location))?;
+        let executable = plans().get(&graph, &[], &device).map_err(|e| Error::at(e, location))?;
         Ok(Some(Job { roots: unevaluated.into_iter().cloned().collect(), executable, inputs }))
     }
 }

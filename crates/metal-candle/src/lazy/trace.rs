@@ -71,10 +71,10 @@ pub(crate) fn trace(roots: &[&LazyTensor], for_gradients: bool) -> Trace {
             match entered.unwrap_or_else(|| x.0.read()) {
                 State::Ready(buffer) => {
                     t.leaf(&x, Leaf::Value(buffer));
-                },
+                }
                 State::Argument(index) => {
                     t.leaf(&x, Leaf::Argument(index));
-                },
+                }
                 State::Op { .. } if for_gradients && x.0.detached => {
                     t.leaf(&x, Leaf::Detached);
                 }

@@ -1,18 +1,20 @@
-//! From a model file to a decoder.
+//! From a model file or folder to a decoder.
 
+mod source;
+
+use self::source::WeightSource;
 use super::{Decoder, DecoderLayer};
-use crate::error::ErrorKind;
 use crate::io::gguf::{Encoding, GgufFile, StoredTensor};
 use crate::io::tokenizer::Tokenizer;
-use crate::io::{self, DecoderConfig};
+use crate::io::{self, DecoderConfig, HfFolder};
 use crate::nn::{Embedding, Linear, RmsNorm, Rotary, Weight};
-use crate::{Device, Error, LazyTensor, Result};
+use crate::{Device, LazyTensor, Result};
 use std::path::Path;
 
 /// How the frozen weights of the linear layers are held.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum BaseWeights {
-    /// As the file has them: quantised blocks stay quantised.
+    /// Quantised blocks stay quantised; floats of any width are f32.
     #[default]
     AsStored,
     /// As f32.
@@ -28,46 +30,87 @@ pub struct LoadedModel {
     pub tokenizer: Tokenizer,
 }
 
+/// Loads a decoder, its tokenizer and its chat template from a GGUF file, or from a Hugging Face
+/// folder: `config.json`, safetensors in one file or in shards, `tokenizer.json` and
+/// `tokenizer_config.json`.
+///
+/// # Errors
+/// Where there is nothing at `path`; where a file is malformed or missing, the architecture is
+/// unknown, or a weight does not fit the config.
+pub fn load(path: &Path, base: BaseWeights, device: &Device) -> Result<LoadedModel> {
+    if !is_folder(path)? {
+        return load_gguf(path, base, device);
+    }
+    // The tokenizer first: it is read in no time, and may be missing.
+    let tokenizer = Tokenizer::from_file(path.join("tokenizer.json"))?;
+    Ok(LoadedModel { decoder: load_decoder(path, base, device)?, tokenizer })
+}
+
+/// As [`load`], the decoder alone.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_decoder(path: &Path, base: BaseWeights, device: &Device) -> Result<Decoder> {
+    if is_folder(path)? {
+        let folder = HfFolder::open(path)?;
+        let config = folder.config().clone();
+        return Builder { source: WeightSource::Folder(&folder), base, device }.decoder(config);
+    }
+    gguf_decoder(&GgufFile::open(path)?, base, device)
+}
+
 /// Loads a decoder, its tokenizer and its chat template from a GGUF file.
 ///
-/// Module names are Hugging Face's, and q and k rows are put back into its order, so that adapters are those of
-/// the original model. Norms and the embedding are f32 in any case.
+/// Module names are Hugging Face's, and q and k rows are put back into its order, so that adapters
+/// are those of the original model. Norms and the embedding are f32 in any case.
 ///
 /// # Errors
 /// Where the file is malformed, of an unknown architecture, or misses a tensor.
 pub fn load_gguf(path: &Path, base: BaseWeights, device: &Device) -> Result<LoadedModel> {
     let file = GgufFile::open(path)?;
-    let config = file.decoder_config()?;
-    let source = Source { file: &file, base, device };
-    let decoder = source.decoder(config)?;
+    let decoder = gguf_decoder(&file, base, device)?;
     Ok(LoadedModel { decoder, tokenizer: Tokenizer::from_gguf(&file)? })
 }
 
-struct Source<'a> {
-    file: &'a GgufFile,
+fn gguf_decoder(file: &GgufFile, base: BaseWeights, device: &Device) -> Result<Decoder> {
+    let config = file.decoder_config()?;
+    Builder { source: WeightSource::Gguf(file), base, device }.decoder(config)
+}
+
+fn is_folder(path: &Path) -> Result<bool> {
+    if !path.exists() {
+        return Err(io::Error::NoModel { path: path.to_owned() }.into());
+    }
+    Ok(path.is_dir())
+}
+
+struct Builder<'a> {
+    source: WeightSource<'a>,
     base: BaseWeights,
     device: &'a Device,
 }
 
-impl Source<'_> {
+impl Builder<'_> {
     fn decoder(&self, config: DecoderConfig) -> Result<Decoder> {
-        let embed = self.float("model.embed_tokens.weight")?;
+        let table = [config.vocab_size, config.hidden_size];
+        let embed = self.float("model.embed_tokens.weight", &table)?;
         let output = match config.tie_word_embeddings {
             true => embed.clone(),
-            false => self.float("lm_head.weight")?,
+            false => self.float("lm_head.weight", &table)?,
         };
         let layers = (0..config.num_layers).map(|i| self.layer(i, &config));
         let layers = layers.collect::<Result<Vec<_>>>()?;
         let rotary = Rotary::new(
             config.head_dim,
             config.rope_theta,
+            &config.rope_scaling,
             config.max_position_embeddings,
             config.rope_layout,
         )?;
         Ok(Decoder {
             embed: Embedding { weight: embed },
             layers,
-            norm: self.norm("model.norm.weight", &config)?,
+            norm: self.norm("model.norm", config.hidden_size, &config)?,
             output,
             rotary,
             adapter: None,
@@ -76,68 +119,60 @@ impl Source<'_> {
     }
 
     fn layer(&self, i: usize, config: &DecoderConfig) -> Result<DecoderLayer> {
+        let c = config;
         let name = |module: &str| format!("model.layers.{i}.{module}");
-        let attention = |module: &str| {
-            self.linear(name(&format!("self_attn.{module}")), config.attention_bias)
-        };
-        let mlp = |module: &str| self.linear(name(&format!("mlp.{module}")), false);
-        let norm = |module: &str| self.norm(&name(&format!("{module}.weight")), config);
-        let head_norm = |module: &str| match config.qk_norm {
-            true => norm(&format!("self_attn.{module}")).map(Some),
+        let norm = |module: &str, len: usize| self.norm(&name(module), len, c);
+        let head_norm = |module: &str| match c.qk_norm {
+            true => norm(module, c.head_dim).map(Some),
             false => Ok(None),
         };
+        let linear =
+            |module: &str, dims: [usize; 2], bias: bool| self.linear(name(module), dims, bias);
+        let [q, kv] = [c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim];
+        let (hidden, inner) = (c.hidden_size, c.intermediate_size);
         Ok(DecoderLayer {
-            input_norm: norm("input_layernorm")?,
-            q_proj: attention("q_proj")?,
-            k_proj: attention("k_proj")?,
-            v_proj: attention("v_proj")?,
-            q_norm: head_norm("q_norm")?,
-            k_norm: head_norm("k_norm")?,
-            o_proj: self.linear(name("self_attn.o_proj"), false)?,
-            post_norm: norm("post_attention_layernorm")?,
-            gate_proj: mlp("gate_proj")?,
-            up_proj: mlp("up_proj")?,
-            down_proj: mlp("down_proj")?,
+            input_norm: norm("input_layernorm", hidden)?,
+            q_proj: linear("self_attn.q_proj", [q, hidden], c.attention_bias)?,
+            k_proj: linear("self_attn.k_proj", [kv, hidden], c.attention_bias)?,
+            v_proj: linear("self_attn.v_proj", [kv, hidden], c.attention_bias)?,
+            q_norm: head_norm("self_attn.q_norm")?,
+            k_norm: head_norm("self_attn.k_norm")?,
+            o_proj: linear("self_attn.o_proj", [hidden, q], c.attention_output_bias)?,
+            post_norm: norm("post_attention_layernorm", hidden)?,
+            gate_proj: linear("mlp.gate_proj", [inner, hidden], false)?,
+            up_proj: linear("mlp.up_proj", [inner, hidden], false)?,
+            down_proj: linear("mlp.down_proj", [hidden, inner], false)?,
         })
     }
 
-    fn norm(&self, name: &str, config: &DecoderConfig) -> Result<RmsNorm> {
-        Ok(RmsNorm { weight: self.float(name)?, eps: config.rms_norm_eps })
+    fn norm(&self, module: &str, len: usize, config: &DecoderConfig) -> Result<RmsNorm> {
+        let weight = self.float(&format!("{module}.weight"), &[len])?;
+        Ok(RmsNorm { weight, eps: config.rms_norm_eps })
     }
 
-    fn linear(&self, module: String, bias: bool) -> Result<Linear> {
-        let stored = self.file.weight(&format!("{module}.weight"))?;
+    fn linear(&self, module: String, dims: [usize; 2], bias: bool) -> Result<Linear> {
+        let name = format!("{module}.weight");
+        let stored = self.source.read(&name, &dims)?;
         let weight = match (stored.encoding, self.base) {
             (Encoding::Blocks(format), BaseWeights::AsStored) => {
-                let [rows, cols] = matrix(&module, &stored)?;
-                let len = stored.bytes.len();
+                let ([rows, cols], len) = (dims, stored.bytes.len());
                 let blocks = LazyTensor::from_vec(stored.bytes, &[len], self.device)?;
                 Weight::Quantised { blocks, format, rows, cols }
             }
-            _ => Weight::Dense(self.dequantise(&stored)?),
+            _ => Weight::Dense(self.dequantise(&name, &stored)?),
         };
         let bias = match bias {
-            true => Some(self.float(&format!("{module}.bias"))?),
+            true => Some(self.float(&format!("{module}.bias"), &dims[..1])?),
             false => None,
         };
         Ok(Linear { name: module, weight, bias })
     }
 
-    fn float(&self, name: &str) -> Result<LazyTensor> {
-        self.dequantise(&self.file.weight(name)?)
+    fn float(&self, name: &str, dims: &[usize]) -> Result<LazyTensor> {
+        self.dequantise(name, &self.source.read(name, dims)?)
     }
 
-    fn dequantise(&self, stored: &StoredTensor) -> Result<LazyTensor> {
-        let tensor = stored.dequantize().map_err(|problem| {
-            Error::from(io::Error::Gguf { path: self.file.path().to_owned(), problem })
-        })?;
-        LazyTensor::from_tensor(&tensor)
+    fn dequantise(&self, name: &str, stored: &StoredTensor) -> Result<LazyTensor> {
+        LazyTensor::from_tensor(&self.source.dequantise(name, stored)?)
     }
-}
-
-fn matrix(module: &str, stored: &StoredTensor) -> Result<[usize; 2]> {
-    <[usize; 2]>::try_from(stored.shape.as_slice()).map_err(|_| {
-        let (name, got) = (module.to_string(), stored.shape.clone());
-        ErrorKind::NotAMatrix { name, got }.into()
-    })
 }

@@ -1,6 +1,8 @@
 //! The layers of a decoder.
 
 use super::LoRALayer;
+use super::rope::{attention_factor, inverse_frequencies};
+use crate::io::RopeScaling;
 use crate::{LazyTensor, Result};
 use metal_candle_graph::BlockFormat;
 use metal_candle_graph::composite::RopeLayout;
@@ -114,26 +116,26 @@ pub struct Rotary {
 }
 
 impl Rotary {
-    /// Tables for `positions` positions of heads of `head_dim` elements: the angle of pair `i` at position
-    /// `p` is `p · theta^(-2i / head_dim)`, computed in f64 and rounded to f32.
+    /// Tables for `positions` positions of heads of `head_dim` elements: the angle of pair `i` at
+    /// position `p` is `p · theta^(-2i / head_dim)`, before scaling.
     ///
     /// # Errors
-    /// Where the tables could not be made.
+    /// Where there are not as many [`RopeScaling::Divisors`] as pairs, or no memory for the tables.
     pub fn new(
         head_dim: usize,
         theta: f64,
+        scaling: &RopeScaling,
         positions: usize,
         layout: RopeLayout,
     ) -> Result<Rotary> {
-        let half = head_dim / 2;
-        let angle = |at: usize| {
-            let (p, i) = (at / half, at % half);
-            // Hugging Face rounds the inverse frequency and the product to f32; so do we, to follow its logits.
-            let inverse = theta.powf(-(2.0 * i as f64) / head_dim as f64) as f32;
-            f64::from(p as f32 * inverse)
-        };
+        let inverse = inverse_frequencies(head_dim, theta, scaling)?;
+        let half = inverse.len();
+        let attention = attention_factor(scaling) as f32;
+        // Hugging Face rounds the product to f32; so do we, to follow its logits.
+        let angle = |at: usize| f64::from((at / half) as f32 * inverse[at % half]);
         let table = |f: fn(f64) -> f64| {
-            let values: Vec<f32> = (0..positions * half).map(|at| f(angle(at)) as f32).collect();
+            let value = |at| f(angle(at)) as f32 * attention;
+            let values: Vec<f32> = (0..positions * half).map(value).collect();
             LazyTensor::from_vec(values, &[positions, half], &crate::Device::Cpu)
         };
         Ok(Rotary { cos: table(f64::cos)?, sin: table(f64::sin)?, layout })

@@ -2,6 +2,7 @@
 
 use super::AdamWConfig;
 use super::optimizer::{Moments, StepScalars, clip_factor, global_norm};
+use crate::error::ErrorKind;
 use crate::io::data::Batch;
 use crate::models::Decoder;
 use crate::nn::LoRAAdapter;
@@ -19,27 +20,36 @@ pub struct StepMetrics {
     pub applied: bool,
 }
 
+/// How often a [`TrainStep`] has moved: with its tensors, all that it is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct StepCount {
+    /// Steps that were applied: AdamW's one count for all parameters.
+    pub updates: usize,
+    /// Steps, applied or not: with the seed, what dropout depends on.
+    pub steps: usize,
+}
+
 /// An adapter in training: parameters, moments, and the compiled step that moves them.
 ///
-/// The arguments of the step are `[ids, labels, rate, correction1, correction2, seed, p.., m.., v..]`, its
-/// results `[loss, norm, p.., m.., v..]`; the states are updated in place.
+/// The arguments of the step are `[p.., m.., v.., rate, correction1, correction2, seed]`, then ids and labels of
+/// every micro-batch, then (of more than one) their shares of the loss. Its results are `[norm, loss, p.., m..,
+/// v..]`; the state is updated in place.
 pub struct TrainStep {
     adapter: LoRAAdapter,
     state: Vec<LazyTensor>,
     step: Compiled,
     evaluate: Compiled,
+    diagnose: Compiled,
     optimizer: AdamWConfig,
-    updates: usize,
-    /// Steps so far, applied or not: with the seed, what dropout depends on.
-    steps: usize,
+    count: StepCount,
     seed: i64,
 }
 
-/// Arguments before the state.
-const INPUTS: usize = 6;
+/// Arguments between the state and the micro-batches.
+const SCALARS: usize = 4;
 
 impl TrainStep {
-    /// Prepares to train `adapter` on a frozen `decoder`.
+    /// Prepares to train `adapter` on a frozen `decoder`; `seed` is that of the dropout.
     ///
     /// # Errors
     /// Where the adapter does not fit the decoder (when the step is first traced).
@@ -63,26 +73,23 @@ impl TrainStep {
                 state.push(LazyTensor::zeros(p.dims(), p.dtype(), device)?.to_owned_copy()?);
             }
         }
-        let (model, shape) = (Arc::clone(&decoder), adapter.clone());
-        let step = compile(move |args: &[LazyTensor]| {
-            trace_step(&model, &shape, &optimizer, max_gradient_norm, args)
-        })
-        .donate((INPUTS..INPUTS + 3 * n).collect::<Vec<_>>());
+        let traced = Traced { decoder: Arc::clone(&decoder), adapter: adapter.clone(), n };
+        let step = traced.clone();
+        let step =
+            compile(move |args: &[LazyTensor]| step.step(&optimizer, max_gradient_norm, args))
+                .donate(0..3 * n);
+        let diagnose = compile(move |args: &[LazyTensor]| {
+            let (_, gradients) = traced.gradients(args)?;
+            gradients.iter().map(|g| g.sqr()?.sum_all()).collect()
+        });
         let shape = adapter.clone();
         let evaluate = compile(move |args: &[LazyTensor]| {
             let adapter = shape.with_parameters(&args[2..])?;
             Ok(vec![decoder.loss(&args[0], &args[1], Some(&adapter))?])
         });
-        Ok(TrainStep {
-            adapter,
-            state,
-            step,
-            evaluate,
-            optimizer,
-            updates: 0,
-            steps: 0,
-            seed: seed as i64,
-        })
+        let count = StepCount::default();
+        let seed = seed as i64;
+        Ok(TrainStep { adapter, state, step, evaluate, diagnose, optimizer, count, seed })
     }
 
     /// One update on one batch, at this learning rate.
@@ -90,32 +97,50 @@ impl TrainStep {
     /// # Errors
     /// Where an id or a label is out of range, or memory runs out; the state is then lost with the step.
     pub fn run(&mut self, batch: &Batch, rate: f64) -> Result<StepMetrics> {
-        let [correction1, correction2] = self.optimizer.corrections(self.updates + 1);
-        let mut args = tensors(batch)?;
-        for scalar in [rate, correction1, correction2] {
-            args.push(LazyTensor::from_vec(vec![scalar as f32], &[], &Device::Cpu)?);
-        }
-        args.push(LazyTensor::from_vec(
-            vec![self.seed.wrapping_add(self.steps as i64)],
-            &[],
-            &Device::Cpu,
-        )?);
-        self.steps += 1;
-        args.append(&mut self.state);
+        self.run_accumulated(std::slice::from_ref(batch), rate)
+    }
+
+    /// One update on several batches, one after the other within one plan: as if they were one, in the memory of
+    /// one.
+    ///
+    /// # Errors
+    /// As [`TrainStep::run`].
+    pub fn run_accumulated(&mut self, batches: &[Batch], rate: f64) -> Result<StepMetrics> {
+        let rest = self.arguments(batches, rate)?;
+        let mut args = std::mem::take(&mut self.state);
+        args.extend(rest);
+        self.count.steps += 1;
         let mut results = self.step.call(args)?;
         self.state = results.split_off(2);
-        let (loss, gradient_norm) = (scalar(&results[0])?, scalar(&results[1])?);
+        let (gradient_norm, loss) = (scalar(&results[0])?, scalar(&results[1])?);
         let applied = loss.is_finite() && gradient_norm.is_finite();
-        self.updates += usize::from(applied);
+        self.count.updates += usize::from(applied);
         Ok(StepMetrics { loss, gradient_norm, applied })
     }
 
-    /// The loss on a batch, nothing updated.
+    /// The first parameter whose gradient on these batches is not finite, by its name in a PEFT file; `None` if it is
+    /// the loss alone.
+    ///
+    /// # Errors
+    /// As [`TrainStep::run`]; the state is kept.
+    pub fn diagnose(&self, batches: &[Batch]) -> Result<Option<String>> {
+        let mut args = self.state.clone();
+        args.extend(self.arguments(batches, 0.0)?);
+        let norms = self.diagnose.call(args)?;
+        for (name, norm) in self.parameter_names().zip(&norms) {
+            if !scalar(norm)?.is_finite() {
+                return Ok(Some(name));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The loss on a batch, nothing updated, nothing dropped.
     ///
     /// # Errors
     /// As [`TrainStep::run`]; the state is kept.
     pub fn evaluate(&self, batch: &Batch) -> Result<f32> {
-        let mut args = tensors(batch)?;
+        let mut args = tensors(batch)?.to_vec();
         args.extend(self.parameters().iter().cloned());
         scalar(&self.evaluate.call(args)?[0])
     }
@@ -131,68 +156,154 @@ impl TrainStep {
 
     /// Updates so far: steps that were applied.
     pub fn updates(&self) -> usize {
-        self.updates
+        self.count.updates
     }
 
-    /// The plan of a step on batches of this shape, to be printed.
+    /// How often it has moved.
+    pub fn count(&self) -> StepCount {
+        self.count
+    }
+
+    /// Parameters and moments, by name.
+    pub fn state(&self) -> impl Iterator<Item = (String, &LazyTensor)> {
+        let names = ["parameter", "mean", "square"]
+            .into_iter()
+            .flat_map(|part| self.parameter_names().map(move |name| format!("{part}.{name}")));
+        names.zip(&self.state)
+    }
+
+    /// Goes to where another step over the same adapter stood: the steps from there on are the same, bit for bit.
+    ///
+    /// # Errors
+    /// Where `tensors` are not those of [`TrainStep::state`], in its order.
+    pub fn restore(&mut self, tensors: Vec<LazyTensor>, count: StepCount) -> Result<()> {
+        let fits = tensors.len() == self.state.len()
+            && tensors.iter().zip(&self.state).all(|(a, b)| a.dims() == b.dims());
+        if !fits {
+            let (expected, got) = (self.state.len(), tensors.len());
+            return Err(ErrorKind::Parameters { expected, got }.into());
+        }
+        self.state = tensors.iter().map(LazyTensor::to_owned_copy).collect::<Result<_>>()?;
+        self.count = count;
+        Ok(())
+    }
+
+    /// The plan of a step on batches of these shapes, to be printed.
     ///
     /// # Errors
     /// Where the step could not be traced.
-    pub fn plan(&self, batch: &Batch) -> Result<metal_candle_compiler::Plan> {
-        let mut args = tensors(batch)?;
-        for _ in 0..3 {
-            args.push(LazyTensor::from_vec(vec![0f32], &[], &Device::Cpu)?);
-        }
-        args.push(LazyTensor::from_vec(vec![0i64], &[], &Device::Cpu)?);
-        args.extend(self.state.iter().cloned());
+    pub fn plan(&self, batches: &[Batch]) -> Result<metal_candle_compiler::Plan> {
+        let mut args = self.state.clone();
+        args.extend(self.arguments(batches, 0.0)?);
         self.step.plan(&args)
     }
 
     fn parameters(&self) -> &[LazyTensor] {
         &self.state[..self.state.len() / 3]
     }
-}
 
-fn trace_step(
-    decoder: &Decoder,
-    shape: &LoRAAdapter,
-    optimizer: &AdamWConfig,
-    max_norm: f64,
-    args: &[LazyTensor],
-) -> Result<Vec<LazyTensor>> {
-    let [ids, labels, rate, correction1, correction2, seed] = [0, 1, 2, 3, 4, 5].map(|i| &args[i]);
-    let n = (args.len() - INPUTS) / 3;
-    let (parameters, moments) = args[INPUTS..].split_at(n);
-    let (means, squares) = moments.split_at(n);
-
-    let adapter = shape.with_parameters(parameters)?.with_dropout(seed);
-    let loss = decoder.loss(ids, labels, Some(&adapter))?;
-    let gradients = grad(&loss, &parameters.iter().collect::<Vec<_>>())?;
-    let norm = global_norm(&gradients)?;
-    let clip = clip_factor(&norm, max_norm)?;
-    // Not finite minus itself is NaN, and NaN is not 0: one test for both.
-    let total = norm.add(&loss)?;
-    let apply = total.sub(&total)?.eq(&total.zeros_like()?)?;
-
-    let scalars = StepScalars { rate, correction1, correction2 };
-    let (mut p, mut m, mut v) = (Vec::new(), Vec::new(), Vec::new());
-    for (i, gradient) in gradients.iter().enumerate() {
-        let state = Moments {
-            parameter: parameters[i].clone(),
-            mean: means[i].clone(),
-            square: squares[i].clone(),
-        };
-        let next = optimizer.update(&state, &gradient.mul(&clip)?, &scalars, &apply)?;
-        p.push(next.parameter);
-        m.push(next.mean);
-        v.push(next.square);
+    fn parameter_names(&self) -> impl Iterator<Item = String> {
+        let names = self.adapter.layers().flat_map(|(module, _)| {
+            ["lora_A", "lora_B"].map(|side| format!("{module}.{side}.weight"))
+        });
+        names.collect::<Vec<_>>().into_iter()
     }
-    Ok([vec![loss, norm], p, m, v].concat())
+
+    /// What follows the state.
+    fn arguments(&self, batches: &[Batch], rate: f64) -> Result<Vec<LazyTensor>> {
+        let number = |x: f64| LazyTensor::from_vec(vec![x as f32], &[], &Device::Cpu);
+        let [correction1, correction2] = self.optimizer.corrections(self.count.updates + 1);
+        let seed = self.seed.wrapping_add(self.count.steps as i64);
+        let mut args = vec![number(rate)?, number(correction1)?, number(correction2)?];
+        args.push(LazyTensor::from_vec(vec![seed], &[], &Device::Cpu)?);
+        for batch in batches {
+            args.extend(tensors(batch)?);
+        }
+        if batches.len() > 1 {
+            let total: usize = batches.iter().map(|b| b.trained).sum();
+            for batch in batches {
+                args.push(number(batch.trained as f64 / total.max(1) as f64)?);
+            }
+        }
+        Ok(args)
+    }
 }
 
-fn tensors(batch: &Batch) -> Result<Vec<LazyTensor>> {
+/// What the compiled functions are traced from.
+#[derive(Clone)]
+struct Traced {
+    decoder: Arc<Decoder>,
+    adapter: LoRAAdapter,
+    /// Parameters.
+    n: usize,
+}
+
+impl Traced {
+    /// The loss, and the gradients of all parameters.
+    ///
+    /// Each micro-batch goes forward and back before the next begins, so that its activations are gone by then.
+    fn gradients(&self, args: &[LazyTensor]) -> Result<(LazyTensor, Vec<LazyTensor>)> {
+        let parameters = &args[..self.n];
+        let (scalars, batches) = args[3 * self.n..].split_at(SCALARS);
+        let seed = &scalars[3];
+        let count = if batches.len() == 2 { 1 } else { batches.len() / 3 };
+        let (batches, shares) = batches.split_at(2 * count);
+        let adapter = self.adapter.with_parameters(parameters)?.with_dropout(seed);
+        let wrt: Vec<&LazyTensor> = parameters.iter().collect();
+        let mut sum: Option<(LazyTensor, Vec<LazyTensor>)> = None;
+        for (i, batch) in batches.chunks(2).enumerate() {
+            let mut loss = self.decoder.loss(&batch[0], &batch[1], Some(&adapter))?;
+            if let Some(share) = shares.get(i) {
+                loss = loss.mul(share)?;
+            }
+            let gradients = grad(&loss, &wrt)?;
+            sum = Some(match sum {
+                None => (loss, gradients),
+                Some((total, sums)) => {
+                    let sums = sums.iter().zip(&gradients).map(|(a, b)| a.add(b));
+                    (total.add(&loss)?, sums.collect::<Result<_>>()?)
+                }
+            });
+        }
+        Ok(sum.expect("metal-candle bug: a step without a batch"))
+    }
+
+    fn step(
+        &self,
+        optimizer: &AdamWConfig,
+        max_norm: f64,
+        args: &[LazyTensor],
+    ) -> Result<Vec<LazyTensor>> {
+        let (loss, gradients) = self.gradients(args)?;
+        let norm = global_norm(&gradients)?;
+        let clip = clip_factor(&norm, max_norm)?;
+        // Not finite minus itself is NaN, and NaN is not 0: one test for both.
+        let total = norm.add(&loss)?;
+        let apply = total.sub(&total)?.eq(&total.zeros_like()?)?;
+
+        let [rate, correction1, correction2] = [0, 1, 2].map(|i| &args[3 * self.n + i]);
+        let scalars = StepScalars { rate, correction1, correction2 };
+        let (mut p, mut m, mut v) = (Vec::new(), Vec::new(), Vec::new());
+        for (i, gradient) in gradients.iter().enumerate() {
+            let state = Moments {
+                parameter: args[i].clone(),
+                mean: args[self.n + i].clone(),
+                square: args[2 * self.n + i].clone(),
+            };
+            let next = optimizer.update(&state, &gradient.mul(&clip)?, &scalars, &apply)?;
+            p.push(next.parameter);
+            m.push(next.mean);
+            v.push(next.square);
+        }
+        // The norm first: what it needs is recorded micro-batch by micro-batch.
+        Ok([vec![norm, loss], p, m, v].concat())
+    }
+}
+
+/// Ids and labels.
+fn tensors(batch: &Batch) -> Result<[LazyTensor; 2]> {
     let dims = [batch.batch, batch.seq];
-    Ok(vec![
+    Ok([
         LazyTensor::from_vec(batch.ids.clone(), &dims, &Device::Cpu)?,
         LazyTensor::from_vec(batch.labels.clone(), &dims, &Device::Cpu)?,
     ])

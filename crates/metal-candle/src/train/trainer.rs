@@ -1,89 +1,87 @@
 //! The loop around the step: batches, schedule, validation, checkpoints, reports.
 
+use super::checkpoint::{self, Progress};
+use super::report::{Report, Window};
 use super::{AdamWConfig, LRScheduler, TrainStep};
 use crate::error::ErrorKind;
 use crate::io::data::{Batch, BatchOptions, Batcher, Example, Order};
 use crate::models::Decoder;
 use crate::nn::LoRAAdapter;
 use crate::{Device, Plan, Result};
-use std::path::PathBuf;
+use serde_json::{Map, Value, json};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// How to train.
 #[derive(Clone, Debug)]
 pub struct TrainingConfig {
-    /// Updates in all.
+    /// Iterations in all: one update each.
     pub iters: usize,
     /// Rows of a batch.
     pub batch_size: usize,
+    /// Batches of an update.
+    pub grad_accumulation_steps: usize,
     /// Tokens of a row, at most.
     pub max_seq_length: usize,
-    /// The learning rate over the updates.
+    /// The learning rate over the iterations.
     pub schedule: LRScheduler,
     /// The optimizer.
     pub optimizer: AdamWConfig,
     /// Gradients of a larger norm are scaled down to this one.
     pub max_gradient_norm: f64,
-    /// Orders the batches.
+    /// Orders the batches and picks what is dropped.
     pub seed: u64,
-    /// Updates between two reports.
+    /// Iterations between two reports.
     pub steps_per_report: usize,
-    /// Updates between two validations.
+    /// Iterations between two validations.
     pub steps_per_eval: usize,
     /// Batches of one validation, at most; 0 is all.
     pub val_batches: usize,
-    /// Updates between two saved adapters; 0 is only at the end.
+    /// Validations without a lower loss after which training ends; 0 is never.
+    pub patience: usize,
+    /// Iterations between two checkpoints; 0 is only at the end.
     pub save_every: usize,
-    /// Where the adapter goes.
+    /// Where the adapter goes: the last one into the folder itself, the one of the lowest validation loss into
+    /// `best`, and what is needed to go on into `training_state.safetensors`.
     pub adapter_path: Option<PathBuf>,
+    /// Go on where the run in `adapter_path` stopped.
+    pub resume: bool,
 }
 
-/// What the trainer tells while it runs.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Report {
-    /// The mean over the updates since the last report.
-    Train {
-        /// Updates done.
-        step: usize,
-        /// Mean loss.
-        loss: f32,
-        /// The last learning rate.
-        rate: f64,
-        /// Norm of the last gradient, before clipping.
-        gradient_norm: f32,
-        /// Trained tokens (labels that count) a second.
-        trained_tokens_per_second: f64,
-        /// Tokens a second, padding included.
-        tokens_per_second: f64,
-    },
-    /// A validation.
-    Validation {
-        /// Updates done.
-        step: usize,
-        /// Mean loss over the validation's batches, weighted by their tokens.
-        loss: f32,
-    },
-    /// An update was skipped because a value was not finite.
-    Skipped {
-        /// The number of the step.
-        step: usize,
-        /// Its loss.
-        loss: f32,
-        /// Its gradient's norm.
-        gradient_norm: f32,
-    },
-    /// The adapter was written.
-    Saved {
-        /// Updates done.
-        step: usize,
-    },
+impl Default for TrainingConfig {
+    /// mlx-lm's defaults, with clipping.
+    fn default() -> Self {
+        TrainingConfig {
+            iters: 1000,
+            batch_size: 4,
+            grad_accumulation_steps: 1,
+            max_seq_length: 2048,
+            schedule: LRScheduler::Constant { rate: 1e-5 },
+            optimizer: AdamWConfig::default(),
+            max_gradient_norm: 1.0,
+            seed: 0,
+            steps_per_report: 10,
+            steps_per_eval: 200,
+            val_batches: 25,
+            patience: 0,
+            save_every: 100,
+            adapter_path: None,
+            resume: false,
+        }
+    }
 }
+
+/// What is needed to go on, in the adapter's folder.
+const STATE: &str = "training_state.safetensors";
+/// The folder of the best adapter, in the adapter's.
+const BEST: &str = "best";
 
 /// Fine-tunes an adapter on a frozen decoder.
 pub struct Trainer {
     config: TrainingConfig,
     step: TrainStep,
+    stop: Arc<AtomicBool>,
 }
 
 impl Trainer {
@@ -94,16 +92,23 @@ impl Trainer {
         adapter: LoRAAdapter,
         config: TrainingConfig,
     ) -> Result<Self> {
-        let device = Device::Cpu;
-        let norm = config.max_gradient_norm;
-        let step = TrainStep::new(decoder, adapter, config.optimizer, norm, config.seed, &device)?;
-        Ok(Trainer { config, step })
+        let (norm, seed) = (config.max_gradient_norm, config.seed);
+        let step = TrainStep::new(decoder, adapter, config.optimizer, norm, seed, &Device::Cpu)?;
+        Ok(Trainer { config, step, stop: Arc::default() })
     }
 
-    /// Runs all updates, telling `report` what happens; returns the trained adapter.
+    /// Ends training after the step in which `stop` becomes true, saved so that it can go on.
+    #[must_use]
+    pub fn stop_when(mut self, stop: Arc<AtomicBool>) -> Self {
+        self.stop = stop;
+        self
+    }
+
+    /// Runs all iterations that are left, telling `report` what happens; returns the trained adapter.
     ///
     /// # Errors
-    /// Where there is nothing to train on, a step fails, or the adapter cannot be written.
+    /// Where there is nothing to train on, a step fails, the checkpoint to resume from is another run's, or
+    /// the adapter cannot be written.
     pub fn train(
         &mut self,
         train: &[Example],
@@ -112,64 +117,133 @@ impl Trainer {
     ) -> Result<LoRAAdapter> {
         let c = self.config.clone();
         let mut batches = self.batcher(train, Order::Shuffled { seed: c.seed })?;
-        if !valid.is_empty() {
-            self.validate(valid, 0, &mut report)?;
+        let settings = self.settings(train);
+        let mut progress = self.start(&mut batches, &settings, &mut report)?;
+        if !valid.is_empty() && progress.iteration == 0 {
+            self.validate(valid, &mut progress, &mut report)?;
         }
         let mut window = Window::start();
-        for i in 0..c.iters {
-            let batch = batches.next_batch();
-            let rate = c.schedule.rate(i);
-            let metrics = self.step.run(&batch, rate)?;
-            let (loss, gradient_norm) = (metrics.loss, metrics.gradient_norm);
+        while progress.iteration < c.iters {
+            let rate = c.schedule.rate(progress.iteration);
+            let micro: Vec<Batch> =
+                (0..c.grad_accumulation_steps.max(1)).map(|_| batches.next_batch()).collect();
+            let metrics = self.step.run_accumulated(&micro, rate)?;
+            progress.iteration += 1;
+            progress.cursor = batches.cursor();
+            progress.count = self.step.count();
+            let (step, loss, gradient_norm) =
+                (progress.iteration, metrics.loss, metrics.gradient_norm);
             if !metrics.applied {
-                report(Report::Skipped { step: i + 1, loss, gradient_norm });
+                let culprit = self.step.diagnose(&micro)?;
+                report(Report::Skipped { step, loss, gradient_norm, culprit });
             }
-            window.add(&batch, loss);
-            if (i + 1).is_multiple_of(c.steps_per_report.max(1)) || i + 1 == c.iters {
-                report(window.close(i + 1, rate, gradient_norm));
+            window.add(&micro, loss);
+            let stopped = self.stop.load(Ordering::Relaxed);
+            let last = step == c.iters || stopped;
+            if last || step.is_multiple_of(c.steps_per_report.max(1)) {
+                report(window.close(step, rate, gradient_norm));
             }
-            let last = i + 1 == c.iters;
-            if !valid.is_empty() && (last || (i + 1).is_multiple_of(c.steps_per_eval.max(1))) {
-                self.validate(valid, i + 1, &mut report)?;
+            let is_due = step == c.iters || step.is_multiple_of(c.steps_per_eval.max(1));
+            let mut done = last;
+            if !valid.is_empty() && is_due && !stopped {
+                self.validate(valid, &mut progress, &mut report)?;
+                done |= c.patience > 0 && progress.stale >= c.patience;
                 window = Window::start();
             }
-            if last || c.save_every > 0 && (i + 1).is_multiple_of(c.save_every) {
-                self.save(i + 1, &mut report)?;
+            if done || c.save_every > 0 && step.is_multiple_of(c.save_every) {
+                self.save(&progress, &settings, &mut report)?;
+            }
+            if done && step < c.iters {
+                report(if stopped { Report::Stopped { step } } else { Report::Stale { step } });
+                break;
             }
         }
         self.step.adapter()
     }
 
-    /// The plan of a step on the largest batch that these examples make.
+    /// The plan of a step on the largest batches that these examples make.
     ///
     /// # Errors
     /// Where they make no batch, or the step cannot be traced.
     pub fn plan(&self, train: &[Example]) -> Result<Plan> {
-        let batches = self.batcher(train, Order::File)?;
+        let batches = self.batcher(train, Order::Shuffled { seed: self.config.seed })?;
         let (batch, seq) = batches.shapes()[0];
         let (ids, labels) = (vec![0; batch * seq], vec![0; batch * seq]);
-        self.step.plan(&Batch { ids, labels, batch, seq, trained: 0 })
+        let largest = Batch { ids, labels, batch, seq, trained: 0 };
+        self.step.plan(&vec![largest; self.config.grad_accumulation_steps.max(1)])
+    }
+
+    /// Where to begin: at the beginning, or where the checkpoint says.
+    fn start(
+        &mut self,
+        batches: &mut Batcher,
+        settings: &Map<String, Value>,
+        report: &mut impl FnMut(Report),
+    ) -> Result<Progress> {
+        let path = self.config.adapter_path.as_deref().map(|folder| folder.join(STATE));
+        let Some(path) = path.filter(|path| self.config.resume && path.exists()) else {
+            return Ok(Progress::default());
+        };
+        let names: Vec<String> = self.step.state().map(|(name, _)| name).collect();
+        let (tensors, progress) =
+            checkpoint::load(&path, names.into_iter(), settings, &Device::Cpu)?;
+        self.step.restore(tensors, progress.count)?;
+        batches.seek(progress.cursor);
+        report(Report::Resumed { step: progress.iteration });
+        Ok(progress)
     }
 
     fn validate(
         &self,
         valid: &[Example],
-        step: usize,
+        progress: &mut Progress,
         report: &mut impl FnMut(Report),
     ) -> Result<()> {
-        let c = &self.config;
         let mut batches = self.batcher(valid, Order::File)?;
         let all = batches.batches_per_epoch();
-        let n = if c.val_batches == 0 { all } else { all.min(c.val_batches) };
+        let limit = self.config.val_batches;
+        let n = if limit == 0 { all } else { all.min(limit) };
         let (mut sum, mut tokens) = (0.0, 0usize);
         for _ in 0..n {
             let batch = batches.next_batch();
-            let trained = batch.trained;
-            sum += f64::from(self.step.evaluate(&batch)?) * trained as f64;
-            tokens += trained;
+            sum += f64::from(self.step.evaluate(&batch)?) * batch.trained as f64;
+            tokens += batch.trained;
         }
-        report(Report::Validation { step, loss: (sum / tokens.max(1) as f64) as f32 });
+        let loss = (sum / tokens.max(1) as f64) as f32;
+        let is_best = progress.best.is_none_or(|best| loss < best);
+        report(Report::Validation { step: progress.iteration, loss, is_best });
+        if !is_best {
+            progress.stale += 1;
+            return Ok(());
+        }
+        (progress.best, progress.stale) = (Some(loss), 0);
+        match &self.config.adapter_path {
+            Some(path) if progress.iteration > 0 => self.step.adapter()?.save(path.join(BEST)),
+            _ => Ok(()),
+        }
+    }
+
+    fn save(
+        &self,
+        progress: &Progress,
+        settings: &Map<String, Value>,
+        report: &mut impl FnMut(Report),
+    ) -> Result<()> {
+        if let Some(path) = &self.config.adapter_path {
+            self.step.adapter()?.save(path)?;
+            self.save_state(path, progress, settings)?;
+            report(Report::Saved { step: progress.iteration });
+        }
         Ok(())
+    }
+
+    fn save_state(
+        &self,
+        folder: &Path,
+        progress: &Progress,
+        settings: &Map<String, Value>,
+    ) -> Result<()> {
+        checkpoint::save(&folder.join(STATE), self.step.state(), progress, settings)
     }
 
     fn batcher(&self, examples: &[Example], order: Order) -> Result<Batcher> {
@@ -178,46 +252,36 @@ impl Trainer {
         Batcher::new(examples.to_vec(), options).map_err(|e| ErrorKind::Data(e).into())
     }
 
-    fn save(&self, step: usize, report: &mut impl FnMut(Report)) -> Result<()> {
-        if let Some(path) = &self.config.adapter_path {
-            self.step.adapter()?.save(path)?;
-            report(Report::Saved { step });
+    /// What a run that goes on must have in common with the one that stopped.
+    fn settings(&self, train: &[Example]) -> Map<String, Value> {
+        let c = &self.config;
+        let settings = json!({
+            "iters": c.iters,
+            "batch_size": c.batch_size,
+            "grad_accumulation_steps": c.grad_accumulation_steps,
+            "max_seq_length": c.max_seq_length,
+            "learning rate": format!("{:?}", c.schedule),
+            "optimizer": format!("{:?}", c.optimizer),
+            "max_gradient_norm": c.max_gradient_norm,
+            "seed": c.seed,
+            "training data": fingerprint(train),
+        });
+        match settings {
+            Value::Object(settings) => settings,
+            other => panic!("metal-candle bug: settings are {other}"),
         }
-        Ok(())
     }
 }
 
-/// What happened since the last report.
-struct Window {
-    started: Instant,
-    loss: f64,
-    steps: usize,
-    tokens: usize,
-    trained: usize,
-}
-
-impl Window {
-    fn start() -> Window {
-        Window { started: Instant::now(), loss: 0.0, steps: 0, tokens: 0, trained: 0 }
-    }
-
-    fn add(&mut self, batch: &Batch, loss: f32) {
-        self.loss += f64::from(loss);
-        self.steps += 1;
-        self.tokens += batch.ids.len();
-        self.trained += batch.trained;
-    }
-
-    fn close(&mut self, step: usize, rate: f64, gradient_norm: f32) -> Report {
-        let seconds = self.started.elapsed().as_secs_f64();
-        let done = std::mem::replace(self, Window::start());
-        Report::Train {
-            step,
-            loss: (done.loss / done.steps as f64) as f32,
-            rate,
-            gradient_norm,
-            trained_tokens_per_second: done.trained as f64 / seconds,
-            tokens_per_second: done.tokens as f64 / seconds,
+/// A number that tells data sets apart: FNV-1a of all ids and masks.
+fn fingerprint(examples: &[Example]) -> String {
+    let mut hash = 0xcbf2_9ce4_8422_2325u64;
+    let mut add = |word: u64| hash = (hash ^ word).wrapping_mul(0x0100_0000_01b3);
+    for example in examples {
+        add(example.ids.len() as u64);
+        for (id, trained) in example.ids.iter().zip(&example.trained) {
+            add(u64::from(*id) << 1 | u64::from(*trained));
         }
     }
+    format!("{} rows, {hash:016x}", examples.len())
 }

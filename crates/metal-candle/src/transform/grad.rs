@@ -1,8 +1,8 @@
 //! Gradients of what was recorded.
 
+use crate::Result;
 use crate::error::AtCaller;
 use crate::lazy::{LazyTensor, trace};
-use crate::Result;
 use metal_candle_graph::autodiff::{Trainable, gradients};
 
 /// The gradients of a scalar `loss` with respect to `wrt`, recorded but not computed: evaluate them together with

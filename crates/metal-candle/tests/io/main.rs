@@ -9,6 +9,7 @@ mod chat;
 mod data;
 mod file;
 mod gguf;
+mod gguf_decoder;
 mod peft;
 mod support;
 mod tokenizer;

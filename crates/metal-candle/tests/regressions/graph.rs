@@ -214,3 +214,16 @@ fn calls_that_share_inputs_keep_their_own_options() {
     assert_near(&vec(&two), &vec(&gradients(2.0)), 1e-6);
     assert_ne!(vec(&one), vec(&two));
 }
+
+/// A scale goes into the product that makes its operand or into the one that reads it, not into both.
+#[test]
+fn products_of_scaled_products_are_planned() {
+    let (x, w) = (randn(&[3, 4], 0), randn(&[4, 4], 1));
+    let scaled = x.matmul(&w).unwrap().affine(0.5, 0.0).unwrap();
+    let y = scaled.matmul(&w).unwrap().affine(2.0, 0.0).unwrap().matmul(&w).unwrap();
+    let want = x.matmul(&w).unwrap();
+    want.eval().unwrap();
+    let want = want.matmul(&w).unwrap();
+    want.eval().unwrap();
+    assert_near(&vec(&y), &vec(&want.matmul(&w).unwrap()), 1e-5);
+}

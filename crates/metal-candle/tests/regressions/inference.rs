@@ -130,13 +130,18 @@ fn generator(tiny: &Tiny) -> Generator {
     Generator::new(Arc::new(model.decoder), Arc::new(model.tokenizer)).unwrap()
 }
 
+fn config(sampling: SamplingStrategy, seed: u64) -> GeneratorConfig {
+    let sampling = sampling.into();
+    GeneratorConfig { max_tokens: 12, sampling, seed, ..GeneratorConfig::default() }
+}
+
 fn generate(
     generator: &Generator,
     prompt: &str,
     sampling: SamplingStrategy,
     seed: u64,
 ) -> Generated {
-    let config = GeneratorConfig { max_tokens: 12, sampling, seed };
+    let config = config(sampling, seed);
     generator.generate(prompt, &config, |_| {}).unwrap()
 }
 
@@ -195,7 +200,12 @@ fn streamed_text_is_the_text() {
 #[test]
 fn temperature_top_k_top_p_and_seed_are_honoured() {
     let g = generator(&Tiny::new());
-    let sample = |temperature, top_k, top_p| SamplingStrategy::Sample { temperature, top_k, top_p };
+    let sample = |temperature, top_k, top_p| SamplingStrategy::Sample {
+        temperature,
+        top_k,
+        top_p,
+        min_p: 0.0,
+    };
     let run = |sampling, seed| generate(&g, "Hello", sampling, seed).ids;
     let greedy = run(SamplingStrategy::Greedy, 0);
     let hot = sample(5.0, 0, 1.0);

@@ -8,6 +8,7 @@ use metal_candle::models::{BaseWeights, Decoder, LoadedModel, load_gguf};
 use metal_candle::nn::LoRAAdapter;
 use metal_candle::{Device, LazyTensor};
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
 pub(crate) const HIDDEN: usize = 16;
 const INNER: usize = 24;
@@ -70,7 +71,12 @@ impl Tiny {
 
     pub(crate) fn load(&self) -> LoadedModel {
         let folder = tempfile::tempdir().unwrap();
-        load_gguf(&self.file().write(folder.path()), BaseWeights::F32, &Device::Cpu).unwrap()
+        load_gguf(&self.write(folder.path()), BaseWeights::F32, &Device::Cpu).unwrap()
+    }
+
+    /// Writes the model's file into a folder.
+    pub(crate) fn write(&self, folder: &Path) -> PathBuf {
+        self.file().write(folder)
     }
 
     pub(crate) fn decoder(&self) -> Decoder {

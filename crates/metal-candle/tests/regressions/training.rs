@@ -31,7 +31,7 @@ fn losses_fall_and_differ_from_step_to_step() {
     for modules in [&ATTENTION[..], &MODULES.map(|(name, _)| name)] {
         let before = adapter(modules);
         let mut step = step(&before, AdamWConfig::default(), 1.0);
-        let losses: Vec<f32> = (0..6).map(|_| step.run(&batch(), 1e-2).unwrap().loss).collect();
+        let losses: Vec<f32> = (0..6).map(|_| step.run(&batch(), 3e-3).unwrap().loss).collect();
         assert!(losses.windows(2).all(|w| w[1] < w[0]), "{losses:?}");
         assert!(losses[5] < 0.99 * losses[0], "{losses:?}");
         let after = step.adapter().unwrap();
@@ -193,10 +193,10 @@ fn ignored_rows_count_for_nothing_smoothed_or_not() {
     for smoothing in [0.0f32, 0.3] {
         let options = CrossEntropy::new().label_smoothing(f64::from(smoothing));
         let loss = logits.cross_entropy(&labels_of(&labels), options).unwrap();
+        let g = grad(&loss, &[&logits]).unwrap().remove(0);
         let kept = row_losses(&vec(&logits), &[2, 0, 0, 0], 5, smoothing);
         assert_near(&vec(&loss), &[(kept[0] + kept[2]) / 2.0], 1e-5);
-        let g = vec(&grad(&loss, &[&logits]).unwrap()[0]);
-        for (i, row) in g.chunks(5).enumerate() {
+        for (i, row) in vec(&g).chunks(5).enumerate() {
             assert_eq!(row.iter().any(|g| *g != 0.0), labels[i] >= 0, "row {i}: {row:?}");
         }
         // Through the output layer too.
@@ -207,8 +207,8 @@ fn ignored_rows_count_for_nothing_smoothed_or_not() {
         assert_near(&vec(&fused), &vec(&plain), 1e-5);
         // Nothing counts: no loss and no NaN.
         let nothing = logits.cross_entropy(&labels_of(&[-100; 4]), options).unwrap();
-        assert_eq!(vec(&nothing), [0.0]);
-        assert_eq!(vec(&grad(&nothing, &[&logits]).unwrap()[0]), [0.0; 20]);
+        let g = grad(&nothing, &[&logits]).unwrap().remove(0);
+        assert_eq!((vec(&nothing), vec(&g)), (vec![0.0], vec![0.0; 20]));
     }
 }
 

@@ -6,13 +6,7 @@ use crate::cpu::{parallel, scratch};
 use metal_candle_graph::ArgReduceOp;
 
 /// `args = [x]`; the output keeps `dim` with extent 1.
-pub(crate) fn call(
-    args: &[Arg],
-    outs: &mut [Out],
-    op: ArgReduceOp,
-    dim: usize,
-    parallel: bool,
-) {
+pub(crate) fn call(args: &[Arg], outs: &mut [Out], op: ArgReduceOp, dim: usize, parallel: bool) {
     let ([x], [out]) = (args, outs) else {
         panic!("metal-candle bug: {op} takes one operand and gives one")
     };

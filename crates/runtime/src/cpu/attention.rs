@@ -96,9 +96,8 @@ impl<'a, T: Float> Attention<'a, T> {
             && hk != 0
             && hq.is_multiple_of(hk)
             && attention_mask.is_none_or(|m| *m.shape().dims() == [b, hq, tq, tk])
-            && segments.is_none_or(|[q, k]| {
-                *q.shape().dims() == [b, tq] && *k.shape().dims() == [b, tk]
-            });
+            && segments
+                .is_none_or(|[q, k]| *q.shape().dims() == [b, tq] && *k.shape().dims() == [b, tk]);
         assert!(fits, "metal-candle bug: attention of {}, {}, {}", q.shape(), k.shape(), v.shape());
         Attention {
             q: q.read(),

@@ -10,8 +10,8 @@ use crate::cpu::number::{Accumulator, Float, Number, Real, for_float};
 use crate::cpu::parallel::{self, Parts};
 use crate::cpu::scratch;
 use crate::cpu::view::{Arg, Out, Strided};
-use metal_candle_graph::composite::{AttentionAttrs, AttentionInput};
 use metal_candle_graph::DType;
+use metal_candle_graph::composite::{AttentionAttrs, AttentionInput};
 
 /// `args = [dy, ..attention's]`, one output for each of `wrt`.
 pub(crate) fn call(

@@ -36,10 +36,8 @@ pub(crate) fn call(
     let wanted = usize::from(losses) + usize::from(grad_x);
     assert_eq!(outs.len(), wanted, "metal-candle bug: linear_cross_entropy");
     let mut outs = outs.iter_mut();
-    let (losses, grad_x) = (
-        losses.then(|| outs.next()).flatten(),
-        grad_x.then(|| outs.next()).flatten(),
-    );
+    let (losses, grad_x) =
+        (losses.then(|| outs.next()).flatten(), grad_x.then(|| outs.next()).flatten());
     for_float!(x.dtype(), T => {
         let it = Linear::<T>::new("linear_cross_entropy", x, weight, labels, attrs)?;
         it.forward(losses, grad_x, parallel);
@@ -214,13 +212,7 @@ impl<'a, T: Float> Linear<'a, T> {
     }
 
     /// Walks the classes for one block of rows and gives `f` the sums.
-    fn block(
-        &self,
-        block: Range<usize>,
-        d: usize,
-        parallel: bool,
-        f: impl FnOnce(&Sums<T::Acc>),
-    ) {
+    fn block(&self, block: Range<usize>, d: usize, parallel: bool, f: impl FnOnce(&Sums<T::Acc>)) {
         let chunks = self.classes.div_ceil(CLASSES);
         let parts = chunks.clamp(1, MAX_PARTS);
         let (rows, len) = (block.len(), Sums::<T::Acc>::len(block.len(), d));

@@ -70,7 +70,12 @@ impl<T: Float> Batch<T> {
         for (operand, extents) in [(a.shape(), [m, k]), (b.shape(), [k, n])] {
             let batched = operand.dims()[..rank - 2] == out_shape.dims()[..rank - 2];
             let fits = batched && operand.dims()[rank - 2..] == extents;
-            assert!(fits, "metal-candle bug: gemm of {} and {} to {out_shape}", a.shape(), b.shape());
+            assert!(
+                fits,
+                "metal-candle bug: gemm of {} and {} to {out_shape}",
+                a.shape(),
+                b.shape()
+            );
         }
         let row_col = |stride: &dyn Fn(usize) -> isize| [stride(rank - 2), stride(rank - 1)];
         let all = [&|d| a.stride(d), &|d| b.stride(d), &|d| out_strides[d]] as [&dyn Fn(_) -> _; 3];
@@ -99,7 +104,8 @@ impl<T: Float> Batch<T> {
         let m = self.m as isize;
         let follows = |stride: isize, row: isize| m == 1 || stride == m * row;
         let [[a_row, _], _, [out_row, _]] = &mut self.strides;
-        let rows = b == 0 && self.extents.is_empty() && follows(a, *a_row) && follows(out, *out_row);
+        let rows =
+            b == 0 && self.extents.is_empty() && follows(a, *a_row) && follows(out, *out_row);
         if rows && m != 0 {
             if m == 1 {
                 (*a_row, *out_row) = (a, out);

@@ -8,7 +8,12 @@ use crate::cpu::view::{Arg, Out, Strided, leading, offset_of};
 use metal_candle_graph::{Error, Result, Shape};
 
 /// `args = [x, index]`
-pub(crate) fn call_gather(args: &[Arg], outs: &mut [Out], dim: usize, parallel: bool) -> Result<()> {
+pub(crate) fn call_gather(
+    args: &[Arg],
+    outs: &mut [Out],
+    dim: usize,
+    parallel: bool,
+) -> Result<()> {
     let ([x, index], [out]) = (args, outs) else {
         panic!("metal-candle bug: gather takes two operands and gives one")
     };
@@ -154,7 +159,8 @@ fn positions(op: &'static str, index: &Arg, extent: usize) -> Result<Vec<usize>>
 
 /// A run-time start from which `len` positions fit into `extent`.
 fn checked_start(op: &'static str, start: &Arg, extent: usize, len: usize) -> Result<usize> {
-    let starts = extent.checked_sub(len).expect("metal-candle bug: a slice longer than its dim") + 1;
+    let starts =
+        extent.checked_sub(len).expect("metal-candle bug: a slice longer than its dim") + 1;
     let index = start.scalar::<i64>();
     let start = usize::try_from(index).ok().filter(|start| *start < starts);
     start.ok_or(Error::IndexOutOfRange { op, index, extent: starts, position: 0 })

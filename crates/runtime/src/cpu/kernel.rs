@@ -95,7 +95,10 @@ enum Place {
     Scratch(usize),
     Tile(u16),
     /// A whole row, kept from pass to pass: its start in bytes into the scratch memory, and the bytes of a register.
-    Kept { at: usize, bytes: usize },
+    Kept {
+        at: usize,
+        bytes: usize,
+    },
     /// Memory, as this access reaches it.
     Memory(u16),
 }
@@ -126,14 +129,44 @@ enum RowWalk {
 }
 
 enum Op {
-    Const { value: Scalar, out: Place },
-    Load { access: u16, load: LoadFn, out: Place },
+    Const {
+        value: Scalar,
+        out: Place,
+    },
+    Load {
+        access: u16,
+        load: LoadFn,
+        out: Place,
+    },
     /// The access's offset itself.
-    Index { access: u16, dtype: DType, out: Place },
-    Random { access: u16, distribution: Distribution, stream: u32, seed: Seed, dtype: DType, out: Place },
-    Map { f: TileFn, ins: [Place; 3], out: Place },
-    Fold { f: FoldFn, acc: Place, from: Place },
-    Store { access: u16, store: StoreFn, from: Place },
+    Index {
+        access: u16,
+        dtype: DType,
+        out: Place,
+    },
+    Random {
+        access: u16,
+        distribution: Distribution,
+        stream: u32,
+        seed: Seed,
+        dtype: DType,
+        out: Place,
+    },
+    Map {
+        f: TileFn,
+        ins: [Place; 3],
+        out: Place,
+    },
+    Fold {
+        f: FoldFn,
+        acc: Place,
+        from: Place,
+    },
+    Store {
+        access: u16,
+        store: StoreFn,
+        from: Place,
+    },
 }
 
 #[derive(Clone, Copy)]

@@ -128,7 +128,7 @@ pub(crate) fn ln_f32(x: f32) -> f32 {
     p = p * f - 1.666_805_8e-1;
     p = p * f + 2.000_071_5e-1;
     p = p * f - 2.499_999_4e-1;
-    p = p * f + 3.333_333_1e-1;
+    p = p * f + 3.333_333e-1;
     let tail = p * f * z + e * LN_2_LOW - 0.5 * z;
     let y = f + tail + e * LN_2_HIGH;
     let y = if x == f32::INFINITY { x } else { y };
@@ -142,10 +142,10 @@ pub(crate) fn tanh_f32(x: f32) -> f32 {
     let a = x.abs();
     let s = x * x;
     let mut p = -5.704_988_7e-3;
-    p = p * s + 2.063_908_9e-2;
+    p = p * s + 2.063_909e-2;
     p = p * s - 5.373_971_6e-2;
     p = p * s + 1.333_144_2e-1;
-    p = p * s - 3.333_328_2e-1;
+    p = p * s - 3.333_328e-1;
     let near = p * s * x + x;
     let far = (1.0 - 2.0 / (exp_f32(2.0 * a) + 1.0)).copysign(x);
     // NaN takes the polynomial's way.
@@ -165,7 +165,7 @@ pub(crate) fn erf_f32(x: f32) -> f32 {
     p = p * s - 2.686_543_8e-2;
     p = p * s + 1.128_378_3e-1;
     p = p * s - 3.761_263_8e-1;
-    p = p * s + 1.128_379_2;
+    p = p * s + std::f32::consts::FRAC_2_SQRT_PI;
     let near = x * p;
     let t = if a > 4.0 { 4.0 } else { a };
     let mut q = 1.615_045e-6;

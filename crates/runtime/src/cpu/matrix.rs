@@ -71,7 +71,11 @@ impl<'a, T: Element> Mat<'a, T> {
 
     /// `len` rows from `start`.
     pub(crate) fn row_range(self, start: usize, len: usize) -> Mat<'a, T> {
-        assert!(start + len <= self.rows, "metal-candle bug: {start} + {len} of {} rows", self.rows);
+        assert!(
+            start + len <= self.rows,
+            "metal-candle bug: {start} + {len} of {} rows",
+            self.rows
+        );
         let data = self.data.wrapping_offset(start as isize * self.row_stride);
         Mat { data, rows: len, ..self }
     }
@@ -92,7 +96,9 @@ impl<'a, T: Element> Mat<'a, T> {
     fn get(&self, row: usize, col: usize) -> T {
         assert!(row < self.rows && col < self.cols, "metal-candle bug: outside of a matrix");
         // SAFETY: within the matrix.
-        unsafe { *self.data.offset(row as isize * self.row_stride + col as isize * self.col_stride) }
+        unsafe {
+            *self.data.offset(row as isize * self.row_stride + col as isize * self.col_stride)
+        }
     }
 }
 

@@ -248,10 +248,22 @@ macro_rules! for_number {
 macro_rules! for_float {
     ($dtype:expr, $T:ident => $body:expr) => {
         match $dtype {
-            metal_candle_graph::DType::BF16 => { type $T = half::bf16; $body }
-            metal_candle_graph::DType::F16 => { type $T = half::f16; $body }
-            metal_candle_graph::DType::F32 => { type $T = f32; $body }
-            metal_candle_graph::DType::F64 => { type $T = f64; $body }
+            metal_candle_graph::DType::BF16 => {
+                type $T = half::bf16;
+                $body
+            }
+            metal_candle_graph::DType::F16 => {
+                type $T = half::f16;
+                $body
+            }
+            metal_candle_graph::DType::F32 => {
+                type $T = f32;
+                $body
+            }
+            metal_candle_graph::DType::F64 => {
+                type $T = f64;
+                $body
+            }
             other => panic!("metal-candle bug: expected a float, got {other}"),
         }
     };
@@ -261,9 +273,18 @@ macro_rules! for_float {
 macro_rules! for_index {
     ($dtype:expr, $T:ident => $body:expr) => {
         match $dtype {
-            metal_candle_graph::DType::U8 => { type $T = u8; $body }
-            metal_candle_graph::DType::U32 => { type $T = u32; $body }
-            metal_candle_graph::DType::I64 => { type $T = i64; $body }
+            metal_candle_graph::DType::U8 => {
+                type $T = u8;
+                $body
+            }
+            metal_candle_graph::DType::U32 => {
+                type $T = u32;
+                $body
+            }
+            metal_candle_graph::DType::I64 => {
+                type $T = i64;
+                $body
+            }
             other => panic!("metal-candle bug: expected an index, got {other}"),
         }
     };

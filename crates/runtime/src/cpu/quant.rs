@@ -10,7 +10,6 @@ use crate::cpu::matrix::{Mat, MatMut};
 use crate::cpu::number::{Accumulator, Float, Number, Real, for_float};
 use crate::cpu::parallel::{self, Parts};
 use crate::cpu::scratch;
-use unpack::{DotFn, UnpackFn};
 use crate::cpu::view::{Arg, Out};
 use candle_core::quantized::GgmlType;
 use candle_core::quantized::k_quants::{
@@ -18,6 +17,7 @@ use candle_core::quantized::k_quants::{
     BlockQ8_0, BlockQ8_1, BlockQ8K,
 };
 use metal_candle_graph::BlockFormat;
+use unpack::{DotFn, UnpackFn};
 
 /// Weights of one panel: 256 KiB of f32, which stay in the L2 cache.
 const PANEL: usize = 1 << 16;

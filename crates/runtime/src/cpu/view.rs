@@ -154,10 +154,9 @@ impl<'a, T: Element> Strided<'a, T> {
         let mut out = self.narrow(dim, at, 1);
         let mut dims = [0; MAX_RANK];
         let rank = self.shape.rank() - 1;
-        for d in 0..rank {
-            let from = d + usize::from(d >= dim);
-            dims[d] = self.shape[from];
-            out.strides[d] = self.strides[from];
+        for (to, from) in (0..=rank).filter(|from| *from != dim).enumerate() {
+            dims[to] = self.shape[from];
+            out.strides[to] = self.strides[from];
         }
         out.shape = shape_of(&dims[..rank]);
         out

@@ -51,6 +51,7 @@ impl GgufFile {
             head_dim,
             rms_norm_eps: self.f64(&key("attention.layer_norm_rms_epsilon"))?,
             rope_theta: self.f64_opt(&key("rope.freq_base"))?.unwrap_or(10_000.0),
+            rope_scaling: self.rope_scaling(architecture, head_dim)?,
             rope_layout: RopeLayout::Half,
             max_position_embeddings: size("context_length")?,
             sliding_window: match self.u32_opt(&key("attention.sliding_window"))? {
@@ -59,9 +60,11 @@ impl GgufFile {
             },
             tie_word_embeddings: !self.has_tensor("output.weight"),
             attention_bias: self.has_tensor("blk.0.attn_q.bias"),
+            attention_output_bias: self.has_tensor("blk.0.attn_output.bias"),
             qk_norm: self.has_tensor("blk.0.attn_q_norm.weight"),
         };
         self.check_heads(&config)?;
+        self.check_context(&config)?;
         Ok(config)
     }
 
@@ -75,12 +78,7 @@ impl GgufFile {
     /// # Errors
     /// [`Problem::WeightName`], [`Problem::NoTensor`], [`Problem::Heads`]; [`File`](crate::io::Error::File).
     pub fn weight(&self, name: &str) -> Result<StoredTensor> {
-        let stored_name = gguf_name(name).ok_or_else(|| {
-            self.error(Problem::WeightName {
-                name: name.to_owned(),
-                example: "model.layers.0.self_attn.q_proj.weight",
-            })
-        })?;
+        let stored_name = self.stored_name(name)?;
         let mut stored = self.tensor_bytes(&stored_name)?;
         let (architecture, rows) = self.architecture()?;
         if rows == Rows::Permuted
@@ -89,6 +87,23 @@ impl GgufFile {
             stored.unpermute_rope_rows(heads).map_err(|problem| self.error(problem))?;
         }
         Ok(stored)
+    }
+
+    /// The shape of one weight, by Hugging Face's name.
+    ///
+    /// # Errors
+    /// [`Problem::WeightName`], [`Problem::NoTensor`].
+    pub fn weight_shape(&self, name: &str) -> Result<&[usize]> {
+        Ok(&self.tensor(&self.stored_name(name)?)?.shape)
+    }
+
+    fn stored_name(&self, name: &str) -> Result<String> {
+        gguf_name(name).ok_or_else(|| {
+            self.error(Problem::WeightName {
+                name: name.to_owned(),
+                example: "model.layers.0.self_attn.q_proj.weight",
+            })
+        })
     }
 
     fn architecture(&self) -> Result<(&str, Rows)> {
@@ -123,13 +138,6 @@ impl GgufFile {
     fn refuse_unsupported(&self, architecture: &str) -> Result<()> {
         let refuse =
             |what: String, value: String| Err(self.error(Problem::Unsupported { what, value }));
-        let key = format!("{architecture}.rope.scaling.type");
-        if let Some(scaling) = self.str_opt(&key)?.filter(|&scaling| scaling != "none") {
-            return refuse(key, scaling.to_owned());
-        }
-        if self.has_tensor("rope_freqs.weight") {
-            return refuse("rope scaling".to_owned(), "given by rope_freqs.weight".to_owned());
-        }
         let key = format!("{architecture}.expert_count");
         if let Some(experts) = self.u32_opt(&key)?.filter(|&experts| experts > 0) {
             return refuse(key, experts.to_string());
@@ -148,6 +156,15 @@ impl GgufFile {
                 expected: format!("[vocabulary, {hidden_size}]"),
             })),
         }
+    }
+
+    fn check_context(&self, config: &DecoderConfig) -> Result<()> {
+        let (got, limit) = (config.max_position_embeddings, DecoderConfig::MAX_POSITIONS);
+        if got <= limit {
+            return Ok(());
+        }
+        let (what, expected) = ("context_length", format!("at most {limit}"));
+        Err(self.error(Problem::Inconsistent { what, got: got.to_string(), expected }))
     }
 
     fn check_heads(&self, config: &DecoderConfig) -> Result<()> {

@@ -239,9 +239,8 @@ impl<'a> Strategy<'a> {
 /// Whether a map computes more than loads once a row of some length.
 fn has_row_work(kernel: &Kernel) -> bool {
     let rates = rates(kernel, false);
-    let computes = |op: &KernelOp| {
-        !matches!(op, KernelOp::Load(_) | KernelOp::Const(_) | KernelOp::Index(_))
-    };
+    let computes =
+        |op: &KernelOp| !matches!(op, KernelOp::Load(_) | KernelOp::Const(_) | KernelOp::Index(_));
     let row_work = kernel.tape.iter().zip(&rates).any(|(i, r)| *r == Rate::Row && computes(&i.op));
     let is_long = kernel.space.len() > kernel.row_axes && kernel.cols() >= LONG_ROW;
     row_work && is_long
@@ -276,9 +275,7 @@ fn rates(kernel: &Kernel, is_flat: bool) -> Vec<Rate> {
 pub(super) fn is_dear(op: &KernelOp) -> bool {
     use UnaryOp::*;
     match op {
-        KernelOp::Unary(f, _) => {
-            !matches!(f, Neg | Abs | Sign | Sqr | Relu | Floor | Ceil | Round)
-        }
+        KernelOp::Unary(f, _) => !matches!(f, Neg | Abs | Sign | Sqr | Relu | Floor | Ceil | Round),
         KernelOp::Binary(f, ..) => matches!(f, BinaryOp::Div | BinaryOp::Pow),
         KernelOp::Random { .. } => true,
         KernelOp::Load(_)

@@ -135,8 +135,7 @@ impl<'a> Emitter<'a> {
                 }
             };
             let is_narrow = matches!(inst.dtype, DType::U8 | DType::U32);
-            let wrap =
-                is_narrow.then(|| (cast_of(DType::I64, inst.dtype), self.lasting(*reg)));
+            let wrap = is_narrow.then(|| (cast_of(DType::I64, inst.dtype), self.lasting(*reg)));
             self.places[*reg] = wrap.map_or(joined, |(_, out)| out);
             self.accs.insert(*reg, acc);
             Reduction { reducer: reducer_of(op, inst.dtype.class()), acc, joined, wrap }
@@ -238,7 +237,13 @@ impl<'a> Emitter<'a> {
     }
 
     /// What waits for `reg`; `None` stands for all values that this pass does not compute.
-    fn feed(&mut self, reg: Option<usize>, needs: &PassNeeds, stored: &mut [bool], ops: &mut Vec<Op>) {
+    fn feed(
+        &mut self,
+        reg: Option<usize>,
+        needs: &PassNeeds,
+        stored: &mut [bool],
+        ops: &mut Vec<Op>,
+    ) {
         let is_fed = |from: usize| match reg {
             Some(reg) => from == reg,
             None => !needs.computed.contains(&from),
@@ -315,7 +320,10 @@ impl<'a> Emitter<'a> {
                 let (distribution, stream) = (*distribution, *stream);
                 Op::Random { access, distribution, stream, seed, dtype, out }
             }
-            KernelOp::Unary(..) | KernelOp::Binary(..) | KernelOp::Select(..) | KernelOp::Cast(_) => {
+            KernelOp::Unary(..)
+            | KernelOp::Binary(..)
+            | KernelOp::Select(..)
+            | KernelOp::Cast(_) => {
                 return self.map(inst, out, reg, ops);
             }
             KernelOp::Reduce(..) => panic!("metal-candle bug: a reduction among maps"),

@@ -57,9 +57,7 @@ cells! {
 unsafe fn load_body<T: Cell>(out: *mut u8, from: *const u8, stride: isize, n: usize) {
     let from = from.cast::<T>();
     // SAFETY: the caller gives room for `n` registers, aligned for them, that nothing else touches.
-    let out = unsafe {
-        std::slice::from_raw_parts_mut(out.cast::<MaybeUninit<T::Register>>(), n)
-    };
+    let out = unsafe { std::slice::from_raw_parts_mut(out.cast::<MaybeUninit<T::Register>>(), n) };
     match stride {
         // SAFETY: the caller has `n` elements from `from` on.
         1 => unsafe {

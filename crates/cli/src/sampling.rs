@@ -1,0 +1,126 @@
+//! What `generate` and `chat` share: how tokens are chosen, and what ends a text.
+
+use anyhow::{Context, Result};
+use metal_candle::generate::{Finish, Generated, GeneratorConfig, Sampling, SamplingStrategy};
+use metal_candle::io::Tokenizer;
+use std::time::Duration;
+
+/// Names follow mlx-lm where it has them.
+#[derive(clap::Args)]
+pub(crate) struct SamplingArgs {
+    /// Tokens at most
+    #[arg(short, long, default_value_t = 256)]
+    max_tokens: usize,
+    /// Tokens at least: before them the model cannot end
+    #[arg(long, default_value_t = 0)]
+    min_tokens: usize,
+    /// Sampling temperature; 0 takes the most likely token
+    #[arg(long, default_value_t = 0.0, value_parser = at_least_0, allow_negative_numbers = true)]
+    temp: f64,
+    /// Sample from the k most likely tokens; 0 is all
+    #[arg(long, default_value_t = 0)]
+    top_k: usize,
+    /// Sample from the most likely tokens that together have this probability
+    #[arg(long, default_value_t = 1.0, value_parser = part, allow_negative_numbers = true)]
+    top_p: f64,
+    /// Sample from tokens at least this fraction as likely as the most likely one
+    #[arg(long, default_value_t = 0.0, value_parser = fraction, allow_negative_numbers = true)]
+    min_p: f64,
+    /// Makes tokens that were seen less likely; 1 does nothing
+    #[arg(long, default_value_t = 1.0, value_parser = above_0, allow_negative_numbers = true)]
+    repetition_penalty: f64,
+    /// Tokens that count as seen: so many of the last ones; 0 is all
+    #[arg(long, default_value_t = 20)]
+    repetition_context_size: usize,
+    /// Added to the logit of a token, by its id; may be repeated
+    #[arg(long, value_name = "ID=BIAS", value_parser = bias, allow_hyphen_values = true)]
+    logit_bias: Vec<(u32, f32)>,
+    /// A text that ends the answer and is not printed; may be repeated
+    #[arg(long)]
+    stop: Vec<String>,
+    /// A token that ends the answer beside the model's own; may be repeated
+    #[arg(long)]
+    extra_eos_token: Vec<String>,
+    /// Of the random choices
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+}
+
+impl SamplingArgs {
+    /// # Errors
+    /// Where a token is not in the vocabulary, or the library refuses a setting.
+    pub(crate) fn config(&self, tokenizer: &Tokenizer) -> Result<GeneratorConfig> {
+        let (top_k, top_p, min_p) = (self.top_k, self.top_p, self.min_p);
+        let strategy = match self.temp {
+            0.0 => SamplingStrategy::Greedy,
+            temperature => SamplingStrategy::Sample { temperature, top_k, top_p, min_p },
+        };
+        let id = |token: &String| {
+            tokenizer
+                .token_id(token)
+                .with_context(|| format!("--extra-eos-token: the model has no token {token:?}"))
+        };
+        let config = GeneratorConfig {
+            max_tokens: self.max_tokens,
+            min_tokens: self.min_tokens,
+            sampling: Sampling {
+                strategy,
+                repetition_penalty: self.repetition_penalty,
+                repetition_context: self.repetition_context_size,
+                logit_bias: self.logit_bias.iter().copied().collect(),
+            },
+            seed: self.seed,
+            stop: self.stop.clone(),
+            end_tokens: self.extra_eos_token.iter().map(id).collect::<Result<_>>()?,
+            logprobs: None,
+        };
+        config.check()?;
+        Ok(config)
+    }
+}
+
+/// Speeds, and why the text ended where the model did not say so.
+pub(crate) fn summary(g: &Generated) -> String {
+    let rate = |tokens: usize, time: Duration| tokens as f64 / time.as_secs_f64().max(1e-9);
+    let end = match g.finish {
+        Finish::EndOfText => "",
+        Finish::Stop => " (a stop string came)",
+        Finish::Length => " (--max-tokens reached)",
+        Finish::Context => " (the model's context is full)",
+    };
+    format!(
+        "prompt: {} tokens, {:.1} tok/s; generation: {} tokens, {:.1} tok/s{end}",
+        g.prompt_tokens,
+        rate(g.prompt_tokens, g.prefill),
+        g.ids.len(),
+        rate(g.ids.len().saturating_sub(1), g.decode)
+    )
+}
+
+fn number(text: &str, expected: &str, holds: impl Fn(f64) -> bool) -> Result<f64, String> {
+    let number = text.parse().ok().filter(|x: &f64| x.is_finite() && holds(*x));
+    number.ok_or_else(|| format!("expected {expected}"))
+}
+
+fn at_least_0(text: &str) -> Result<f64, String> {
+    number(text, "a number of 0 or more", |x| x >= 0.0)
+}
+
+fn above_0(text: &str) -> Result<f64, String> {
+    number(text, "a number above 0", |x| x > 0.0)
+}
+
+fn part(text: &str) -> Result<f64, String> {
+    number(text, "a number above 0 and at most 1", |x| x > 0.0 && x <= 1.0)
+}
+
+fn fraction(text: &str) -> Result<f64, String> {
+    number(text, "a number from 0 to 1", |x| (0.0..=1.0).contains(&x))
+}
+
+fn bias(text: &str) -> Result<(u32, f32), String> {
+    let (id, bias) = text.split_once('=').ok_or("expected ID=BIAS, such as 42=-1.5")?;
+    let id = id.parse().map_err(|_| format!("expected a token id, got {id:?}"))?;
+    let bias: f32 = bias.parse().map_err(|_| format!("expected a number, got {bias:?}"))?;
+    Ok((id, bias))
+}

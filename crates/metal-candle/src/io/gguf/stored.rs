@@ -1,0 +1,93 @@
+//! A tensor's bytes, whatever file they came from.
+
+use super::{Encoding, Problem};
+use candle_core::quantized::{QStorage, QTensor};
+use candle_core::{Device, Tensor};
+use half::{bf16, f16};
+use metal_candle_graph::DType;
+
+/// A tensor's bytes as they lie in the file.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StoredTensor {
+    /// How `bytes` are to be read.
+    pub encoding: Encoding,
+    /// Row-major, slowest dim first.
+    pub shape: Vec<usize>,
+    /// Rows are whole: a block never spans two of them.
+    pub bytes: Vec<u8>,
+}
+
+impl StoredTensor {
+    /// Every element as `f32`, on the CPU; blocks by Candle's dequantisation.
+    ///
+    /// # Errors
+    /// [`Problem::StoredLength`], [`Problem::Candle`].
+    pub fn dequantize(&self) -> std::result::Result<Tensor, Problem> {
+        self.check_len()?;
+        let values = match self.encoding {
+            Encoding::Dense(DType::F32) => self.floats(f32::from_le_bytes),
+            Encoding::Dense(DType::F16) => self.floats(|b| f16::from_le_bytes(b).to_f32()),
+            Encoding::Dense(DType::BF16) => self.floats(|b| bf16::from_le_bytes(b).to_f32()),
+            Encoding::Dense(_) | Encoding::Blocks(_) => return self.by_candle(),
+        };
+        Tensor::from_vec(values, self.shape.as_slice(), &Device::Cpu)
+            .map_err(|cause| Problem::Candle { cause })
+    }
+
+    /// Dense floats, element by element, into the memory that the tensor then has.
+    fn floats<const N: usize>(&self, read: impl Fn([u8; N]) -> f32) -> Vec<f32> {
+        let (elements, _) = self.bytes.as_chunks::<N>();
+        elements.iter().map(|&bytes| read(bytes)).collect()
+    }
+
+    fn by_candle(&self) -> std::result::Result<Tensor, Problem> {
+        let device = Device::Cpu;
+        QStorage::from_data(self.bytes.as_slice().into(), &device, self.encoding.ggml())
+            .and_then(|storage| QTensor::new(storage, self.shape.as_slice()))
+            .and_then(|tensor| tensor.dequantize(&device))
+            .map_err(|cause| Problem::Candle { cause })
+    }
+
+    /// Puts rows that llama.cpp stored for interleaved rotary embedding back into Hugging Face's
+    /// order: within each head, row `2i + s` becomes row `s·d/2 + i`.
+    ///
+    /// The rows are moved as bytes, so quantised weights stay exactly what they were. A bias (rank
+    /// 1) has rows of one element.
+    ///
+    /// # Errors
+    /// [`Problem::Heads`] unless the rows split into `heads` heads of an even width;
+    /// [`Problem::StoredLength`].
+    pub fn unpermute_rope_rows(&mut self, heads: usize) -> std::result::Result<(), Problem> {
+        self.check_len()?;
+        let rows = self.shape.first().copied().unwrap_or(0);
+        if heads == 0 || rows == 0 || !rows.is_multiple_of(2 * heads) {
+            return Err(Problem::Heads { rows, heads });
+        }
+        let row_bytes = self.bytes.len() / rows;
+        let head_bytes = rows / heads * row_bytes;
+        let mut unpermuted = Vec::with_capacity(self.bytes.len());
+        for head in self.bytes.chunks_exact(head_bytes) {
+            for side in 0..2 {
+                for pair in head.chunks_exact(2 * row_bytes) {
+                    unpermuted.extend_from_slice(&pair[side * row_bytes..][..row_bytes]);
+                }
+            }
+        }
+        self.bytes = unpermuted;
+        Ok(())
+    }
+
+    /// The fields are public: what follows relies on their telling the same story.
+    fn check_len(&self) -> std::result::Result<(), Problem> {
+        let (row, rows) = self.shape.split_last().map_or((1, &[][..]), |(&row, rows)| (row, rows));
+        let expected = rows
+            .iter()
+            .try_fold(self.encoding.row_bytes(row).unwrap_or(0), |n, &dim| n.checked_mul(dim))
+            .unwrap_or(0);
+        if expected == self.bytes.len() && expected > 0 {
+            return Ok(());
+        }
+        let (shape, got) = (self.shape.clone(), self.bytes.len());
+        Err(Problem::StoredLength { encoding: self.encoding, shape, expected, got })
+    }
+}

@@ -1,0 +1,106 @@
+//! One safetensors file: its header in memory, its tensors on disk.
+
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+use metal_candle_graph::DType;
+use safetensors::tensor::{Dtype, Metadata, TensorInfo};
+
+use super::Problem;
+use crate::io::gguf::{Encoding, StoredTensor};
+use crate::io::{Error, Result};
+
+/// As the safetensors crate has it.
+const MAX_HEADER_BYTES: u64 = 100_000_000;
+/// The header's own length, before it.
+const PREFIX_BYTES: u64 = 8;
+
+#[derive(Debug)]
+pub(super) struct Shard {
+    path: PathBuf,
+    /// Behind a lock because a read moves the position.
+    file: Mutex<File>,
+    header: Metadata,
+    /// Where the tensors begin.
+    data_bytes: u64,
+}
+
+impl Shard {
+    /// Reads and checks the header; its offsets are then within the file, without hole or overlap.
+    pub(super) fn open(path: PathBuf) -> Result<Self> {
+        let mut file = File::open(&path).map_err(Error::file(&path))?;
+        let len = file.metadata().map_err(Error::file(&path))?.len();
+        let mut prefix = [0; PREFIX_BYTES as usize];
+        let fail = |problem| Err(Error::Model { path: path.clone(), problem });
+        if len < PREFIX_BYTES {
+            return fail(Problem::TruncatedHeader { needed: PREFIX_BYTES, len });
+        }
+        file.read_exact(&mut prefix).map_err(Error::file(&path))?;
+        let header_bytes = u64::from_le_bytes(prefix);
+        if header_bytes > MAX_HEADER_BYTES {
+            return fail(Problem::HeaderSize { got: header_bytes, limit: MAX_HEADER_BYTES });
+        }
+        let data_bytes = PREFIX_BYTES + header_bytes;
+        if data_bytes > len {
+            return fail(Problem::TruncatedHeader { needed: data_bytes, len });
+        }
+        let mut json = vec![0; header_bytes as usize];
+        file.read_exact(&mut json).map_err(Error::file(&path))?;
+        // Deserialising checks that offsets follow on one another and agree with dtype and shape.
+        let header: Metadata = match serde_json::from_slice(&json) {
+            Ok(header) => header,
+            Err(cause) => return fail(Problem::Header { cause }),
+        };
+        let needed = data_bytes.saturating_add(header.data_len() as u64);
+        if needed != len {
+            let tensor = header.offset_keys().pop().unwrap_or_default();
+            return fail(Problem::Length { tensor, needed, len });
+        }
+        Ok(Self { path, file: Mutex::new(file), header, data_bytes })
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub(super) fn names(&self) -> impl Iterator<Item = String> {
+        self.header.offset_keys().into_iter()
+    }
+
+    pub(super) fn shape(&self, name: &str) -> Result<&[usize]> {
+        Ok(&self.info(name)?.shape)
+    }
+
+    pub(super) fn read(&self, name: &str) -> Result<StoredTensor> {
+        let info = self.info(name)?;
+        let dtype = match info.dtype {
+            Dtype::F32 => DType::F32,
+            Dtype::F16 => DType::F16,
+            Dtype::BF16 => DType::BF16,
+            other => {
+                let (tensor, dtype) = (name.to_owned(), other.to_string());
+                return Err(self.error(Problem::DType { tensor, dtype }));
+            }
+        };
+        let (start, end) = info.data_offsets;
+        let mut bytes = vec![0; end - start];
+        // A panic of another reader cannot have left anything behind but the position.
+        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        file.seek(SeekFrom::Start(self.data_bytes + start as u64))
+            .and_then(|_| file.read_exact(&mut bytes))
+            .map_err(Error::file(&self.path))?;
+        let (encoding, shape) = (Encoding::Dense(dtype), info.shape.clone());
+        Ok(StoredTensor { encoding, shape, bytes })
+    }
+
+    fn info(&self, name: &str) -> Result<&TensorInfo> {
+        let no_tensor = || self.error(Problem::NoTensor { tensor: name.to_owned() });
+        self.header.info(name).ok_or_else(no_tensor)
+    }
+
+    fn error(&self, problem: Problem) -> Error {
+        Error::Model { path: self.path.clone(), problem }
+    }
+}

@@ -1,0 +1,130 @@
+//! A compiled call with the same shapes allocates nothing but its outputs, and the handles to them.
+
+#[path = "../../runtime/tests/support/counting.rs"]
+#[allow(unsafe_code, reason = "an allocator cannot do without; the file belongs to the runtime")]
+mod counting;
+
+use counting::{Allocated, Counting, watch};
+use metal_candle::{Compiled, Device, LazyTensor, compile, grad};
+
+#[global_allocator]
+static COUNTING: Counting = Counting;
+
+/// Handles, argument lists, result lists: what a call may allocate beside the elements of its outputs.
+const HANDLES_BYTES: usize = 2 << 10;
+
+fn full(value: f32, dims: &[usize]) -> LazyTensor {
+    LazyTensor::from_vec(vec![value; dims.iter().product()], dims, &Device::Cpu).unwrap()
+}
+
+/// What the tenth call allocates; its results are still there.
+fn tenth_call(f: &Compiled, args: impl Fn() -> Vec<LazyTensor>) -> Allocated {
+    (0..9).for_each(|_| drop(f.call(args()).unwrap()));
+    let args = args();
+    // The arguments go with the call, their memory is not what it allocated.
+    let kept = args.clone();
+    let (results, allocated) = watch(|| f.call(args));
+    drop((results.unwrap(), kept));
+    allocated
+}
+
+#[track_caller]
+fn assert_only_outputs(allocated: Allocated, outputs: &[usize]) {
+    let bytes: usize = outputs.iter().sum();
+    assert!(allocated.bytes >= bytes, "{allocated:?} for outputs of {outputs:?} bytes");
+    let rest = allocated.bytes - bytes;
+    assert!(rest <= HANDLES_BYTES, "{rest} bytes beside outputs of {outputs:?}: {allocated:?}");
+}
+
+/// Other threads would be counted too: one test, law by law.
+#[test]
+fn a_compiled_call_allocates_its_outputs_and_nothing_else() {
+    start_threads();
+    kernels_and_calls_use_the_arena();
+    donated_state_is_updated_in_place();
+    calls_leave_nothing_behind();
+    evaluations_leave_nothing_behind();
+    products_allocate_what_the_gemm_crate_packs_and_give_it_back();
+}
+
+/// What threads allocate when they start is not a call's.
+fn start_threads() {
+    let f = compile(|x: &[LazyTensor]| Ok(vec![x[0].exp()?.sum([0])?]));
+    (0..20).for_each(|_| drop(f.call(vec![full(0.5, &[500, 500])]).unwrap()));
+    std::thread::sleep(std::time::Duration::from_millis(200));
+}
+
+/// Several steps with scratch memory, on one thread and on several.
+fn kernels_and_calls_use_the_arena() {
+    for n in [16, 300] {
+        let f = compile(move |x: &[LazyTensor]| {
+            let hidden = x[0].softmax(-1)?.cumsum(1)?.sub(&x[0].t()?)?.rms_norm(&x[1], 1e-5)?;
+            let turned = hidden.rope(&x[0].narrow(1, 0, n / 2)?, &x[0].narrow(1, 0, n / 2)?)?;
+            Ok(vec![turned.exp()?, hidden.sum([0])?, hidden.flip(0)?.argmax(1)?])
+        });
+        let args = || vec![full(0.5, &[n, n]), full(1.0, &[n])];
+        assert!(f.plan(&args()).unwrap().arena_bytes >= 4 * n * n);
+        assert_only_outputs(tenth_call(&f, args), &[4 * n * n, 4 * n, 4 * n]);
+    }
+}
+
+/// The state of a step is updated in place: what is new is the loss.
+fn donated_state_is_updated_in_place() {
+    let n = 65_536;
+    let step = compile(|x: &[LazyTensor]| {
+        let loss = x[0].mul(&x[1])?.sqr()?.mean_all()?;
+        let g = grad(&loss, &[&x[1]])?.remove(0);
+        let moment = x[2].affine(0.9, 0.0)?.add(&g.affine(0.1, 0.0)?)?;
+        Ok(vec![loss, x[1].sub(&moment.affine(1e-3, 0.0)?)?, moment])
+    })
+    .donate([1, 2]);
+    let x = full(0.5, &[n]);
+    let (mut w, mut m) = (full(0.1, &[n]), full(0.0, &[n]));
+    for i in 0..10 {
+        let args = vec![x.clone(), w, m];
+        let (results, allocated) = watch(|| step.call(args));
+        let mut results = results.unwrap();
+        m = results.remove(2);
+        w = results.remove(1);
+        if i > 2 {
+            assert_only_outputs(allocated, &[4]);
+        }
+    }
+}
+
+/// The same from call to call, and nothing is left when the results are gone.
+fn calls_leave_nothing_behind() {
+    let f = compile(|x: &[LazyTensor]| Ok(vec![x[0].exp()?.add(&x[1])?]));
+    let (x, y) = (full(0.5, &[100]), full(1.0, &[100]));
+    let args = || vec![x.clone(), y.clone()];
+    (0..9).for_each(|_| drop(f.call(args()).unwrap()));
+    let once = || watch(|| drop(f.call(args()).unwrap())).1;
+    let first = once();
+    assert_eq!(first.live_bytes, 0, "{first:?}");
+    for _ in 0..20 {
+        assert_eq!(once(), first);
+    }
+}
+
+/// Recording and evaluating with a cached plan leaves nothing behind either.
+fn evaluations_leave_nothing_behind() {
+    let x = full(0.5, &[64, 64]);
+    let run = || drop(x.softmax(-1).unwrap().matmul(&x).unwrap().eval().unwrap());
+    (0..10).for_each(|_| run());
+    for _ in 0..10 {
+        let ((), allocated) = watch(run);
+        assert_eq!(allocated.live_bytes, 0, "{allocated:?}");
+    }
+}
+
+/// The one exception: the `gemm` crate allocates the memory into which it packs operands at every call.
+fn products_allocate_what_the_gemm_crate_packs_and_give_it_back() {
+    let n = 300;
+    let f = compile(|x: &[LazyTensor]| Ok(vec![x[0].matmul(&x[1])?.tanh()?]));
+    let args = || vec![full(0.5, &[n, n]), full(0.25, &[n, n])];
+    let allocated = tenth_call(&f, args);
+    let output = 4 * n * n;
+    let packed = 2 * output;
+    assert!(allocated.bytes <= output + packed + HANDLES_BYTES, "{allocated:?}");
+    assert!(allocated.live_bytes <= (output + HANDLES_BYTES) as isize, "{allocated:?}");
+}
