@@ -1,4 +1,5 @@
-//! A pass may change how a graph computes, never what: oracle(g) = oracle(pass(g)), on random graphs.
+//! A pass may change how a graph computes, never what: oracle(g) = oracle(pass(g)), on random
+//! graphs.
 
 mod random;
 
@@ -13,7 +14,8 @@ const GRAPHS: u64 = 2_500;
 
 type Pass = fn(&ComputationGraph, &mut Rng) -> Result<ComputationGraph>;
 
-/// What a target that has a call for some composites asks for; which ones is drawn by kind, as a target decides.
+/// What a target that has a call for some composites asks for; which ones is drawn by kind, as a
+/// target decides.
 fn expand_some(g: &ComputationGraph, rng: &mut Rng) -> Result<ComputationGraph> {
     let kept = rng.next();
     pass::expand(g, |c: &Composite| kept >> (c.as_str().len() % 32) & 1 == 1)
@@ -52,7 +54,8 @@ fn assert_same(seed: u64, case: &Case, after: &ComputationGraph, want: &[Value])
     assert_eq!(got.len(), want.len());
     for (i, (got, want)) in got.iter().zip(want).enumerate() {
         assert_eq!(got.ty, want.ty, "graph {seed}, output {i}");
-        // Both are oracles: only the order of sums and the product of two constants may round apart.
+        // Both are oracles: only the order of sums and the product of two constants may round
+        // apart.
         let tolerance = case.tolerances[i].min(1e-6);
         for (at, (got, want)) in got.data.iter().zip(&want.data).enumerate() {
             let near = (got - want).abs() <= tolerance * (1.0 + want.abs());
@@ -111,7 +114,8 @@ fn passes_keep_types_and_leave_no_dead_node() {
         let after = all(&case.graph, &mut Rng(seed)).unwrap();
         let types = |g: &ComputationGraph| g.outputs.iter().map(|o| g.ty(*o)).collect::<Vec<_>>();
         assert_eq!(types(&case.graph), types(&after), "graph {seed}");
-        // What a rule looked at and did not use is dropped by one more rebuild, which changes nothing else.
+        // What a rule looked at and did not use is dropped by one more rebuild, which changes
+        // nothing else.
         let rebuilt = after.rebuild(|out, node, inputs| Ok(out.copy(node, inputs))).unwrap();
         assert!(rebuilt.live().iter().all(|live| *live), "graph {seed}");
         assert_eq!(rebuilt, rebuilt.rebuild(|out, node, i| Ok(out.copy(node, i))).unwrap());

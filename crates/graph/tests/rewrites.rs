@@ -1,4 +1,5 @@
-//! The rules of `simplify`, one by one; common subexpressions meet by interning, dead code goes by rebuilding.
+//! The rules of `simplify`, one by one; common subexpressions meet by interning, dead code goes by
+//! rebuilding.
 
 use metal_candle_graph::oracle::{self, Value};
 use metal_candle_graph::{

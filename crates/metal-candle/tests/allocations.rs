@@ -10,7 +10,8 @@ use metal_candle::{Compiled, Device, LazyTensor, compile, grad};
 #[global_allocator]
 static COUNTING: Counting = Counting;
 
-/// Handles, argument lists, result lists: what a call may allocate beside the elements of its outputs.
+/// Handles, argument lists, result lists: what a call may allocate beside the elements of its
+/// outputs.
 const HANDLES_BYTES: usize = 2 << 10;
 
 fn full(value: f32, dims: &[usize]) -> LazyTensor {
@@ -117,7 +118,8 @@ fn evaluations_leave_nothing_behind() {
     }
 }
 
-/// The one exception: the `gemm` crate allocates the memory into which it packs operands at every call.
+/// The one exception: the `gemm` crate allocates the memory into which it packs operands at every
+/// call.
 fn products_allocate_what_the_gemm_crate_packs_and_give_it_back() {
     let n = 300;
     let f = compile(|x: &[LazyTensor]| Ok(vec![x[0].matmul(&x[1])?.tanh()?]));

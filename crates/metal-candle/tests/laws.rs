@@ -74,7 +74,8 @@ fn resident_bytes() -> usize {
     statm.split_whitespace().nth(1).unwrap().parse::<usize>().unwrap() * 4096
 }
 
-/// The same plan over and over, more plans than the cache holds, and a compiled step with donated state.
+/// The same plan over and over, more plans than the cache holds, and a compiled step with donated
+/// state.
 #[cfg(target_os = "linux")]
 #[test]
 fn ten_thousand_evaluations_leave_memory_where_it_was() {

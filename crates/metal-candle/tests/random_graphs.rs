@@ -1,5 +1,5 @@
-//! Random graphs recorded through `LazyTensor`: the planned run gives what the oracle says, gradients included, by
-//! `eval_all`, by `compile`, and with donated arguments.
+//! Random graphs recorded through `LazyTensor`: the planned run gives what the oracle says,
+//! gradients included, by `eval_all`, by `compile`, and with donated arguments.
 
 #[path = "../../graph/tests/random/mod.rs"]
 mod random;

@@ -1,5 +1,6 @@
-//! The tile interpreter against a scalar walk of the kernel IR, through the plans of random graphs of maps, reductions
-//! and rows of several stages, on broadcast, strided, flipped, sliced and permuted operands.
+//! The tile interpreter against a scalar walk of the kernel IR, through the plans of random graphs
+//! of maps, reductions and rows of several stages, on broadcast, strided, flipped, sliced and
+//! permuted operands.
 
 #[path = "../../graph/tests/random/mod.rs"]
 mod random;
@@ -40,12 +41,14 @@ fn check(seed: u64, limits: &Limits) -> Plan {
     let mut case = case(seed, limits);
     let mut rng = Rng(seed);
     let donated: Vec<bool> = case.inputs.iter().map(|_| rng.one_in(3)).collect();
-    // Both round at the same places: a twentieth of what a graph may lose is far more than they differ by.
+    // Both round at the same places: a twentieth of what a graph may lose is far more than they
+    // differ by.
     case.tolerances.iter_mut().for_each(|t| *t /= 20.0);
     compare(&format!("graph {seed}"), &case, &donated)
 }
 
-/// Runs the plan with one thread, with two, and once more on the used arena: the same bits; near the walk's values.
+/// Runs the plan with one thread, with two, and once more on the used arena: the same bits; near
+/// the walk's values.
 fn compare(name: &str, case: &Case, donated: &[bool]) -> Plan {
     let plan = planned(&case.graph, donated);
     let executable = Executable::new(plan.clone())
@@ -144,7 +147,8 @@ fn compare_on(
 
 const NOT_FINITE: [f64; 3] = [f64::NAN, f64::INFINITY, f64::NEG_INFINITY];
 
-/// Zeros of both signs, what is no number, what is nearly none, and halves to be rounded; more than a vector of them.
+/// Zeros of both signs, what is no number, what is nearly none, and halves to be rounded; more than
+/// a vector of them.
 fn special_floats() -> Vec<f64> {
     let finite = [0.0, -0.0, 0.5, -0.5, 1.5, 2.5, -2.5, 1.0, -1.0, 1e-30, -1e-30, 1e4, -1e4, 87.0];
     [&NOT_FINITE[..], &finite].concat().repeat(3)

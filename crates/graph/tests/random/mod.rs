@@ -1,8 +1,9 @@
 //! Random well-typed graphs, with inputs to run them on. Shared by the tests of several crates.
 //!
-//! Every float that an operation can read lies within about ±4 and every integer within ±9: what grows is squashed
-//! (by `tanh`, a factor, a minimum), so that rounding stays rounding. An *exact* value is the same
-//! number in every dtype and under every rewrite; discontinuous operations see exact values only.
+//! Every float that an operation can read lies within about ±4 and every integer within ±9: what
+//! grows is squashed (by `tanh`, a factor, a minimum), so that rounding stays rounding. An *exact*
+//! value is the same number in every dtype and under every rewrite; discontinuous operations see
+//! exact values only.
 #![allow(dead_code, reason = "every test uses its own part")]
 
 mod composites;
@@ -51,7 +52,8 @@ pub(crate) const SMALL: Limits = Limits {
     public: false,
 };
 
-/// `0..n`, or so many times as many as the environment asks for: a search for rarer bugs than CI has time for.
+/// `0..n`, or so many times as many as the environment asks for: a search for rarer bugs than CI
+/// has time for.
 pub(crate) fn seeds(n: u64) -> std::ops::Range<u64> {
     let times = std::env::var("METAL_CANDLE_GRAPHS").ok();
     0..n * times.map_or(1, |times| times.parse().expect("METAL_CANDLE_GRAPHS is a number"))

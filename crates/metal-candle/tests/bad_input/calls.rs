@@ -44,7 +44,8 @@ fn dim() -> impl Strategy<Value = i64> {
 
 fn number() -> impl Strategy<Value = f64> {
     let odd = [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, 1e300, -0.0, 1e-40];
-    prop_oneof![4 => -2.0..2.0f64, 1 => (-3i32..4).prop_map(f64::from), 1 => proptest::sample::select(odd.to_vec())]
+    let whole = (-3i32..4).prop_map(f64::from);
+    prop_oneof![4 => -2.0..2.0f64, 1 => whole, 1 => proptest::sample::select(odd.to_vec())]
 }
 
 fn call() -> impl Strategy<Value = Call> {
@@ -202,7 +203,8 @@ proptest! {
         ..ProptestConfig::default()
     })]
 
-    /// Refused as ill-formed, or evaluated; then an index may still be out of range, or memory short.
+    /// Refused as ill-formed, or evaluated; then an index may still be out of range, or memory
+    /// short.
     #[test]
     fn malformed_calls_are_errors_and_never_panics(c in call()) {
         let Ok(y) = run(&c) else { return Ok(()) };

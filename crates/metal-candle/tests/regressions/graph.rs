@@ -1,5 +1,5 @@
-//! The lazy layer: it fused nothing, interned nothing, broadcast nothing, kept everything alive, and lost
-//! gradients.
+//! The lazy layer: it fused nothing, interned nothing, broadcast nothing, kept everything alive,
+//! and lost gradients.
 
 use super::{assert_near, randn, tensor, vec};
 use metal_candle::{
@@ -103,7 +103,8 @@ fn results_do_not_outlive_their_handles() {
     assert!(is_free(x), "a plan or a result still holds x");
 }
 
-/// Candle's fused norm, softmax, rope and attention, its quantised product and 1.x's own kernels cut the gradient.
+/// Candle's fused norm, softmax, rope and attention, its quantised product and 1.x's own kernels
+/// cut the gradient.
 #[test]
 fn gradients_flow_through_every_fused_operation() {
     let (x, w, b) = (randn(&[4, 6], 0), randn(&[6], 1), randn(&[6], 2));
@@ -215,7 +216,8 @@ fn calls_that_share_inputs_keep_their_own_options() {
     assert_ne!(vec(&one), vec(&two));
 }
 
-/// A scale goes into the product that makes its operand or into the one that reads it, not into both.
+/// A scale goes into the product that makes its operand or into the one that reads it, not into
+/// both.
 #[test]
 fn products_of_scaled_products_are_planned() {
     let (x, w) = (randn(&[3, 4], 0), randn(&[4, 4], 1));

@@ -1,4 +1,5 @@
-//! Generation: attention saw the future, the cache was never read, settings were ignored, the stream was empty.
+//! Generation: attention saw the future, the cache was never read, settings were ignored, the
+//! stream was empty.
 
 use super::tiny::{HIDDEN, LAYERS, Tiny, VOCAB, adapter, ids, logits};
 use super::{assert_near, randn, vec};

@@ -1,4 +1,5 @@
-//! The trainer: it trained nothing, stepped AdamW once a parameter, never clipped, and its losses ignored masks.
+//! The trainer: it trained nothing, stepped AdamW once a parameter, never clipped, and its losses
+//! ignored masks.
 
 use super::tiny::{LAYERS, MODULES, RANK, SCALE, Tiny, VOCAB, adapter, logits};
 use super::{assert_near, randn, tensor, vec};
@@ -41,7 +42,8 @@ fn losses_fall_and_differ_from_step_to_step() {
     }
 }
 
-/// The model did not see the trainer's adapter: q and v were no-ops, and `o_proj` was fed something else.
+/// The model did not see the trainer's adapter: q and v were no-ops, and `o_proj` was fed something
+/// else.
 #[test]
 fn an_adapter_on_any_module_is_its_merged_weight() {
     let tiny = Tiny::new();

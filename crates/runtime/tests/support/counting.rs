@@ -1,4 +1,5 @@
-//! A global allocator that counts. In this crate, where `unsafe` may be; the tests of others include it.
+//! A global allocator that counts. In this crate, where `unsafe` may be; the tests of others
+//! include it.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::Mutex;

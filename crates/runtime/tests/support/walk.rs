@@ -1,5 +1,5 @@
-//! What a plan of kernels means, element by element: no tiles, no lanes, no threads, and nothing shared with the
-//! interpreter.
+//! What a plan of kernels means, element by element: no tiles, no lanes, no threads, and nothing
+//! shared with the interpreter.
 
 use half::{bf16, f16};
 use metal_candle_compiler::kernel::{Access, Affine, Inst, Kernel, KernelOp, Level, Reg};
