@@ -34,9 +34,13 @@ impl LazyTensor {
     ///
     /// # Errors
     /// As [`LazyTensor::eval`].
-    pub async fn eval_async(&self) -> Result<Tensor> {
-        let mut tensors = LazyTensor::eval_all_async(&[self]).await?;
-        Ok(tensors.remove(0))
+    #[track_caller]
+    pub fn eval_async(&self) -> impl Future<Output = Result<Tensor>> + Send {
+        let location = Location::caller();
+        async move {
+            let mut tensors = run_async(&[self], location).await?;
+            Ok(tensors.remove(0))
+        }
     }
 
     /// Computes several tensors as one plan: what they share is computed once.
@@ -56,12 +60,11 @@ impl LazyTensor {
     ///
     /// # Errors
     /// As [`LazyTensor::eval`].
-    pub async fn eval_all_async(roots: &[&LazyTensor]) -> Result<Vec<Tensor>> {
-        if let Some(job) = Job::of(roots, Location::caller())? {
-            let pending = AsyncGraphExecutor::global().submit(job.executable, job.inputs);
-            fulfil(&job.roots, pending.await.at_caller()?);
-        }
-        roots.iter().map(|root| root.tensor()).collect()
+    #[track_caller]
+    pub fn eval_all_async(
+        roots: &[&LazyTensor],
+    ) -> impl Future<Output = Result<Vec<Tensor>>> + Send {
+        run_async(roots, Location::caller())
     }
 
     /// The plan that evaluating `roots` together would run, to be printed.
@@ -218,6 +221,18 @@ impl Job {
         let executable = plans().get(&graph, &[], &device).map_err(|e| Error::at(e, location))?;
         Ok(Some(Job { roots: unevaluated.into_iter().cloned().collect(), executable, inputs }))
     }
+}
+
+/// `location` is the caller's line, which an `async fn` could not see.
+async fn run_async(
+    roots: &[&LazyTensor],
+    location: &'static Location<'static>,
+) -> Result<Vec<Tensor>> {
+    if let Some(job) = Job::of(roots, location)? {
+        let pending = AsyncGraphExecutor::global().submit(job.executable, job.inputs);
+        fulfil(&job.roots, pending.await.map_err(|e| Error::at(e, location))?);
+    }
+    roots.iter().map(|root| root.tensor()).collect()
 }
 
 fn fulfil(roots: &[LazyTensor], values: Vec<Buffer>) {

@@ -73,12 +73,20 @@ impl Compiled {
     ///
     /// # Errors
     /// As [`Compiled::call`].
-    pub async fn call_async(&self, args: Vec<LazyTensor>) -> Result<Vec<LazyTensor>> {
-        let traced = self.traced(&args)?;
-        let inputs = traced.bind(args)?;
-        let executable = Arc::clone(&traced.executable);
-        let values = AsyncGraphExecutor::global().submit(executable, inputs).await.at_caller()?;
-        Ok(traced.results(values))
+    #[track_caller]
+    pub fn call_async(
+        &self,
+        args: Vec<LazyTensor>,
+    ) -> impl Future<Output = Result<Vec<LazyTensor>>> + Send {
+        // The caller's line, which an `async fn` could not see.
+        let location = std::panic::Location::caller();
+        async move {
+            let traced = self.traced(&args)?;
+            let inputs = traced.bind(args)?;
+            let executable = Arc::clone(&traced.executable);
+            let run = AsyncGraphExecutor::global().submit(executable, inputs).await;
+            Ok(traced.results(run.map_err(|e| Error::at(e, location))?))
+        }
     }
 
     /// The plan for arguments of these types; nothing is run.

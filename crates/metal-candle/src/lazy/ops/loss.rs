@@ -2,6 +2,7 @@
 
 use super::norm::composite;
 use crate::error::AtCaller;
+use crate::lazy::State;
 use crate::{DType, LazyTensor, Result};
 use metal_candle_graph::composite::CrossEntropyAttrs;
 use metal_candle_graph::{Composite, Error, Scalar, Shape};
@@ -73,6 +74,34 @@ impl CrossEntropy {
         CrossEntropyAttrs { ignore_index: self.ignore_index, label_smoothing }
     }
 
+    /// # Errors
+    /// Where one of these labels is no class and not ignored.
+    #[track_caller]
+    fn check(&self, labels: &[i64], classes: usize) -> Result<()> {
+        let is_class = |label: i64| usize::try_from(label).is_ok_and(|label| label < classes);
+        let wrong = |label: &i64| !is_class(*label) && self.ignore_index != Some(*label);
+        match labels.iter().position(wrong) {
+            None => Ok(()),
+            Some(position) => {
+                let (op, index, extent) = ("cross_entropy", labels[position], classes);
+                Err(Error::IndexOutOfRange { op, index, extent, position }).at_caller()
+            }
+        }
+    }
+
+    /// Labels that are not known yet, each looked up among the classes: one that is none of them is
+    /// an error of the run.
+    #[track_caller]
+    fn checked(&self, labels: &LazyTensor, classes: usize) -> Result<LazyTensor> {
+        let labels = labels.to_dtype(DType::I64)?;
+        let classes = LazyTensor::arange(0, classes as i64, DType::I64, labels.device())?;
+        let Some(index) = self.ignore_index else { return classes.index_select(&labels, 0) };
+        let index = LazyTensor::constant(Scalar::from_i64(DType::I64, index), labels.device());
+        let ignored = labels.eq(&index)?;
+        let safe = ignored.where_cond(&labels.scalar_like(0.0), &labels)?;
+        ignored.where_cond(&index, &classes.index_select(&safe, 0)?)
+    }
+
     /// The result, from the losses of all rows: `losses: [n]`, `labels: [..]`.
     #[track_caller]
     fn reduced(&self, losses: &LazyTensor, labels: &LazyTensor) -> Result<LazyTensor> {
@@ -106,10 +135,16 @@ impl LazyTensor {
     ///
     /// # Errors
     /// Where the shapes do not fit, the logits are integers, the labels floats, or the smoothing is
-    /// not within 0 and 1.
+    /// not within 0 and 1. Where a label is no class and not ignored: at once if it is in memory,
+    /// else when it runs.
     #[track_caller]
     pub fn cross_entropy(&self, labels: &LazyTensor, options: CrossEntropy) -> Result<LazyTensor> {
         let [logits, rows] = self.rows("cross_entropy", labels)?;
+        let classes = logits.dims()[1];
+        let rows = match labels.known_integers() {
+            Some(known) => options.check(&known, classes).map(|()| rows)?,
+            None => options.checked(&rows, classes)?,
+        };
         let losses = composite(Composite::CrossEntropy(options.attrs()), &[&logits, &rows])?;
         options.reduced(&losses, labels)
     }
@@ -138,6 +173,17 @@ impl LazyTensor {
         let loss = Composite::LinearCrossEntropy(options.attrs());
         let losses = composite(loss, &[&x, weight, &rows])?;
         options.reduced(&losses, labels)
+    }
+
+    /// The elements of an integer tensor that is in memory.
+    fn known_integers(&self) -> Option<Vec<i64>> {
+        let State::Ready(buffer) = self.0.read() else { return None };
+        match self.dtype() {
+            DType::U8 => Some(buffer.to_vec::<u8>().ok()?.into_iter().map(i64::from).collect()),
+            DType::U32 => Some(buffer.to_vec::<u32>().ok()?.into_iter().map(i64::from).collect()),
+            DType::I64 => buffer.to_vec().ok(),
+            DType::BF16 | DType::F16 | DType::F32 | DType::F64 => None,
+        }
     }
 
     /// This tensor as `[n, last]` and the labels, of its other extents, as `[n]`.
