@@ -60,10 +60,12 @@ impl Shared {
         Device::try_from(tensor.device())?;
         let dtype = dtype_from_candle(tensor.dtype())?;
         // Detached: the graph that Candle keeps for its own gradients must not live on in here.
-        let tensor = tensor.detach().contiguous()?;
-        let len = tensor.elem_count();
-        // A view of nothing may start beyond its storage.
-        let start = if len == 0 { 0 } else { tensor.layout().start_offset() };
+        let mut tensor = tensor.detach().contiguous()?;
+        if tensor.elem_count() == 0 {
+            // A view of nothing may start beyond its storage, where Candle's own readers panic.
+            tensor = Tensor::zeros(tensor.dims(), tensor.dtype(), tensor.device())?;
+        }
+        let (len, start) = (tensor.elem_count(), tensor.layout().start_offset());
         let key = {
             let storage = tensor.storage_and_layout().0;
             std::ptr::from_ref::<Storage>(&storage).addr()
