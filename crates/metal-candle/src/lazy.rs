@@ -3,6 +3,8 @@
 mod create;
 mod eval;
 mod ops;
+#[cfg(feature = "async-exec")]
+mod tasks;
 mod trace;
 
 use crate::error::AtCaller;

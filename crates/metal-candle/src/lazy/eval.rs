@@ -224,7 +224,7 @@ impl Job {
 }
 
 /// `location` is the caller's line, which an `async fn` could not see.
-async fn run_async(
+pub(super) async fn run_async(
     roots: &[&LazyTensor],
     location: &'static Location<'static>,
 ) -> Result<Vec<Tensor>> {
