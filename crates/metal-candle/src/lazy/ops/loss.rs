@@ -143,6 +143,8 @@ impl LazyTensor {
         let classes = logits.dims()[1];
         let rows = match labels.known_integers() {
             Some(known) => options.check(&known, classes).map(|()| rows)?,
+            // Floats are refused below, as what they are.
+            None if rows.dtype().is_float() => rows,
             None => options.checked(&rows, classes)?,
         };
         let losses = composite(Composite::CrossEntropy(options.attrs()), &[&logits, &rows])?;
