@@ -21,9 +21,12 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 /// Workspaces that are kept while nothing runs; more are made, and freed again, as more runs are in flight.
 const IDLE_WORKSPACES: usize = 4;
 
-/// A step is spread over threads, and a plan handed to them, from about this many element operations on: some tens
-/// of microseconds.
-const PARALLEL_WORK: u64 = 1 << 15;
+/// A fused kernel is spread over threads from this many element operations on: what it takes to wake a sleeping
+/// thread, some 50 us.
+const PARALLEL_KERNEL_WORK: u64 = 1 << 19;
+
+/// The same for a library call, whose operations are dearer, and which seldom comes alone.
+const PARALLEL_CALL_WORK: u64 = 1 << 17;
 
 /// A [`Plan`] made ready to run: its kernels compiled, its memory kept from run to run.
 ///
@@ -318,15 +321,15 @@ impl Prepared {
             Work::Kernel(kernel) => Some(Program::new(kernel, updates_in_place(step))),
             Work::Call(_) => None,
         };
-        let work = match &program {
-            Some(program) => program.work() as u64,
-            None => (step.flops / 8).max(step.bytes / 4),
+        let parallel = match &program {
+            Some(program) => program.work() as u64 >= PARALLEL_KERNEL_WORK,
+            None => (step.flops / 8).max(step.bytes / 4) >= PARALLEL_CALL_WORK,
         };
         Prepared {
             program,
             args: step.args.iter().map(place).collect(),
             outs: step.outs.iter().map(place).collect(),
-            parallel: work >= PARALLEL_WORK,
+            parallel,
         }
     }
 

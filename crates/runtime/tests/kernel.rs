@@ -98,8 +98,8 @@ fn kernels_at_the_edges_of_tiles_equal_the_walk_of_their_ir() {
 /// Large enough for several tasks, in every way to cut one.
 #[test]
 fn large_kernels_equal_the_walk_of_their_ir_on_any_number_of_threads() {
-    let limits = Limits { extents: EDGES, max_len: 120_000, ops: 8, ..KERNELS };
-    seeds(150).for_each(|seed| drop(check(1 << 32 | seed, &limits)));
+    let limits = Limits { extents: EDGES, max_len: 200_000, ops: 8, ..KERNELS };
+    seeds(100).for_each(|seed| drop(check(1 << 32 | seed, &limits)));
 }
 
 #[test]

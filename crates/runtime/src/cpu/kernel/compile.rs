@@ -8,7 +8,7 @@ use metal_candle_graph::{BinaryOp, UnaryOp};
 use rustc_hash::{FxHashMap, FxHashSet};
 
 /// Element operations of one task: some ten microseconds.
-const TASK_WORK: usize = 1 << 15;
+const TASK_WORK: usize = 1 << 17;
 /// Bytes that the tiles of a program may take together: they stay in the L1 cache.
 const TILES_BYTES: usize = 24 << 10;
 /// The shortest and the longest tile, in registers.
