@@ -4,6 +4,10 @@
 //! The model's file comes with `cargo xtask quickstart`; `cargo xtask test` fetches it, too. Where it is missing the
 //! tests say so and pass, unless `CI` is set.
 
+#[path = "io/support.rs"]
+#[allow(dead_code, reason = "only the model's path is used here")]
+mod support;
+
 use candle_core::{Device as CandleDevice, Tensor};
 use metal_candle::generate::{Generator, GeneratorConfig};
 use metal_candle::io::LoraConfig;
@@ -14,29 +18,14 @@ use metal_candle::nn::LoRAAdapter;
 use metal_candle::train::{AdamWConfig, TrainStep};
 use metal_candle::{Device, LazyTensor};
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 /// Steps of a training test; `METAL_CANDLE_STEPS` asks for another number, 20 at most.
 const STEPS: usize = 4;
 
-fn model_path() -> Option<PathBuf> {
-    let cache = || std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
-    let home = || std::env::var_os("HOME").map(|home| Path::new(&home).join(".cache"));
-    let models = std::env::var_os("METAL_CANDLE_MODELS")
-        .map(PathBuf::from)
-        .or_else(|| Some(cache().or_else(home)?.join("metal-candle/models")))?;
-    let path = models.join("SmolLM2-135M-Instruct.Q4_1.gguf");
-    if path.exists() {
-        return Some(path);
-    }
-    assert!(std::env::var_os("CI").is_none(), "no {}", path.display());
-    eprintln!("SKIPPED: no {}: run `cargo xtask quickstart` first", path.display());
-    None
-}
-
 fn load(base: BaseWeights) -> Option<LoadedModel> {
-    Some(load_gguf(&model_path()?, base, &Device::Cpu).unwrap())
+    Some(load_gguf(&support::smollm2("smollm")?, base, &Device::Cpu).unwrap())
 }
 
 fn vectors() -> HashMap<String, Tensor> {

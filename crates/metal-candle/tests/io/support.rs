@@ -14,7 +14,7 @@ pub(crate) fn data_folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data")
 }
 
-/// SmolLM2-135M-Instruct, if this machine has it.
+/// SmolLM2-135M-Instruct, if this machine has it; in CI it must.
 pub(crate) fn smollm2(test: &str) -> Option<PathBuf> {
     let cache = || std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
     let home = || std::env::var_os("HOME").map(|home| Path::new(&home).join(".cache"));
@@ -23,6 +23,7 @@ pub(crate) fn smollm2(test: &str) -> Option<PathBuf> {
         .or_else(|| Some(cache().or_else(home)?.join("metal-candle/models")))?;
     let path = models.join("SmolLM2-135M-Instruct.Q4_1.gguf");
     if !path.exists() {
+        assert!(std::env::var_os("CI").is_none(), "no {}", path.display());
         eprintln!("SKIPPED {test}: no {}: run `cargo xtask quickstart` first", path.display());
         return None;
     }
