@@ -2,7 +2,7 @@
 
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor};
-use metal_candle::{BlockFormat, LazyTensor, grad};
+use metal_candle::{BlockFormat, CrossEntropy, LazyTensor, grad};
 
 const ROWS: usize = 5;
 const COLS: usize = 512;
@@ -106,4 +106,43 @@ fn a_quantised_product_and_its_gradient_are_those_of_the_f32_weight() {
             check_product(&format!("{what}, gradient"), &got[1], &dy, &weight, part);
         }
     }
+}
+
+/// `f32[ROWS, COLS]` blocks are classes; the loss and the gradient are those of the weights in f32.
+#[test]
+fn a_loss_over_quantised_classes_is_that_of_the_f32_weight() {
+    let labels = [0i64, 4, -100, 2, 1, 3, 3];
+    let labels = LazyTensor::from_slice(&labels, &[7], &metal_candle::Device::Cpu).unwrap();
+    for format in BlockFormat::ALL {
+        let Some((blocks, weight)) = weight(format) else { continue };
+        let x = LazyTensor::from_tensor(&exact(7)).unwrap().affine(0.125, 0.0).unwrap();
+        for smoothing in [0.0, 0.1] {
+            let options = CrossEntropy::new().label_smoothing(smoothing);
+            let weight = LazyTensor::from_tensor(&weight).unwrap();
+            let run = |loss: LazyTensor| {
+                let g = grad(&loss, &[&x]).unwrap();
+                let got = LazyTensor::eval_all(&[&loss, &g[0]]).unwrap();
+                got.iter().flat_map(values).collect::<Vec<f64>>()
+            };
+            let got = run(x.quant_linear_cross_entropy(&blocks, format, &labels, options).unwrap());
+            let want = run(x.linear_cross_entropy(&weight, &labels, options).unwrap());
+            let what = format!("{format:?}, smoothing {smoothing}");
+            assert!((got[0] - want[0]).abs() <= 1e-2, "{what}: {}, expected {}", got[0], want[0]);
+            let norm = |x: &[f64]| x.iter().map(|x| x * x).sum::<f64>().sqrt();
+            let apart: Vec<f64> = got.iter().zip(&want).skip(1).map(|(a, b)| a - b).collect();
+            assert!(norm(&apart) <= 1e-2 * norm(&want[1..]), "{what}: the gradient is another");
+        }
+    }
+}
+
+#[test]
+fn blocks_that_are_no_whole_classes_are_refused() {
+    let x = LazyTensor::from_tensor(&exact(2)).unwrap();
+    let device = metal_candle::Device::Cpu;
+    let labels = LazyTensor::from_slice(&[0i64, 1], &[2], &device).unwrap();
+    let blocks = LazyTensor::from_vec(vec![0u8; 545], &[545], &device).unwrap();
+    let loss =
+        x.quant_linear_cross_entropy(&blocks, BlockFormat::Q8_0, &labels, CrossEntropy::new());
+    let message = loss.unwrap_err().to_string();
+    assert!(message.contains("545 bytes of Q8_0 for 512 features"), "{message}");
 }

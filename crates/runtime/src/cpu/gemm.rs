@@ -173,6 +173,20 @@ pub(crate) fn gemm<T: Multiply<Acc: Real>>(
     T::multiply(out, a, b, alpha, accumulate, parallel);
 }
 
+/// [`gemm`] of factors that may be rounded to bf16, on this thread.
+pub(crate) fn gemm_rounded<T: Real>(
+    out: MatMut<'_, T>,
+    a: Mat<'_, T>,
+    b: Mat<'_, T>,
+    accumulate: bool,
+) {
+    let few = out.rows() == 1 || out.cols() == 1 || a.cols() == 0;
+    if few || out.rows() == 0 || out.cols() == 0 {
+        return gemm(out, a, b, T::from_f64(1.0), accumulate, false);
+    }
+    T::multiply_rounded(out, a, b, accumulate);
+}
+
 /// A product with a column of a matrix whose rows lie side by side: a dot product for every row.
 fn times_vector<T: Multiply<Acc: Real>>(
     mut out: MatMut<'_, T>,
@@ -239,6 +253,15 @@ pub(crate) trait Multiply: Number {
         parallel: bool,
     );
 
+    /// `out = a b`, added to what is there if `accumulate`, of factors in the accumulator that may be rounded to
+    /// bf16; on this thread.
+    fn multiply_rounded(
+        out: MatMut<'_, Self::Acc>,
+        a: Mat<'_, Self::Acc>,
+        b: Mat<'_, Self::Acc>,
+        accumulate: bool,
+    );
+
     /// `out = a b` of a factor that knows how to pack itself. Both may be rounded to bf16.
     fn multiply_packed<B: Source<u32> + Source<f32> + Source<f64>>(
         out: MatMut<'_, Self>,
@@ -251,6 +274,20 @@ pub(crate) trait Multiply: Number {
 /// The product of f32 and a factor that packs itself, in bf16 where the processor multiplies it.
 macro_rules! multiply_packed {
     () => {
+        fn multiply_rounded(
+            out: MatMut<'_, f32>,
+            a: Mat<'_, f32>,
+            b: Mat<'_, f32>,
+            accumulate: bool,
+        ) {
+            let extents = [out.rows(), out.cols(), a.cols()];
+            let Some(kernels) = micro::for_bf16_pairs() else {
+                return f32::multiply(out, a, b, 1.0, accumulate, false);
+            };
+            let it = Product { extents, steps: 2, alpha: 1.0, accumulate };
+            blocked::product(kernels, out, &a, &b.transposed(), &it, false);
+        }
+
         fn multiply_packed<B: Source<u32> + Source<f32> + Source<f64>>(
             out: MatMut<'_, Self>,
             a: Mat<'_, f32>,
@@ -292,6 +329,15 @@ multiply!(
     f16: micro::for_f32, { multiply_packed!(); },
     f32: micro::for_f32, { multiply_packed!(); },
     f64: micro::for_f64, {
+        fn multiply_rounded(
+            out: MatMut<'_, f64>,
+            a: Mat<'_, f64>,
+            b: Mat<'_, f64>,
+            accumulate: bool,
+        ) {
+            f64::multiply(out, a, b, 1.0, accumulate, false);
+        }
+
         fn multiply_packed<B: Source<u32> + Source<f32> + Source<f64>>(
             out: MatMut<'_, f64>,
             a: Mat<'_, f64>,

@@ -162,11 +162,28 @@ macro_rules! sources {
 sources!(u32: f32, f32: f32, f64: f64);
 
 impl<'a> Blocks<'a> {
-    fn new(w: &Arg<'a>, format: BlockFormat, rows: usize, cols: usize) -> Blocks<'a> {
+    pub(crate) fn new(w: &Arg<'a>, format: BlockFormat, rows: usize, cols: usize) -> Blocks<'a> {
         let bytes = w.slice::<u8>();
         let expected = format.bytes_for(cols).map(|row| row * rows);
         assert_eq!(Some(bytes.len()), expected, "metal-candle bug: {format:?} of {rows} x {cols}");
         Blocks { bytes, format, rows, cols, loops: unpack::loops(format) }
+    }
+
+    pub(crate) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Some rows in `to`.
+    pub(crate) fn dense_rows<'b, A: Real>(
+        &self,
+        range: Range<usize>,
+        to: &'b mut [A],
+    ) -> Mat<'b, A> {
+        let to = &mut to[..range.len() * self.cols];
+        for (row, to) in range.clone().zip(to.chunks_exact_mut(self.cols.max(1))) {
+            self.row(row, 0..self.cols, to);
+        }
+        Mat::dense(to, range.len(), self.cols)
     }
 
     /// How many weights can be unpacked by themselves.
