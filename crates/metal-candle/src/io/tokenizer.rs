@@ -36,6 +36,10 @@ pub enum Problem {
     MergeToken { index: usize, token: String },
     #[error("{key} is {id}, but the vocabulary has {tokens} tokens")]
     SpecialId { key: &'static str, id: u32, tokens: usize },
+    #[error(
+        "token {token:?} has id {id}, but the model has {rows} tokens: is it another model's tokenizer?"
+    )]
+    Vocabulary { token: String, id: u32, rows: usize },
     #[error("{key} is {token:?}, which the vocabulary lacks")]
     SpecialToken { key: &'static str, token: String },
     #[error("{cause}")]
@@ -164,6 +168,22 @@ impl Tokenizer {
     /// Tokens of the vocabulary, added ones included.
     pub fn vocab_size(&self) -> usize {
         self.inner.get_vocab_size(true)
+    }
+
+    /// Holds the vocabulary against a model's embedding of so many rows, of which it may leave some unused.
+    ///
+    /// # Errors
+    /// [`Problem::Vocabulary`] for an id that is no row.
+    pub fn check_vocabulary(&self, rows: usize) -> Result<()> {
+        let vocabulary = self.inner.get_vocab(true);
+        let largest = vocabulary.into_iter().max_by_key(|(_, id)| *id);
+        match largest {
+            Some((token, id)) if id as usize >= rows => Err(Error::Tokenizer {
+                path: self.path.clone(),
+                problem: Problem::Vocabulary { token, id, rows },
+            }),
+            _ => Ok(()),
+        }
     }
 
     /// The model's chat template, where it has one.
