@@ -93,7 +93,11 @@ impl HfFolder {
             Some(&shard) => Ok(&self.shards[shard]),
             None => {
                 let problem = Problem::NoTensor { tensor: name.to_owned() };
-                Err(Error::Model { path: self.path.clone(), problem })
+                let path = match &self.shards[..] {
+                    [one] => one.path().to_owned(),
+                    _ => self.path.join(INDEX),
+                };
+                Err(Error::Model { path, problem })
             }
         }
     }

@@ -23,7 +23,7 @@ pub struct DecoderLayer {
 }
 
 impl DecoderLayer {
-    fn linears(&self) -> [&Linear; 7] {
+    pub(super) fn linears(&self) -> [&Linear; 7] {
         [
             &self.q_proj,
             &self.k_proj,
