@@ -12,16 +12,35 @@ pub(crate) struct ModelArgs {
     /// A GGUF file, or a Hugging Face folder: config.json, safetensors, tokenizer.json
     #[arg(long)]
     pub(crate) model: PathBuf,
-    /// Hold the linear layers as f32 instead of as stored
+    /// Hold the weights as f32 instead of in blocks; with --dtype, as that
     #[arg(long)]
     pub(crate) dequantize: bool,
+    /// Hold the weights as this [default: blocks as they are stored, floats as f32]
+    #[arg(long, value_enum)]
+    pub(crate) dtype: Option<WeightType>,
+}
+
+/// What a weight may be held as.
+#[derive(Clone, Copy, clap::ValueEnum)]
+pub(crate) enum WeightType {
+    F32,
+    Bf16,
+    F16,
 }
 
 impl ModelArgs {
     pub(crate) fn load(&self) -> Result<LoadedModel> {
-        let base = if self.dequantize { BaseWeights::F32 } else { BaseWeights::AsStored };
-        load(&self.model, base, &Device::Cpu)
+        load(&self.model, self.base(), &Device::Cpu)
             .with_context(|| format!("cannot load {}", self.model.display()))
+    }
+
+    fn base(&self) -> BaseWeights {
+        match (self.dtype, self.dequantize) {
+            (None, false) => BaseWeights::AsStored,
+            (None, true) | (Some(WeightType::F32), _) => BaseWeights::F32,
+            (Some(WeightType::Bf16), _) => BaseWeights::BF16,
+            (Some(WeightType::F16), _) => BaseWeights::F16,
+        }
     }
 
     /// The model with an adapter on it.

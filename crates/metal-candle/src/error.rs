@@ -52,6 +52,16 @@ pub enum ErrorKind {
     Data(io::data::Problem),
     #[error("expected {expected} parameters, got {got}")]
     Parameters { expected: usize, got: usize },
+    #[error(
+        "the weight {tensor} has a NaN or an infinity: the model's file is damaged, or was made by a training \
+         run that diverged; get another"
+    )]
+    WeightNotFinite { tensor: String },
+    #[error(
+        "the logits are NaN, although every weight of the model is finite: is the adapter damaged? with \
+         weights in f16, load them as bf16"
+    )]
+    LogitsNotFinite,
     #[error("no adapter is called {name}: there are {known}")]
     UnknownAdapter { name: String, known: String },
     #[error("the adapter is for another base: it adapts {module}, which this model does not have")]

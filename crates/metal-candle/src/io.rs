@@ -9,6 +9,7 @@
 //! data ─────── JSONL rows -> token sequences -> padded batches
 //! peft ─────── LoRA adapters in PEFT's format
 //! file ─────── reading, and writing without ever leaving half a file
+//! bytes ────── what a file holds, read or mapped
 //! ```
 //!
 //! Everything here is plain data (bytes, vectors, [`candle_core::Tensor`]) and knows no [lazy
@@ -16,6 +17,7 @@
 //! length before anything is allocated, and whatever is wrong comes back as an [`Error`] that
 //! names the file and carries the values.
 
+pub mod bytes;
 pub mod chat;
 pub mod config;
 pub mod data;
@@ -26,6 +28,7 @@ pub mod hf;
 pub mod peft;
 pub mod tokenizer;
 
+pub use bytes::Bytes;
 pub use chat::{ChatTemplate, Message};
 pub use config::{DecoderConfig, RopeLayout, RopeScaling};
 pub use error::{Error, Result};

@@ -1,6 +1,7 @@
 //! Models, written on [`LazyTensor`](crate::LazyTensor).
 
 mod decoder;
+mod finite;
 mod load;
 
 pub use decoder::{CacheInput, Decoder, DecoderLayer};

@@ -7,5 +7,6 @@ mod rope;
 
 pub use crate::io::LoraConfig as LoRAAdapterConfig;
 pub use adapter::{AdapterRegistry, ApplyAdapter, LoRAAdapter};
+pub(crate) use layers::product;
 pub use layers::{Embedding, Linear, RmsNorm, Rotary, Rotation, Weight};
 pub use lora::{LoRADropout, LoRALayer};

@@ -104,7 +104,12 @@ impl Generator {
         cache.values = results.split_off(1 + self.decoder.config.num_layers);
         cache.keys = results.split_off(1);
         cache.advance(tokens);
-        results[0].to_vec1::<f32>()
+        let logits = results[0].to_vec1::<f32>()?;
+        if logits.iter().any(|logit| logit.is_nan()) {
+            self.decoder.check_weights()?;
+            return Err(ErrorKind::LogitsNotFinite.into());
+        }
+        Ok(logits)
     }
 }
 

@@ -2,7 +2,7 @@
 
 use crate::error::ErrorKind;
 use crate::io::DecoderConfig;
-use crate::nn::{ApplyAdapter, Embedding, Linear, LoRAAdapter, RmsNorm, Rotary, Rotation};
+use crate::nn::{ApplyAdapter, Embedding, Linear, LoRAAdapter, RmsNorm, Rotary, Rotation, product};
 use crate::{Attention, CrossEntropy, LazyTensor, Result};
 
 /// One block: attention and a gated feed-forward, each after a norm and added to the residual.
@@ -23,7 +23,7 @@ pub struct DecoderLayer {
 }
 
 impl DecoderLayer {
-    fn linears(&self) -> [&Linear; 7] {
+    pub(super) fn linears(&self) -> [&Linear; 7] {
         [
             &self.q_proj,
             &self.k_proj,
@@ -117,7 +117,7 @@ impl Decoder {
     /// # Errors
     /// Where the last dim is not the hidden size.
     pub fn logits(&self, hidden: &LazyTensor) -> Result<LazyTensor> {
-        hidden.matmul(&self.output.t()?)
+        product(hidden, &self.output)
     }
 
     /// The mean loss of the next token over the labels that count (not -100).
@@ -137,6 +137,7 @@ impl Decoder {
         let rows = ids.dims()[0] * ids.dims()[1];
         let hidden = hidden.reshape(&[rows, self.config.hidden_size])?;
         let labels = labels.reshape(&[rows])?;
+        let hidden = hidden.to_dtype(self.output.dtype())?;
         hidden.linear_cross_entropy(&self.output, &labels, CrossEntropy::default())
     }
 

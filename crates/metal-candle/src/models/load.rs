@@ -8,17 +8,37 @@ use crate::io::gguf::{Encoding, GgufFile, StoredTensor};
 use crate::io::tokenizer::Tokenizer;
 use crate::io::{self, DecoderConfig, HfFolder};
 use crate::nn::{Embedding, Linear, RmsNorm, Rotary, Weight};
-use crate::{Device, LazyTensor, Result};
+use crate::{DType, Device, LazyTensor, Result};
 use std::path::Path;
 
-/// How the frozen weights of the linear layers are held.
+/// How the frozen matrices are held: those of the linear layers, the embedding and the output layer.
+/// What is in a file as it is asked for stays there, mapped. Norms and biases are f32 in any case.
+///
+/// In bf16 and f16 a matrix takes half the memory. Products then round their operands and results to
+/// that type and sum in f32; between them, in the residual stream, the norms, attention, an adapter's
+/// branch and the loss, all is f32.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum BaseWeights {
-    /// Quantised blocks stay quantised; floats of any width are f32.
+    /// Quantised blocks stay quantised, but for the embedding; floats of any width are f32.
     #[default]
     AsStored,
     /// As f32.
     F32,
+    /// As bf16.
+    BF16,
+    /// As f16, if they fit.
+    F16,
+}
+
+impl BaseWeights {
+    /// Of what is not kept in blocks.
+    fn dtype(self) -> DType {
+        match self {
+            BaseWeights::AsStored | BaseWeights::F32 => DType::F32,
+            BaseWeights::BF16 => DType::BF16,
+            BaseWeights::F16 => DType::F16,
+        }
+    }
 }
 
 /// A model with what belongs to it.
@@ -36,14 +56,16 @@ pub struct LoadedModel {
 ///
 /// # Errors
 /// Where there is nothing at `path`; where a file is malformed or missing, the architecture is
-/// unknown, or a weight does not fit the config.
+/// unknown, a weight does not fit the config, or the tokenizer has a token that the embedding lacks.
 pub fn load(path: &Path, base: BaseWeights, device: &Device) -> Result<LoadedModel> {
     if !is_folder(path)? {
         return load_gguf(path, base, device);
     }
     // The tokenizer first: it is read in no time, and may be missing.
     let tokenizer = Tokenizer::from_file(path.join("tokenizer.json"))?;
-    Ok(LoadedModel { decoder: load_decoder(path, base, device)?, tokenizer })
+    let decoder = load_decoder(path, base, device)?;
+    tokenizer.check_vocabulary(decoder.config.vocab_size)?;
+    Ok(LoadedModel { decoder, tokenizer })
 }
 
 /// As [`load`], the decoder alone.
@@ -62,14 +84,17 @@ pub fn load_decoder(path: &Path, base: BaseWeights, device: &Device) -> Result<D
 /// Loads a decoder, its tokenizer and its chat template from a GGUF file.
 ///
 /// Module names are Hugging Face's, and q and k rows are put back into its order, so that adapters
-/// are those of the original model. Norms and the embedding are f32 in any case.
+/// are those of the original model.
 ///
 /// # Errors
-/// Where the file is malformed, of an unknown architecture, or misses a tensor.
+/// Where the file is malformed, of an unknown architecture, or misses a tensor; where the tokenizer has a
+/// token that the embedding lacks.
 pub fn load_gguf(path: &Path, base: BaseWeights, device: &Device) -> Result<LoadedModel> {
     let file = GgufFile::open(path)?;
     let decoder = gguf_decoder(&file, base, device)?;
-    Ok(LoadedModel { decoder, tokenizer: Tokenizer::from_gguf(&file)? })
+    let tokenizer = Tokenizer::from_gguf(&file)?;
+    tokenizer.check_vocabulary(decoder.config.vocab_size)?;
+    Ok(LoadedModel { decoder, tokenizer })
 }
 
 fn gguf_decoder(file: &GgufFile, base: BaseWeights, device: &Device) -> Result<Decoder> {
@@ -93,10 +118,10 @@ struct Builder<'a> {
 impl Builder<'_> {
     fn decoder(&self, config: DecoderConfig) -> Result<Decoder> {
         let table = [config.vocab_size, config.hidden_size];
-        let embed = self.float("model.embed_tokens.weight", &table)?;
+        let embed = self.matrix("model.embed_tokens.weight", &table)?;
         let output = match config.tie_word_embeddings {
             true => embed.clone(),
-            false => self.float("lm_head.weight", &table)?,
+            false => self.matrix("lm_head.weight", &table)?,
         };
         let layers = (0..config.num_layers).map(|i| self.layer(i, &config));
         let layers = layers.collect::<Result<Vec<_>>>()?;
@@ -156,10 +181,10 @@ impl Builder<'_> {
         let weight = match (stored.encoding, self.base) {
             (Encoding::Blocks(format), BaseWeights::AsStored) => {
                 let ([rows, cols], len) = (dims, stored.bytes.len());
-                let blocks = LazyTensor::from_vec(stored.bytes, &[len], self.device)?;
+                let blocks = LazyTensor::from_bytes(stored.bytes, DType::U8, &[len], self.device)?;
                 Weight::Quantised { blocks, format, rows, cols }
             }
-            _ => Weight::Dense(self.dequantise(&name, &stored)?),
+            _ => Weight::Dense(self.dense(&name, stored, self.base.dtype())?),
         };
         let bias = match bias {
             true => Some(self.float(&format!("{module}.bias"), &dims[..1])?),
@@ -169,10 +194,17 @@ impl Builder<'_> {
     }
 
     fn float(&self, name: &str, dims: &[usize]) -> Result<LazyTensor> {
-        self.dequantise(name, &self.source.read(name, dims)?)
+        self.dense(name, self.source.read(name, dims)?, DType::F32)
     }
 
-    fn dequantise(&self, name: &str, stored: &StoredTensor) -> Result<LazyTensor> {
-        LazyTensor::from_tensor(&self.source.dequantise(name, stored)?)
+    fn matrix(&self, name: &str, dims: &[usize]) -> Result<LazyTensor> {
+        self.dense(name, self.source.read(name, dims)?, self.base.dtype())
+    }
+
+    fn dense(&self, name: &str, stored: StoredTensor, dtype: DType) -> Result<LazyTensor> {
+        if stored.encoding == Encoding::Dense(dtype) {
+            return LazyTensor::from_bytes(stored.bytes, dtype, &stored.shape, self.device);
+        }
+        LazyTensor::from_tensor(&self.source.dequantise(name, &stored, dtype)?)
     }
 }

@@ -3,9 +3,10 @@
 use super::LoRALayer;
 use super::rope::{attention_factor, inverse_frequencies};
 use crate::io::RopeScaling;
-use crate::{LazyTensor, Result};
+use crate::{DType, LazyTensor, Result};
 use metal_candle_graph::BlockFormat;
 use metal_candle_graph::composite::RopeLayout;
+use std::sync::{Arc, OnceLock};
 
 /// The matrix of a linear layer, `[out, in]`.
 #[derive(Clone, Debug)]
@@ -56,7 +57,7 @@ impl Linear {
     /// Where the last dim of x is not the layer's input size.
     pub fn forward(&self, x: &LazyTensor, lora: Option<&LoRALayer>) -> Result<LazyTensor> {
         let base = match &self.weight {
-            Weight::Dense(w) => x.matmul(&w.t()?)?,
+            Weight::Dense(w) => product(x, w)?,
             Weight::Quantised { blocks, format, rows, cols } => {
                 x.quant_matmul(blocks, *format, *rows, *cols)?
             }
@@ -72,6 +73,15 @@ impl Linear {
     }
 }
 
+/// `x Wᵀ` in the dtype of the weight, `[out, in]`: x is rounded to it, and so is the result, which then
+/// comes back in x's own.
+///
+/// # Errors
+/// Where the last dim of x is not the input size.
+pub(crate) fn product(x: &LazyTensor, weight: &LazyTensor) -> Result<LazyTensor> {
+    x.to_dtype(weight.dtype())?.matmul(&weight.t()?)?.to_dtype(x.dtype())
+}
+
 /// A table of token vectors.
 #[derive(Clone, Debug)]
 pub struct Embedding {
@@ -81,12 +91,12 @@ pub struct Embedding {
 
 impl Embedding {
     /// # Shapes
-    /// `ids: u32 [b, t]` gives `[b, t, hidden]`.
+    /// `ids: u32 [b, t]` gives `f32 [b, t, hidden]`.
     ///
     /// # Errors
     /// Where an id is no row of the table (when it runs).
     pub fn forward(&self, ids: &LazyTensor) -> Result<LazyTensor> {
-        self.weight.embedding(ids)
+        self.weight.embedding(ids)?.to_dtype(DType::F32)
     }
 }
 
@@ -110,8 +120,13 @@ impl RmsNorm {
 /// The tables of a rotary embedding (Su et al. 2021).
 #[derive(Clone, Debug)]
 pub struct Rotary {
-    cos: LazyTensor,
-    sin: LazyTensor,
+    /// cos and sin, made when they are first asked for: `[positions, head_dim / 2]`.
+    tables: Arc<OnceLock<[LazyTensor; 2]>>,
+    /// Of each pair.
+    inverse: Vec<f32>,
+    /// What multiplies cos and sin.
+    attention: f32,
+    positions: usize,
     layout: RopeLayout,
 }
 
@@ -120,7 +135,7 @@ impl Rotary {
     /// position `p` is `p · theta^(-2i / head_dim)`, before scaling.
     ///
     /// # Errors
-    /// Where there are not as many [`RopeScaling::Divisors`] as pairs, or no memory for the tables.
+    /// Where there are not as many [`RopeScaling::Divisors`] as pairs.
     pub fn new(
         head_dim: usize,
         theta: f64,
@@ -129,16 +144,25 @@ impl Rotary {
         layout: RopeLayout,
     ) -> Result<Rotary> {
         let inverse = inverse_frequencies(head_dim, theta, scaling)?;
-        let half = inverse.len();
         let attention = attention_factor(scaling) as f32;
+        Ok(Rotary { tables: Arc::default(), inverse, attention, positions, layout })
+    }
+
+    fn tables(&self) -> Result<&[LazyTensor; 2]> {
+        if let Some(tables) = self.tables.get() {
+            return Ok(tables);
+        }
+        let (positions, half) = (self.positions, self.inverse.len());
         // Hugging Face rounds the product to f32; so do we, to follow its logits.
-        let angle = |at: usize| f64::from((at / half) as f32 * inverse[at % half]);
+        let angle = |at: usize| f64::from((at / half) as f32 * self.inverse[at % half]);
         let table = |f: fn(f64) -> f64| {
-            let value = |at| f(angle(at)) as f32 * attention;
+            let value = |at| f(angle(at)) as f32 * self.attention;
             let values: Vec<f32> = (0..positions * half).map(value).collect();
             LazyTensor::from_vec(values, &[positions, half], &crate::Device::Cpu)
         };
-        Ok(Rotary { cos: table(f64::cos)?, sin: table(f64::sin)?, layout })
+        let tables = [table(f64::cos)?, table(f64::sin)?];
+        // Another thread may have been faster: its are the same.
+        Ok(self.tables.get_or_init(|| tables))
     }
 
     /// The rows for `t` positions from `start` (a run-time `i64[]`), or from 0.
@@ -154,7 +178,8 @@ impl Rotary {
             let half = rows.dims()[1];
             rows.reshape(&[1, t, 1, half])
         };
-        Ok(Rotation { cos: rows(&self.cos)?, sin: rows(&self.sin)?, layout: self.layout })
+        let [cos, sin] = self.tables()?;
+        Ok(Rotation { cos: rows(cos)?, sin: rows(sin)?, layout: self.layout })
     }
 }
 

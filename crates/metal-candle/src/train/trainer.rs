@@ -80,6 +80,7 @@ const BEST: &str = "best";
 /// Fine-tunes an adapter on a frozen decoder.
 pub struct Trainer {
     config: TrainingConfig,
+    decoder: Arc<Decoder>,
     step: TrainStep,
     stop: Arc<AtomicBool>,
 }
@@ -93,8 +94,9 @@ impl Trainer {
         config: TrainingConfig,
     ) -> Result<Self> {
         let (norm, seed) = (config.max_gradient_norm, config.seed);
-        let step = TrainStep::new(decoder, adapter, config.optimizer, norm, seed, &Device::Cpu)?;
-        Ok(Trainer { config, step, stop: Arc::default() })
+        let model = Arc::clone(&decoder);
+        let step = TrainStep::new(model, adapter, config.optimizer, norm, seed, &Device::Cpu)?;
+        Ok(Trainer { config, decoder, step, stop: Arc::default() })
     }
 
     /// Ends training after the step in which `stop` becomes true, saved so that it can go on.
@@ -134,6 +136,10 @@ impl Trainer {
             let (step, loss, gradient_norm) =
                 (progress.iteration, metrics.loss, metrics.gradient_norm);
             if !metrics.applied {
+                if self.step.updates() == 0 {
+                    // No step was ever good: a damaged model would make none of them so.
+                    self.decoder.check_weights()?;
+                }
                 let culprit = self.step.diagnose(&micro)?;
                 report(Report::Skipped { step, loss, gradient_norm, culprit });
             }

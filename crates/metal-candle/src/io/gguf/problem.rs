@@ -22,6 +22,8 @@ pub enum Problem {
     UnknownValueType { key: String, got: u32, at: u64 },
     #[error("{key}: an array of arrays, which no reader of GGUF supports")]
     NestedArray { key: String },
+    #[error("the name at offset {at} has {len} bytes: expected at most {limit}, all printable")]
+    Name { at: u64, len: usize, limit: usize },
     #[error("{key}: the header's metadata has more than {limit} values")]
     TooManyValues { key: String, limit: u32 },
     #[error("two {what}s are called {name:?}")]

@@ -1,6 +1,7 @@
 //! A tensor's bytes, whatever file they came from.
 
 use super::{Encoding, Problem};
+use crate::io::Bytes;
 use candle_core::quantized::{QStorage, QTensor};
 use candle_core::{Device, Tensor};
 use half::{bf16, f16};
@@ -14,7 +15,7 @@ pub struct StoredTensor {
     /// Row-major, slowest dim first.
     pub shape: Vec<usize>,
     /// Rows are whole: a block never spans two of them.
-    pub bytes: Vec<u8>,
+    pub bytes: Bytes,
 }
 
 impl StoredTensor {
@@ -42,7 +43,7 @@ impl StoredTensor {
 
     fn by_candle(&self) -> std::result::Result<Tensor, Problem> {
         let device = Device::Cpu;
-        QStorage::from_data(self.bytes.as_slice().into(), &device, self.encoding.ggml())
+        QStorage::from_data(self.bytes[..].into(), &device, self.encoding.ggml())
             .and_then(|storage| QTensor::new(storage, self.shape.as_slice()))
             .and_then(|tensor| tensor.dequantize(&device))
             .map_err(|cause| Problem::Candle { cause })
@@ -73,7 +74,7 @@ impl StoredTensor {
                 }
             }
         }
-        self.bytes = unpermuted;
+        self.bytes = unpermuted.into();
         Ok(())
     }
 
