@@ -42,6 +42,12 @@ pub enum ErrorKind {
          return what you want to see"
     )]
     ArgumentValue { index: u32 },
+    #[error(
+        "grad: the loss is a value in memory, which has forgotten how it was made, and so whether \
+         from trainable {name}: record the gradients before the loss is evaluated, or evaluate \
+         both together with eval_all"
+    )]
+    EvaluatedLoss { name: String },
     #[error("the compiled function was given {got} arguments, but donates argument {donated}")]
     DonatedArgument { donated: usize, got: usize },
     /// An adapter's configuration that does not fit the model.

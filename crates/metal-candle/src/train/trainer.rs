@@ -24,6 +24,8 @@ pub struct TrainingConfig {
     pub grad_accumulation_steps: usize,
     /// Tokens of a row, at most.
     pub max_seq_length: usize,
+    /// Whether several examples share a row, kept apart in attention, so that little is padding.
+    pub packing: bool,
     /// The learning rate over the iterations.
     pub schedule: LRScheduler,
     /// The optimizer.
@@ -57,6 +59,7 @@ impl Default for TrainingConfig {
             batch_size: 4,
             grad_accumulation_steps: 1,
             max_seq_length: 2048,
+            packing: false,
             schedule: LRScheduler::Constant { rate: 1e-5 },
             optimizer: AdamWConfig::default(),
             max_gradient_norm: 1.0,
@@ -80,6 +83,7 @@ const BEST: &str = "best";
 /// Fine-tunes an adapter on a frozen decoder.
 pub struct Trainer {
     config: TrainingConfig,
+    decoder: Arc<Decoder>,
     step: TrainStep,
     stop: Arc<AtomicBool>,
 }
@@ -93,8 +97,9 @@ impl Trainer {
         config: TrainingConfig,
     ) -> Result<Self> {
         let (norm, seed) = (config.max_gradient_norm, config.seed);
-        let step = TrainStep::new(decoder, adapter, config.optimizer, norm, seed, &Device::Cpu)?;
-        Ok(Trainer { config, step, stop: Arc::default() })
+        let base = Arc::clone(&decoder);
+        let step = TrainStep::new(base, adapter, config.optimizer, norm, seed, &Device::Cpu)?;
+        Ok(Trainer { config, decoder, step, stop: Arc::default() })
     }
 
     /// Ends training after the step in which `stop` becomes true, saved so that it can go on.
@@ -116,8 +121,8 @@ impl Trainer {
         mut report: impl FnMut(Report),
     ) -> Result<LoRAAdapter> {
         let c = self.config.clone();
-        let mut batches = self.batcher(train, Order::Shuffled { seed: c.seed })?;
-        let settings = self.settings(train);
+        let mut batches = self.batches(train)?;
+        let settings = self.settings(train)?;
         let mut progress = self.start(&mut batches, &settings, &mut report)?;
         if !valid.is_empty() && progress.iteration == 0 {
             self.validate(valid, &mut progress, &mut report)?;
@@ -166,11 +171,16 @@ impl Trainer {
     /// # Errors
     /// Where they make no batch, or the step cannot be traced.
     pub fn plan(&self, train: &[Example]) -> Result<Plan> {
-        let batches = self.batcher(train, Order::Shuffled { seed: self.config.seed })?;
-        let (batch, seq) = batches.shapes()[0];
-        let (ids, labels) = (vec![0; batch * seq], vec![0; batch * seq]);
-        let largest = Batch { ids, labels, batch, seq, trained: 0 };
+        let largest = self.batches(train)?.largest();
         self.step.plan(&vec![largest; self.config.grad_accumulation_steps.max(1)])
+    }
+
+    /// The batches that these examples make, from the first one on.
+    ///
+    /// # Errors
+    /// Where they make none.
+    pub fn batches(&self, train: &[Example]) -> Result<Batcher> {
+        self.batcher(train, Order::Shuffled { seed: self.config.seed })
     }
 
     /// Where to begin: at the beginning, or where the checkpoint says.
@@ -247,29 +257,36 @@ impl Trainer {
     }
 
     fn batcher(&self, examples: &[Example], order: Order) -> Result<Batcher> {
-        let TrainingConfig { batch_size, max_seq_length, .. } = self.config;
+        let TrainingConfig { batch_size, max_seq_length, packing, .. } = self.config;
         let options = BatchOptions { batch_size, max_seq_length, order };
-        Batcher::new(examples.to_vec(), options).map_err(|e| ErrorKind::Data(e).into())
+        let new = if packing { Batcher::packed } else { Batcher::new };
+        new(examples.to_vec(), options).map_err(|e| ErrorKind::Data(e).into())
     }
 
     /// What a run that goes on must have in common with the one that stopped.
-    fn settings(&self, train: &[Example]) -> Map<String, Value> {
+    fn settings(&self, train: &[Example]) -> Result<Map<String, Value>> {
         let c = &self.config;
         let settings = json!({
             "iters": c.iters,
             "batch_size": c.batch_size,
             "grad_accumulation_steps": c.grad_accumulation_steps,
             "max_seq_length": c.max_seq_length,
+            "packing": c.packing,
             "learning rate": format!("{:?}", c.schedule),
             "optimizer": format!("{:?}", c.optimizer),
             "max_gradient_norm": c.max_gradient_norm,
             "seed": c.seed,
             "training data": fingerprint(train),
+            "base model": self.decoder.fingerprint()?,
         });
-        match settings {
-            Value::Object(settings) => settings,
-            other => panic!("metal-candle bug: settings are {other}"),
-        }
+        let Value::Object(mut settings) = settings else {
+            panic!("metal-candle bug: settings are {settings}");
+        };
+        // What the base is called is no part of what it is.
+        let adapter = self.step.adapter_config().to_json().into_iter();
+        let adapter = adapter.filter(|(option, _)| option != "base_model_name_or_path");
+        settings.extend(adapter.map(|(option, value)| (format!("adapter {option}"), value)));
+        Ok(settings)
     }
 }
 

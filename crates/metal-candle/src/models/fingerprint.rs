@@ -1,0 +1,61 @@
+//! What tells one base model from another.
+
+use super::Decoder;
+use crate::nn::Weight;
+use crate::{DType, LazyTensor, Result};
+
+/// Bytes of a quantised matrix that are looked at.
+const BLOCK_BYTES: usize = 1024;
+
+impl Decoder {
+    /// A line that tells this base from others: its family and size, how its weights are held, and
+    /// a hash of a piece of every matrix. Reads a little of each, so that it costs next to nothing.
+    ///
+    /// # Errors
+    /// Where memory runs out.
+    pub fn fingerprint(&self) -> Result<String> {
+        let c = &self.config;
+        let linears: Vec<_> = self.layers.iter().flat_map(|layer| layer.linears()).collect();
+        let held = linears.first().map_or_else(String::new, |linear| match &linear.weight {
+            Weight::Dense(w) => w.dtype().to_string(),
+            Weight::Quantised { format, .. } => format!("{format:?}"),
+        });
+        let mut pieces = vec![self.norm.weight.clone(), self.embed.weight.narrow(0, 0, 1)?];
+        for linear in linears {
+            pieces.push(match &linear.weight {
+                Weight::Dense(w) => w.narrow(0, 0, 1)?,
+                Weight::Quantised { blocks, .. } => {
+                    blocks.narrow(0, 0, BLOCK_BYTES.min(blocks.elem_count()))?
+                }
+            });
+        }
+        // Copies, so that no weight is taken for a result and none of its users must be recorded.
+        let pieces = pieces.iter().map(|x| x.flatten_all()?.to_dtype(DType::F32));
+        let all =
+            LazyTensor::cat(&pieces.collect::<Result<Vec<_>>>()?.iter().collect::<Vec<_>>(), 0)?;
+        let mut hash = Fnv::default();
+        hash.add(format!("{c:?}").as_bytes());
+        all.to_vec::<f32>()?.iter().for_each(|x| hash.add(&x.to_bits().to_le_bytes()));
+        Ok(format!(
+            "{}, {} layers of {}, held as {held}, {:016x}",
+            c.architecture, c.num_layers, c.hidden_size, hash.0
+        ))
+    }
+}
+
+/// The hash of Fowler, Noll and Vo (FNV-1a).
+struct Fnv(u64);
+
+impl Default for Fnv {
+    fn default() -> Fnv {
+        Fnv(0xcbf2_9ce4_8422_2325)
+    }
+}
+
+impl Fnv {
+    fn add(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.0 = (self.0 ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
+        }
+    }
+}
