@@ -48,6 +48,8 @@ const BOTTOM: f64 = 24.0;
 const LEFT: f64 = 52.0;
 /// An average letter.
 const LETTER: f64 = 6.7;
+/// Room for a label at least.
+const LETTERS: usize = 7;
 /// Between the baselines of two labels.
 const LEADING: f64 = 15.0;
 
@@ -87,7 +89,8 @@ impl Chart {
         let letters = self.lines.iter().map(|l| l.label.chars().count()).max().unwrap_or(0);
         let frame = Frame {
             size,
-            right: size.width - 12.0 - LETTER * letters as f64,
+            // Charts below each other are of one width.
+            right: size.width - 12.0 - LETTER * letters.max(LETTERS) as f64,
             x: (0.0, self.steps.max(1.0)),
             y: (y[0] * base, y[y.len() - 1] * base),
         };
@@ -231,7 +234,10 @@ pub(crate) fn decimal(value: f64, step: f64) -> String {
 
 /// `2e-4` where decimals would be many.
 pub(crate) fn scientific(value: f64, step: f64) -> String {
-    if value == 0.0 || step >= 1e-3 {
+    if value == 0.0 {
+        return "0".to_owned();
+    }
+    if step >= 1e-3 {
         return decimal(value, step);
     }
     let text = format!("{value:.2e}");

@@ -36,8 +36,8 @@ impl Clock {
             } => json!({
                 "event": "train", "step": step, "loss": number(*loss), "learning_rate": rate,
                 "gradient_norm": number(*gradient_norm),
-                "tokens_per_second": tokens_per_second.round(),
-                "trained_tokens_per_second": trained_tokens_per_second.round(),
+                "tokens_per_second": tokens_per_second.round() as u64,
+                "trained_tokens_per_second": trained_tokens_per_second.round() as u64,
             }),
             Report::Validation { step, loss, is_best } => json!({
                 "event": "validation", "step": step, "loss": number(*loss), "is_best": is_best,
@@ -86,6 +86,11 @@ impl Log {
     /// Begins anew, or keeps what a run that goes on from this step does not repeat: neither what
     /// came after its checkpoint, nor half a line.
     pub(crate) fn begin(&mut self, resumed: Option<u64>) -> Result<()> {
+        // A terminal or a pipe has nothing to keep, and must not be replaced by a file.
+        let is_file = self.file.metadata().is_ok_and(|metadata| metadata.is_file());
+        if !is_file {
+            return Ok(());
+        }
         let kept = match resumed {
             None => Vec::new(),
             Some(step) => before(read(&self.path)?, step),

@@ -4,7 +4,7 @@ use super::Args;
 use super::events::{Clock, Log, before, step};
 use super::page::{self, Summary, count};
 use crate::units::{Bytes, Count};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use metal_candle::Plan;
 use metal_candle::io::data::{Batcher, Examples};
 use metal_candle::io::file;
@@ -31,7 +31,10 @@ impl Observer {
         if let Some(path) = &args.report {
             // Whoever made the file may replace it; a page that is there is kept for --resume.
             let file = std::fs::OpenOptions::new().append(true).create(true).open(path);
-            file.with_context(|| path.display().to_string())?;
+            let is_file = file.and_then(|file| Ok(file.metadata()?.is_file()));
+            if !is_file.with_context(|| path.display().to_string())? {
+                bail!("{}: expected a file, which the report could replace", path.display());
+            }
         }
         Ok(Observer {
             clock: Clock::start(),

@@ -1,8 +1,8 @@
-//! What tells one base model from another.
+//! What tells one base model from another, and a sound one from a broken one.
 
 use super::Decoder;
 use crate::nn::Weight;
-use crate::{DType, LazyTensor, Result};
+use crate::{DType, Device, LazyTensor, Result};
 
 /// Bytes of a quantised matrix that are looked at.
 const BLOCK_BYTES: usize = 1024;
@@ -40,6 +40,49 @@ impl Decoder {
             "{}, {} layers of {}, held as {held}, {:016x}",
             c.architecture, c.num_layers, c.hidden_size, hash.0
         ))
+    }
+}
+
+impl Decoder {
+    /// The first weight that holds a value which is not finite. Reads all of them.
+    ///
+    /// # Errors
+    /// Where memory runs out.
+    pub fn first_not_finite(&self) -> Result<Option<String>> {
+        // Not finite minus itself is NaN, and of everything else 0.
+        let broken = |x: &LazyTensor| -> Result<bool> {
+            let x = x.to_dtype(DType::F32)?;
+            Ok(x.sub(&x)?.sum_all()?.to_scalar::<f32>()?.is_nan())
+        };
+        if broken(&self.embed.weight)? {
+            return Ok(Some("model.embed_tokens".to_owned()));
+        }
+        for (i, layer) in self.layers.iter().enumerate() {
+            let norms = [
+                ("input_layernorm", &layer.input_norm),
+                ("post_attention_layernorm", &layer.post_norm),
+            ];
+            for (name, norm) in norms {
+                if broken(&norm.weight)? {
+                    return Ok(Some(format!("model.layers.{i}.{name}")));
+                }
+            }
+            for linear in layer.linears() {
+                // Its rows' sums: [1, out].
+                let ones =
+                    LazyTensor::ones(&[1, linear.weight.dims()[1]], DType::F32, &Device::Cpu)?;
+                if broken(&linear.forward(&ones, None)?)? {
+                    return Ok(Some(linear.name.clone()));
+                }
+            }
+        }
+        let last = [("model.norm", &self.norm.weight), ("lm_head", &self.output)];
+        for (name, weight) in last {
+            if broken(weight)? {
+                return Ok(Some(name.to_owned()));
+            }
+        }
+        Ok(None)
     }
 }
 

@@ -5,6 +5,7 @@ use super::report::{Report, Window};
 use super::{AdamWConfig, LRScheduler, TrainStep};
 use crate::error::ErrorKind;
 use crate::io::data::{Batch, BatchOptions, Batcher, Example, Order};
+use crate::io::file;
 use crate::models::Decoder;
 use crate::nn::LoRAAdapter;
 use crate::{Device, Plan, Result};
@@ -80,6 +81,9 @@ const STATE: &str = "training_state.safetensors";
 /// The folder of the best adapter, in the adapter's.
 const BEST: &str = "best";
 
+/// Updates that may be skipped in a row.
+const SKIPPED_MOST: usize = 20;
+
 /// Fine-tunes an adapter on a frozen decoder.
 pub struct Trainer {
     config: TrainingConfig,
@@ -112,8 +116,8 @@ impl Trainer {
     /// Runs all iterations that are left, telling `report` what happens; returns the trained adapter.
     ///
     /// # Errors
-    /// Where there is nothing to train on, a step fails, the checkpoint to resume from is another run's, or
-    /// the adapter cannot be written.
+    /// Where there is nothing to train on, a step fails, the checkpoint to resume from is another run's, the
+    /// adapter cannot be written, the base holds a weight that is not finite, or 20 updates in a row are skipped.
     pub fn train(
         &mut self,
         train: &[Example],
@@ -123,11 +127,16 @@ impl Trainer {
         let c = self.config.clone();
         let mut batches = self.batches(train)?;
         let settings = self.settings(train)?;
+        if let Some(folder) = &c.adapter_path {
+            // Said now, and not after the first hundred steps.
+            file::check_writable(folder)?;
+        }
         let mut progress = self.start(&mut batches, &settings, &mut report)?;
         if !valid.is_empty() && progress.iteration == 0 {
             self.validate(valid, &mut progress, &mut report)?;
         }
         let mut window = Window::start();
+        let mut skipped = 0;
         while progress.iteration < c.iters {
             let rate = c.schedule.rate(progress.iteration);
             let micro: Vec<Batch> =
@@ -138,8 +147,10 @@ impl Trainer {
             progress.count = self.step.count();
             let (step, loss, gradient_norm) =
                 (progress.iteration, metrics.loss, metrics.gradient_norm);
-            if !metrics.applied {
+            skipped = if metrics.applied { 0 } else { skipped + 1 };
+            if skipped > 0 {
                 let culprit = self.step.diagnose(&micro)?;
+                self.give_up(skipped, loss, culprit.as_deref())?;
                 report(Report::Skipped { step, loss, gradient_norm, culprit });
             }
             window.add(&micro, loss);
@@ -183,6 +194,21 @@ impl Trainer {
         self.batcher(train, Order::Shuffled { seed: self.config.seed })
     }
 
+    /// An error where going on is in vain: where the base itself is broken, or nothing is learnt any more.
+    fn give_up(&self, skipped: usize, loss: f32, culprit: Option<&str>) -> Result<()> {
+        if self.step.updates() == 0
+            && skipped == 1
+            && let Some(weight) = self.decoder.first_not_finite()?
+        {
+            return Err(ErrorKind::BaseNotFinite { weight, loss }.into());
+        }
+        if skipped < SKIPPED_MOST {
+            return Ok(());
+        }
+        let culprit = culprit.unwrap_or("the loss").to_owned();
+        Err(ErrorKind::NoUpdate { skipped, culprit }.into())
+    }
+
     /// Where to begin: at the beginning, or where the checkpoint says.
     fn start(
         &mut self,
@@ -220,7 +246,8 @@ impl Trainer {
             tokens += batch.trained;
         }
         let loss = (sum / tokens.max(1) as f64) as f32;
-        let is_best = progress.best.is_none_or(|best| loss < best);
+        // What is not finite is never the best: nothing would be lower.
+        let is_best = loss.is_finite() && progress.best.is_none_or(|best| loss < best);
         report(Report::Validation { step: progress.iteration, loss, is_best });
         if !is_best {
             progress.stale += 1;

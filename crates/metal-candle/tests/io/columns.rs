@@ -2,6 +2,7 @@
 
 use metal_candle::io::data::{Columns, Content, Dataset, Problem, RowProblem, Rows};
 use metal_candle::io::{Error, Result};
+use proptest::prelude::*;
 
 fn read(name: &str, text: &str, columns: &Columns) -> Result<Vec<(usize, Content)>> {
     let folder = tempfile::tempdir().unwrap();
@@ -136,4 +137,40 @@ fn a_folder_may_hold_csv_but_not_one_split_twice() {
         matches!(error, Error::Data { problem: Problem::TwoFiles { split: "train" }, .. }),
         "{error}"
     );
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 256, failure_persistence: None, ..Default::default() })]
+
+    #[test]
+    fn whatever_is_quoted_comes_back(
+        cells in prop::collection::vec((any::<String>(), "[\",\r\nx]{0,9}"), 1..6),
+        end in "\r?\n",
+    ) {
+        let quoted = |text: &str| format!("\"{}\"", text.replace('"', "\"\""));
+        let mut file = format!("completion,prompt{end}");
+        for (a, b) in &cells {
+            file += &format!("{},{}{end}", quoted(a), quoted(b));
+        }
+        let rows = read("rows.csv", &file, &Columns::default()).unwrap();
+        let want: Vec<Content> = cells.iter().map(|(a, b)| completion(b, a)).collect();
+        prop_assert_eq!(rows.into_iter().map(|(_, row)| row).collect::<Vec<_>>(), want);
+    }
+
+    #[test]
+    fn no_bytes_make_the_reader_panic(
+        bytes in prop_oneof![
+            prop::collection::vec(any::<u8>(), 0..60),
+            "text[\",\r\n\u{e9}x]{0,40}".prop_map(String::into_bytes),
+        ],
+    ) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("rows.csv");
+        std::fs::write(&path, &bytes).unwrap();
+        if let Err(Error::Row { line, column, .. }) = Rows::read(&path) {
+            let lines = bytes.split(|b| *b == b'\n').collect::<Vec<_>>();
+            // The mark that some editors begin a file with is not counted.
+            prop_assert!(line <= lines.len() && column <= lines[line - 1].len() + 1);
+        }
+    }
 }
