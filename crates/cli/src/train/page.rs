@@ -47,22 +47,22 @@ pub(crate) fn html(summary: &Summary, events: &[Value]) -> String {
     );
     for (name, note, chart) in small_charts(summary, events) {
         let svg = chart.svg(SMALL);
-        let _ = write!(page, "<section><h2>{name} <small>{note}</small></h2>{svg}</section>\n");
+        let _ = writeln!(page, "<section><h2>{name} <small>{note}</small></h2>{svg}</section>");
     }
     page += "</div>\n";
     page += &skipped(events);
-    let _ = write!(
+    let _ = writeln!(
         page,
-        "<div class=\"grid\">{}{}</div>\n",
+        "<div class=\"grid\">{}{}</div>",
         table("Data", &summary.data),
         table("Settings", &summary.settings)
     );
     // Within a script only its end must not appear.
     let json = Value::from(events.to_vec()).to_string().replace("</", "<\\/");
     let version = env!("CARGO_PKG_VERSION");
-    let _ = write!(
+    let _ = writeln!(
         page,
-        "<footer>metal-candle {version}</footer>\n{EVENTS}{json}</script></body></html>\n"
+        "<footer>metal-candle {version}</footer>\n{EVENTS}{json}</script></body></html>"
     );
     page
 }

@@ -1,6 +1,7 @@
 //! What tells one base model from another, and a sound one from a broken one.
 
 use super::Decoder;
+use crate::fnv::Fnv;
 use crate::nn::Weight;
 use crate::{DType, Device, LazyTensor, Result};
 
@@ -29,21 +30,17 @@ impl Decoder {
                 }
             });
         }
-        // Copies, so that no weight is taken for a result and none of its users must be recorded.
         let pieces = pieces.iter().map(|x| x.flatten_all()?.to_dtype(DType::F32));
-        let all =
-            LazyTensor::cat(&pieces.collect::<Result<Vec<_>>>()?.iter().collect::<Vec<_>>(), 0)?;
+        let all = LazyTensor::cat(&pieces.collect::<Result<Vec<_>>>()?, 0)?;
         let mut hash = Fnv::default();
-        hash.add(format!("{c:?}").as_bytes());
-        all.to_vec::<f32>()?.iter().for_each(|x| hash.add(&x.to_bits().to_le_bytes()));
+        format!("{c:?}").bytes().for_each(|byte| hash.add(byte.into()));
+        all.to_vec::<f32>()?.iter().for_each(|x| hash.add(x.to_bits().into()));
         Ok(format!(
-            "{}, {} layers of {}, held as {held}, {:016x}",
-            c.architecture, c.num_layers, c.hidden_size, hash.0
+            "{}, {} layers of {}, held as {held}, {hash:016x}",
+            c.architecture, c.num_layers, c.hidden_size
         ))
     }
-}
 
-impl Decoder {
     /// The first weight that holds a value which is not finite. Reads all of them.
     ///
     /// # Errors
@@ -83,22 +80,5 @@ impl Decoder {
             }
         }
         Ok(None)
-    }
-}
-
-/// The hash of Fowler, Noll and Vo (FNV-1a).
-struct Fnv(u64);
-
-impl Default for Fnv {
-    fn default() -> Fnv {
-        Fnv(0xcbf2_9ce4_8422_2325)
-    }
-}
-
-impl Fnv {
-    fn add(&mut self, bytes: &[u8]) {
-        for byte in bytes {
-            self.0 = (self.0 ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
-        }
     }
 }

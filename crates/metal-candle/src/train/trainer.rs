@@ -4,6 +4,7 @@ use super::checkpoint::{self, Progress};
 use super::report::{Report, Window};
 use super::{AdamWConfig, LRScheduler, TrainStep};
 use crate::error::ErrorKind;
+use crate::fnv::Fnv;
 use crate::io::data::{Batch, BatchOptions, Batcher, Example, Order};
 use crate::io::file;
 use crate::models::Decoder;
@@ -317,14 +318,13 @@ impl Trainer {
     }
 }
 
-/// A number that tells data sets apart: FNV-1a of all ids and masks.
+/// What tells data sets apart: their size, and a hash of all ids and masks.
 fn fingerprint(examples: &[Example]) -> String {
-    let mut hash = 0xcbf2_9ce4_8422_2325u64;
-    let mut add = |word: u64| hash = (hash ^ word).wrapping_mul(0x0100_0000_01b3);
+    let mut hash = Fnv::default();
     for example in examples {
-        add(example.ids.len() as u64);
+        hash.add(example.ids.len() as u64);
         for (id, trained) in example.ids.iter().zip(&example.trained) {
-            add(u64::from(*id) << 1 | u64::from(*trained));
+            hash.add(u64::from(*id) << 1 | u64::from(*trained));
         }
     }
     format!("{} rows, {hash:016x}", examples.len())
