@@ -1,6 +1,7 @@
 //! The `metal-candle` command.
 
 mod chat;
+mod columns;
 mod data;
 mod eval;
 mod generate;

@@ -42,6 +42,12 @@ pub enum ErrorKind {
          return what you want to see"
     )]
     ArgumentValue { index: u32 },
+    #[error(
+        "grad: the loss is a value in memory, which has forgotten how it was made, and so whether \
+         from trainable {name}: record the gradients before the loss is evaluated, or evaluate \
+         both together with eval_all"
+    )]
+    EvaluatedLoss { name: String },
     #[error("the compiled function was given {got} arguments, but donates argument {donated}")]
     DonatedArgument { donated: usize, got: usize },
     /// An adapter's configuration that does not fit the model.
@@ -50,6 +56,17 @@ pub enum ErrorKind {
     /// Training data that cannot make a batch.
     #[error("training data: {0}")]
     Data(io::data::Problem),
+    /// A weight of the frozen model, as the file has it.
+    #[error(
+        "the loss is {loss} before anything was trained: {weight} of the base model holds a value \
+         that is not finite; get or convert the model's file anew"
+    )]
+    BaseNotFinite { weight: String, loss: f32 },
+    #[error(
+        "{skipped} updates in a row were skipped, because loss or gradients were not finite (first \
+         in {culprit}): look at the rows, or take a lower learning rate"
+    )]
+    NoUpdate { skipped: usize, culprit: String },
     #[error("expected {expected} parameters, got {got}")]
     Parameters { expected: usize, got: usize },
     #[error(

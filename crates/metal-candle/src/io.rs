@@ -6,7 +6,7 @@
 //! config ───── the shape of a decoder, as plain data
 //! tokenizer ── text <-> ids, from tokenizer.json or from a GGUF's metadata
 //! chat ─────── messages -> text, by the model's own Jinja template
-//! data ─────── JSONL rows -> token sequences -> padded batches
+//! data ─────── rows of JSONL or CSV -> token sequences -> padded batches
 //! peft ─────── LoRA adapters in PEFT's format
 //! file ─────── reading, and writing without ever leaving half a file
 //! bytes ────── what a file holds, read or mapped

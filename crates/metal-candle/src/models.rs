@@ -1,8 +1,9 @@
 //! Models, written on [`LazyTensor`](crate::LazyTensor).
 
 mod decoder;
+mod fingerprint;
 mod finite;
 mod load;
 
-pub use decoder::{CacheInput, Decoder, DecoderLayer};
+pub use decoder::{CacheInput, Decoder, DecoderLayer, PackedInput};
 pub use load::{BaseWeights, LoadedModel, load, load_decoder, load_gguf};

@@ -177,5 +177,5 @@ fn batch(ids: &[i64]) -> Batch {
         labels.push(-100);
     }
     let ids = ids.iter().map(|id| *id as u32).collect();
-    Batch { ids, labels, batch, seq, trained: batch * (seq - 1) }
+    Batch { ids, labels, batch, seq, trained: batch * (seq - 1), documents: None }
 }

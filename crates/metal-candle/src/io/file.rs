@@ -43,6 +43,16 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
     })
 }
 
+/// Makes the folder if it is not there, and sees that files can be made in it.
+///
+/// # Errors
+/// [`Error::File`].
+pub fn check_writable(folder: &Path) -> Result<()> {
+    fs::create_dir_all(folder).map_err(Error::file(folder))?;
+    let probe = temporary_name(&folder.join("probe"));
+    File::create(&probe).and_then(|_| fs::remove_file(&probe)).map_err(Error::file(folder))
+}
+
 /// `.{name}.{process}.tmp` beside `path`, so that two processes never share one.
 fn temporary_name(path: &Path) -> PathBuf {
     let name = path.file_name().unwrap_or_default().to_string_lossy();

@@ -62,6 +62,15 @@ pub struct CacheInput<'a> {
     pub position: &'a LazyTensor,
 }
 
+/// Rows that hold several documents, which do not see each other.
+#[derive(Clone, Copy, Debug)]
+pub struct PackedInput<'a> {
+    /// `u32 [b, t]`: equal for the tokens of one document.
+    pub segments: &'a LazyTensor,
+    /// `u32 [b, t]`: where in its document a token stands.
+    pub positions: &'a LazyTensor,
+}
+
 impl Decoder {
     /// The linear layers that an adapter may target, with `[out, in]`.
     pub fn modules(&self) -> impl Iterator<Item = (&str, [usize; 2])> {
@@ -77,10 +86,27 @@ impl Decoder {
     /// # Errors
     /// Where `t` exceeds the model's context.
     pub fn hidden(&self, ids: &LazyTensor, adapter: Option<&LoRAAdapter>) -> Result<LazyTensor> {
-        let rotation = self.rotary.at(None, ids.dims()[1])?;
+        self.hidden_packed(ids, None, adapter)
+    }
+
+    /// [`Decoder::hidden`] of rows that may hold several documents, each as if it were alone.
+    fn hidden_packed(
+        &self,
+        ids: &LazyTensor,
+        packed: Option<PackedInput<'_>>,
+        adapter: Option<&LoRAAdapter>,
+    ) -> Result<LazyTensor> {
+        let rotation = match packed {
+            Some(PackedInput { positions, .. }) => self.rotary.at_each(positions)?,
+            None => self.rotary.at(None, ids.dims()[1])?,
+        };
+        let attention = match packed {
+            Some(PackedInput { segments, .. }) => self.attention().segments(segments, segments),
+            None => self.attention(),
+        };
         let mut x = self.embed.forward(ids)?;
         for layer in &self.layers {
-            let keep = |k: LazyTensor, v: LazyTensor| Ok((k, v, self.attention()));
+            let keep = |k: LazyTensor, v: LazyTensor| Ok((k, v, attention));
             x = self.layer(layer, &x, &rotation, adapter, keep)?;
         }
         self.norm.forward(&x)
@@ -133,7 +159,21 @@ impl Decoder {
         labels: &LazyTensor,
         adapter: Option<&LoRAAdapter>,
     ) -> Result<LazyTensor> {
-        let hidden = self.hidden(ids, adapter)?;
+        self.loss_packed(ids, labels, None, adapter)
+    }
+
+    /// [`Decoder::loss`] of rows that may hold several documents, each as if it were alone.
+    ///
+    /// # Errors
+    /// As [`Decoder::loss`]; where a position exceeds the model's context (when it runs).
+    pub fn loss_packed(
+        &self,
+        ids: &LazyTensor,
+        labels: &LazyTensor,
+        packed: Option<PackedInput<'_>>,
+        adapter: Option<&LoRAAdapter>,
+    ) -> Result<LazyTensor> {
+        let hidden = self.hidden_packed(ids, packed, adapter)?;
         let rows = ids.dims()[0] * ids.dims()[1];
         let hidden = hidden.reshape(&[rows, self.config.hidden_size])?;
         let labels = labels.reshape(&[rows])?;

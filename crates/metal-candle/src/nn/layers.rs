@@ -181,6 +181,16 @@ impl Rotary {
         let [cos, sin] = self.tables()?;
         Ok(Rotation { cos: rows(cos)?, sin: rows(sin)?, layout: self.layout })
     }
+
+    /// The rows for these positions, which differ from row to row of a batch: `u32 [b, t]`.
+    ///
+    /// # Errors
+    /// Where a position is not in the table (when it runs).
+    pub fn at_each(&self, positions: &LazyTensor) -> Result<Rotation> {
+        let rows = |table: &LazyTensor| table.embedding(positions)?.unsqueeze(2);
+        let [cos, sin] = self.tables()?;
+        Ok(Rotation { cos: rows(cos)?, sin: rows(sin)?, layout: self.layout })
+    }
 }
 
 /// The rotation of the positions that one forward pass looks at.
