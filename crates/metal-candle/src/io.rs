@@ -7,7 +7,7 @@
 //! tokenizer ── text <-> ids, from tokenizer.json or from a GGUF's metadata
 //! chat ─────── messages -> text, by the model's own Jinja template
 //! data ─────── JSONL rows -> token sequences -> padded batches
-//! peft ─────── LoRA adapters in PEFT's format
+//! adapter ──── LoRA adapters in any tool's format: peft, mlx, gguf::lora
 //! file ─────── reading, and writing without ever leaving half a file
 //! ```
 //!
@@ -16,6 +16,7 @@
 //! length before anything is allocated, and whatever is wrong comes back as an [`Error`] that
 //! names the file and carries the values.
 
+pub mod adapter;
 pub mod chat;
 pub mod config;
 pub mod data;
@@ -23,9 +24,11 @@ mod error;
 pub mod file;
 pub mod gguf;
 pub mod hf;
+pub mod mlx;
 pub mod peft;
 pub mod tokenizer;
 
+pub use adapter::AdapterFormat;
 pub use chat::{ChatTemplate, Message};
 pub use config::{DecoderConfig, RopeLayout, RopeScaling};
 pub use error::{Error, Result};

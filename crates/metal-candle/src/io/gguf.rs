@@ -9,14 +9,17 @@
 
 mod decoder;
 mod header;
+pub mod lora;
 mod names;
 mod problem;
 mod rope;
 mod stored;
+mod write;
 
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
@@ -28,6 +31,7 @@ use metal_candle_graph::{BlockFormat, DType};
 pub use self::names::{gguf_name, hf_name};
 pub use self::problem::Problem;
 pub use self::stored::StoredTensor;
+pub use self::write::GgufWriter;
 use super::{Error, Result};
 
 /// How the bytes of a stored tensor spell its elements.
@@ -61,6 +65,9 @@ pub struct GgufFile {
     /// Behind a lock because a read moves the position.
     file: Mutex<File>,
     metadata: HashMap<String, Value>,
+    /// Where the metadata lie in the file, from its start.
+    metadata_bytes: Range<u64>,
+    alignment_bytes: u64,
     tensors: Vec<TensorInfo>,
     index: HashMap<String, usize>,
 }
@@ -81,6 +88,8 @@ impl GgufFile {
             path,
             file: Mutex::new(file),
             metadata: header.metadata,
+            metadata_bytes: header.metadata_bytes,
+            alignment_bytes: header.alignment_bytes,
             tensors: header.tensors,
             index,
         })
@@ -123,13 +132,18 @@ impl GgufFile {
     /// [`Problem::NoTensor`]; [`Error::File`].
     pub fn tensor_bytes(&self, name: &str) -> Result<StoredTensor> {
         let info = self.tensor(name)?;
-        let mut bytes = vec![0; info.len_bytes];
+        let bytes = self.read(info.offset_bytes, info.len_bytes)?;
+        Ok(StoredTensor { encoding: info.encoding, shape: info.shape.clone(), bytes })
+    }
+
+    fn read(&self, offset_bytes: u64, len_bytes: usize) -> Result<Vec<u8>> {
+        let mut bytes = vec![0; len_bytes];
         // A panic of another reader cannot have left anything behind but the position.
         let mut file = self.file.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        file.seek(SeekFrom::Start(info.offset_bytes))
+        file.seek(SeekFrom::Start(offset_bytes))
             .and_then(|_| file.read_exact(&mut bytes))
             .map_err(Error::file(&self.path))?;
-        Ok(StoredTensor { encoding: info.encoding, shape: info.shape.clone(), bytes })
+        Ok(bytes)
     }
 
     /// One tensor as `f32` on the CPU, by its name in the file.
@@ -276,8 +290,16 @@ impl Encoding {
     }
 
     fn ggml(self) -> GgmlDType {
+        self.row().1
+    }
+
+    fn id(self) -> u32 {
+        self.row().0
+    }
+
+    fn row(self) -> (u32, GgmlDType, Encoding) {
         let row = Self::TABLE.iter().find(|(.., encoding)| *encoding == self);
-        row.expect("metal-candle bug: an encoding that no GGUF type id leads to").1
+        *row.expect("metal-candle bug: an encoding that no GGUF type id leads to")
     }
 }
 

@@ -58,22 +58,37 @@ impl StoredTensor {
     /// [`Problem::Heads`] unless the rows split into `heads` heads of an even width;
     /// [`Problem::StoredLength`].
     pub fn unpermute_rope_rows(&mut self, heads: usize) -> std::result::Result<(), Problem> {
+        self.move_rope_rows(heads, |row, half| (row % half) * 2 + row / half)
+    }
+
+    /// The inverse of [`Self::unpermute_rope_rows`]: Hugging Face's order to llama.cpp's.
+    ///
+    /// # Errors
+    /// As [`Self::unpermute_rope_rows`].
+    pub fn permute_rope_rows(&mut self, heads: usize) -> std::result::Result<(), Problem> {
+        self.move_rope_rows(heads, |row, half| (row % 2) * half + row / 2)
+    }
+
+    /// `source` says which row of a head comes to a place, from half the rows of a head.
+    fn move_rope_rows(
+        &mut self,
+        heads: usize,
+        source: impl Fn(usize, usize) -> usize,
+    ) -> std::result::Result<(), Problem> {
         self.check_len()?;
         let rows = self.shape.first().copied().unwrap_or(0);
         if heads == 0 || rows == 0 || !rows.is_multiple_of(2 * heads) {
             return Err(Problem::Heads { rows, heads });
         }
-        let row_bytes = self.bytes.len() / rows;
-        let head_bytes = rows / heads * row_bytes;
-        let mut unpermuted = Vec::with_capacity(self.bytes.len());
-        for head in self.bytes.chunks_exact(head_bytes) {
-            for side in 0..2 {
-                for pair in head.chunks_exact(2 * row_bytes) {
-                    unpermuted.extend_from_slice(&pair[side * row_bytes..][..row_bytes]);
-                }
+        let (row_bytes, head_rows) = (self.bytes.len() / rows, rows / heads);
+        let mut moved = Vec::with_capacity(self.bytes.len());
+        for head in self.bytes.chunks_exact(head_rows * row_bytes) {
+            for row in 0..head_rows {
+                let from = source(row, head_rows / 2) * row_bytes;
+                moved.extend_from_slice(&head[from..][..row_bytes]);
             }
         }
-        self.bytes = unpermuted;
+        self.bytes = moved;
         Ok(())
     }
 
