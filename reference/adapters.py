@@ -5,12 +5,11 @@ gives: crates/metal-candle/tests/data/adapters, for tests/adapters.rs of the cra
 
 The base is the tiny Llama of reference/models.py. PEFT writes `peft`, mlx-lm writes `mlx`, and
 gguf-py writes `lora.gguf` from PEFT's adapter, as llama.cpp's convert_lora_to_gguf.py would: its
-logits come from llama.cpp, on the base as convert_hf_to_gguf.py would write it.
+logits come from llama.cpp, on `base.gguf`, which is as convert_hf_to_gguf.py would write it.
 """
 
 import json
 import shutil
-import tempfile
 from pathlib import Path
 
 import gguf
@@ -116,10 +115,10 @@ def base_gguf(path):
     writer.add_vocab_size(CONFIG["vocab_size"])
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
-    tokens = [chr(33 + i) for i in range(94)] + ["\u0120", "<end>"]
+    tokens = [chr(33 + i) for i in range(93)] + ["\u0120", "He", "<end>"]
     writer.add_token_list(tokens)
     writer.add_token_types([1] * 95 + [3])
-    writer.add_token_merges(["! !"])
+    writer.add_token_merges(["H e"])
     writer.add_eos_token_id(95)
     for name, values in load_file(BASE / "model.safetensors").items():
         writer.add_tensor(gguf_name(name), rows(name, values.numpy()))
@@ -146,14 +145,13 @@ def lora_gguf(path):
 def llama(out):
     lora = OUT / "lora.gguf"
     lora_gguf(lora)
-    with tempfile.TemporaryDirectory() as folder:
-        base = Path(folder) / "base.gguf"
-        base_gguf(base)
-        f32 = llama_cpp.GGML_TYPE_F32
-        model = llama_cpp.Llama(str(base), lora_path=str(lora), logits_all=True, n_ctx=64, type_k=f32,
-                                type_v=f32, verbose=False, n_threads=1)
-        model.eval(IDS)
-        out["gguf"] = torch.from_numpy(model.scores[: len(IDS)].copy())
+    base = OUT / "base.gguf"
+    base_gguf(base)
+    f32 = llama_cpp.GGML_TYPE_F32
+    model = llama_cpp.Llama(str(base), lora_path=str(lora), logits_all=True, n_ctx=64, type_k=f32,
+                            type_v=f32, verbose=False, n_threads=1)
+    model.eval(IDS)
+    out["gguf"] = torch.from_numpy(model.scores[: len(IDS)].copy())
 
 
 def main():

@@ -1,6 +1,7 @@
 //! Models, written on [`LazyTensor`](crate::LazyTensor).
 
 mod decoder;
+pub mod fuse;
 mod load;
 
 pub use decoder::{CacheInput, Decoder, DecoderLayer};

@@ -3,6 +3,8 @@
 
 #[path = "adapters/formats.rs"]
 mod formats;
+#[path = "adapters/fuse.rs"]
+mod fuse;
 #[path = "adapters/refused.rs"]
 mod refused;
 #[path = "adapters/registry.rs"]

@@ -6,6 +6,7 @@
 //! gguf ─── one file, for llama.cpp's --lora
 //! ```
 
+use std::fmt;
 use std::path::Path;
 
 use serde_json::{Map, Value};
@@ -23,6 +24,16 @@ pub enum AdapterFormat {
     Mlx,
     /// llama.cpp.
     Gguf,
+}
+
+impl fmt::Display for AdapterFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            AdapterFormat::Peft => "PEFT",
+            AdapterFormat::Mlx => "mlx-lm",
+            AdapterFormat::Gguf => "llama.cpp",
+        })
+    }
 }
 
 impl AdapterFormat {

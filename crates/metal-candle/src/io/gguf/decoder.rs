@@ -114,6 +114,21 @@ impl GgufFile {
         Ok(stored)
     }
 
+    /// Puts the rows of a weight, as [`Self::weight`] gives it, back into the order of the file.
+    ///
+    /// # Errors
+    /// As [`Self::weight`].
+    pub fn permute_rows(&self, name: &str, stored: &mut StoredTensor) -> Result<()> {
+        let stored_name = self.stored_name(name)?;
+        let (architecture, rows) = self.architecture()?;
+        if rows == Rows::Permuted
+            && let Some(heads) = self.permuted_heads(architecture, &stored_name)?
+        {
+            stored.permute_rope_rows(heads).map_err(|problem| self.error(problem))?;
+        }
+        Ok(())
+    }
+
     /// The shape of one weight, by Hugging Face's name.
     ///
     /// # Errors

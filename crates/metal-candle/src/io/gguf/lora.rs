@@ -26,7 +26,24 @@ const BASE_NAME: &str = "general.base_model.0.name";
 /// [`Error::File`], [`Error::Gguf`]; [`Error::Adapter`] for a file that is no LoRA adapter, for one
 /// of another architecture than the base's, and [`Problem::NeedsBase`].
 pub fn load(path: impl AsRef<Path>, base: Option<&DecoderConfig>) -> Result<PeftAdapter> {
-    let path = path.as_ref();
+    read(path.as_ref(), |architecture, module| permuted_heads(architecture, module, base), base)
+}
+
+/// As [`load`] without a base, the rows of B as they lie in the file: to look at, not to apply.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_as_stored(path: impl AsRef<Path>) -> Result<PeftAdapter> {
+    read(path.as_ref(), |_, _| None, None)
+}
+
+/// `permuted` says of an architecture and a module whether the rows are permuted, and within how
+/// many heads, if that is known.
+fn read(
+    path: &Path,
+    permuted: impl Fn(&str, &str) -> Option<Option<usize>>,
+    base: Option<&DecoderConfig>,
+) -> Result<PeftAdapter> {
     let file = GgufFile::open(path)?;
     let failed = |problem| Error::Adapter { path: path.to_owned(), problem };
     check_kind(&file)?.map_err(failed)?;
@@ -40,7 +57,7 @@ pub fn load(path: impl AsRef<Path>, base: Option<&DecoderConfig>) -> Result<Peft
         let (module, side) = parse_name(&tensor.name).map_err(failed)?;
         let mut stored = file.tensor_bytes(&tensor.name)?;
         if side == Side::B
-            && let Some(heads) = permuted_heads(architecture, &module, base)
+            && let Some(heads) = permuted(architecture, &module)
         {
             let heads = heads.ok_or_else(|| failed(Problem::NeedsBase))?;
             let outputs = stored.shape.first().copied().unwrap_or(0);

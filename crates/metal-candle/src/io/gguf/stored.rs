@@ -34,6 +34,32 @@ impl StoredTensor {
             .map_err(|cause| Problem::Candle { cause })
     }
 
+    /// These elements as `encoding` spells them; blocks by Candle's quantisation.
+    ///
+    /// # Errors
+    /// [`Problem::SplitBlock`], [`Problem::StoredLength`], [`Problem::Candle`]; [`Problem::Quantise`]
+    /// for a dtype that is no float of 32 or 16 bits.
+    pub fn encode(
+        values: &[f32],
+        shape: &[usize],
+        encoding: Encoding,
+    ) -> std::result::Result<StoredTensor, Problem> {
+        let bytes = match encoding {
+            Encoding::Dense(DType::F32) => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
+            Encoding::Dense(DType::F16) => {
+                values.iter().flat_map(|x| f16::from_f32(*x).to_le_bytes()).collect()
+            }
+            Encoding::Dense(DType::BF16) => {
+                values.iter().flat_map(|x| bf16::from_f32(*x).to_le_bytes()).collect()
+            }
+            Encoding::Dense(_) => return Err(Problem::Quantise { encoding }),
+            Encoding::Blocks(_) => quantise(values, shape, encoding)?,
+        };
+        let stored = StoredTensor { encoding, shape: shape.to_vec(), bytes };
+        stored.check_len()?;
+        Ok(stored)
+    }
+
     /// Dense floats, element by element, into the memory that the tensor then has.
     fn floats<const N: usize>(&self, read: impl Fn([u8; N]) -> f32) -> Vec<f32> {
         let (elements, _) = self.bytes.as_chunks::<N>();
@@ -105,4 +131,19 @@ impl StoredTensor {
         let (shape, got) = (self.shape.clone(), self.bytes.len());
         Err(Problem::StoredLength { encoding: self.encoding, shape, expected, got })
     }
+}
+
+fn quantise(
+    values: &[f32],
+    shape: &[usize],
+    encoding: Encoding,
+) -> std::result::Result<Vec<u8>, Problem> {
+    let row = shape.last().copied().unwrap_or(1);
+    if encoding.row_bytes(row).is_none() {
+        return Err(Problem::SplitBlock { tensor: format!("{encoding:?}"), row });
+    }
+    Tensor::from_slice(values, shape, &Device::Cpu)
+        .and_then(|tensor| QTensor::quantize(&tensor, encoding.ggml()))
+        .and_then(|quantised| Ok(quantised.data()?.into_owned()))
+        .map_err(|cause| Problem::Candle { cause })
 }

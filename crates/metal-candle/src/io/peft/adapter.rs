@@ -95,23 +95,25 @@ impl PeftAdapter {
     }
 
     fn fits(&self, base: &BTreeMap<String, [usize; 2]>) -> std::result::Result<(), Problem> {
+        // First what the base lacks: of another depth or family, whatever the options say.
+        let of_another = |name: &&String| !base.contains_key(*name);
+        let unexpected: Vec<String> = self.modules.keys().filter(of_another).cloned().collect();
+        if !unexpected.is_empty() {
+            return Err(Problem::Unexpected { modules: unexpected });
+        }
         let targets = self.config.targets(base.keys().map(String::as_str))?;
+        let wanted: HashMap<&str, usize> =
+            targets.iter().map(|target| (target.module.as_str(), target.rank)).collect();
+        let unwanted = |name: &&String| !wanted.contains_key(name.as_str());
+        let unexpected: Vec<String> = self.modules.keys().filter(unwanted).cloned().collect();
+        if !unexpected.is_empty() {
+            return Err(Problem::Unexpected { modules: unexpected });
+        }
         let missing: Vec<String> = targets
             .iter()
             .filter(|target| !self.modules.contains_key(&target.module))
             .map(|target| target.module.clone())
             .collect();
-        let wanted: HashMap<&str, usize> =
-            targets.iter().map(|target| (target.module.as_str(), target.rank)).collect();
-        let unexpected: Vec<String> = self
-            .modules
-            .keys()
-            .filter(|name| !wanted.contains_key(name.as_str()))
-            .cloned()
-            .collect();
-        if !unexpected.is_empty() {
-            return Err(Problem::Unexpected { modules: unexpected });
-        }
         if !missing.is_empty() {
             return Err(Problem::Missing { modules: missing });
         }
