@@ -1,9 +1,11 @@
 //! The `metal-candle` command.
 
+mod adapter;
 mod chat;
 mod columns;
 mod data;
 mod eval;
+mod fuse;
 mod generate;
 mod info;
 mod model;
@@ -38,6 +40,11 @@ enum Command {
     Eval(eval::Args),
     /// Measure how well a model predicts a text
     Perplexity(perplexity::Args),
+    /// Merge an adapter into its base
+    Fuse(fuse::Args),
+    /// Move adapters between PEFT, mlx-lm and llama.cpp
+    #[command(subcommand)]
+    Adapter(adapter::Command),
     /// Show what is in a model file, a model folder or an adapter
     Info(info::Args),
     /// Look at training data
@@ -57,6 +64,8 @@ fn main() -> ExitCode {
         Command::Chat(args) => chat::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Perplexity(args) => perplexity::run(&args),
+        Command::Fuse(args) => fuse::run(&args),
+        Command::Adapter(command) => adapter::run(&command),
         Command::Info(args) => info::run(&args),
         Command::Data(command) => data::run(&command),
         Command::Completions { shell } => completions(shell),

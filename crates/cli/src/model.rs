@@ -47,7 +47,7 @@ impl ModelArgs {
     pub(crate) fn load_with(&self, adapter: Option<&Path>) -> Result<LoadedModel> {
         let mut loaded = self.load()?;
         if let Some(path) = adapter {
-            let adapter = LoRAAdapter::load(path, loaded.decoder.modules(), &Device::Cpu)
+            let adapter = LoRAAdapter::load(path, &loaded.decoder.config, &Device::Cpu)
                 .with_context(|| format!("cannot load the adapter {}", path.display()))?;
             loaded.decoder.apply_adapter(adapter)?;
         }

@@ -18,7 +18,7 @@ use std::time::Instant;
 pub(crate) struct Args {
     #[command(flatten)]
     model: ModelArgs,
-    /// A trained adapter (PEFT's format)
+    /// A trained adapter: a folder of PEFT's or mlx-lm's, or a GGUF file
     #[arg(long)]
     adapter_path: Option<PathBuf>,
     #[command(flatten)]

@@ -4,6 +4,7 @@ use crate::{DType, Device, io};
 use metal_candle_graph::{Shape, TensorType};
 use std::fmt;
 use std::panic::Location;
+use std::path::PathBuf;
 
 /// An error: its kind, and the line that made the mistake.
 pub struct Error {
@@ -96,6 +97,17 @@ pub enum ErrorKind {
     Sampling { name: &'static str, expected: &'static str, got: f64 },
     #[error("a stop string is empty: it would end every text before it begins")]
     EmptyStop,
+    #[error(
+        "{}: a GGUF file is made from a GGUF base: convert the folder with llama.cpp's \
+         convert_hf_to_gguf.py first, or leave --export-gguf out for a fused folder", path.display()
+    )]
+    FuseFolderToGguf { path: PathBuf },
+    #[error("weights are written as F32, F16 or BF16, not as {got}")]
+    FuseType { got: DType },
+    #[error("{weight} merged with the adapter holds {got}: is one of them damaged?")]
+    FusedNotFinite { weight: String, got: f32 },
+    #[error("{}: {file} lies here already: choose another folder", path.display())]
+    FuseOccupied { path: PathBuf, file: &'static str },
     #[error("a cache of {dims:?} values per layer cannot be addressed")]
     CacheSize { dims: Vec<usize> },
 }
@@ -153,7 +165,9 @@ impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &*self.kind {
             // Files are the matter here, not lines of code.
-            ErrorKind::Io(_) => write!(f, "{}", self.kind),
+            ErrorKind::Io(_)
+            | ErrorKind::FuseFolderToGguf { .. }
+            | ErrorKind::FuseOccupied { .. } => write!(f, "{}", self.kind),
             kind => write!(f, "{kind} (at {}:{})", self.location.file(), self.location.line()),
         }
     }

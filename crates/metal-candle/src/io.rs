@@ -7,7 +7,7 @@
 //! tokenizer ── text <-> ids, from tokenizer.json or from a GGUF's metadata
 //! chat ─────── messages -> text, by the model's own Jinja template
 //! data ─────── rows of JSONL or CSV -> token sequences -> padded batches
-//! peft ─────── LoRA adapters in PEFT's format
+//! adapter ──── LoRA adapters in any tool's format: peft, mlx, gguf::lora
 //! file ─────── reading, and writing without ever leaving half a file
 //! bytes ────── what a file holds, read or mapped
 //! ```
@@ -17,6 +17,7 @@
 //! length before anything is allocated, and whatever is wrong comes back as an [`Error`] that
 //! names the file and carries the values.
 
+pub mod adapter;
 pub mod bytes;
 pub mod chat;
 pub mod config;
@@ -25,9 +26,11 @@ mod error;
 pub mod file;
 pub mod gguf;
 pub mod hf;
+pub mod mlx;
 pub mod peft;
 pub mod tokenizer;
 
+pub use adapter::AdapterFormat;
 pub use bytes::Bytes;
 pub use chat::{ChatTemplate, Message};
 pub use config::{DecoderConfig, RopeLayout, RopeScaling};

@@ -3,6 +3,7 @@
 mod decoder;
 mod fingerprint;
 mod finite;
+pub mod fuse;
 mod load;
 
 pub use decoder::{CacheInput, Decoder, DecoderLayer, PackedInput};

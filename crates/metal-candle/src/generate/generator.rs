@@ -5,11 +5,12 @@ use super::{Generated, GeneratorConfig, KVCache, StreamToken, TokenStream};
 use crate::error::ErrorKind;
 use crate::io::tokenizer::Tokenizer;
 use crate::models::{CacheInput, Decoder};
-use crate::nn::ApplyAdapter;
+use crate::nn::{ApplyAdapter, LoRAAdapter};
 use crate::{Compiled, Device, LazyTensor, Result, compile};
 use std::sync::Arc;
 
-/// Generates text with a decoder and the adapter that is on it.
+/// Generates text with a decoder and the adapter that is on it. Another one is put on by
+/// [`ApplyAdapter`], from an [`AdapterRegistry`](crate::nn::AdapterRegistry) if there are several.
 ///
 /// A step's arguments are `[ids, position, last, k.., v..]` and its results `[logits of position
 /// last, k.., v..]`, the cache updated in place.
@@ -29,11 +30,17 @@ impl Generator {
     /// # Errors
     /// Never; the step is traced when it first runs.
     pub fn new(decoder: Arc<Decoder>, tokenizer: Arc<Tokenizer>) -> Result<Generator> {
-        let layers = decoder.config.num_layers;
-        let model = Arc::clone(&decoder);
-        let step = compile(move |args: &[LazyTensor]| trace_step(&model, args))
-            .donate((3..3 + 2 * layers).collect::<Vec<_>>());
+        let step = step(&decoder);
         Ok(Generator { decoder, tokenizer, step })
+    }
+
+    /// The same base, without a copy, with what `change` does to its adapter.
+    fn change<T>(&mut self, change: impl FnOnce(&mut Decoder) -> Result<T>) -> Result<T> {
+        let mut decoder = Decoder::clone(&self.decoder);
+        let changed = change(&mut decoder)?;
+        self.decoder = Arc::new(decoder);
+        self.step = step(&self.decoder);
+        Ok(changed)
     }
 
     /// Generates from a prompt, to which nothing is added: the caller applies the chat template.
@@ -111,6 +118,29 @@ impl Generator {
         }
         Ok(logits)
     }
+}
+
+/// Swaps adapters between generations; the base stays where it is.
+impl ApplyAdapter for Generator {
+    fn apply_adapter(&mut self, adapter: LoRAAdapter) -> Result<Option<LoRAAdapter>> {
+        self.change(|decoder| decoder.apply_adapter(adapter))
+    }
+
+    fn remove_adapter(&mut self) -> Option<LoRAAdapter> {
+        let removed = self.change(|decoder| Ok(decoder.remove_adapter()));
+        removed.expect("metal-candle bug: an adapter cannot be taken off")
+    }
+
+    fn adapter(&self) -> Option<&LoRAAdapter> {
+        self.decoder.adapter()
+    }
+}
+
+/// The compiled step of a decoder with its adapter; the cache is donated.
+fn step(decoder: &Arc<Decoder>) -> Compiled {
+    let model = Arc::clone(decoder);
+    compile(move |args: &[LazyTensor]| trace_step(&model, args))
+        .donate((3..3 + 2 * decoder.config.num_layers).collect::<Vec<_>>())
 }
 
 /// A step's arguments; keys and values are taken out of the cache.

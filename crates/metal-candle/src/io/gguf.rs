@@ -9,13 +9,16 @@
 
 mod decoder;
 mod header;
+pub mod lora;
 mod names;
 mod problem;
 mod rope;
 mod stored;
+mod write;
 
 use std::collections::HashMap;
 use std::fs::File;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use candle_core::Tensor;
@@ -26,6 +29,7 @@ use metal_candle_graph::{BlockFormat, DType};
 pub use self::names::{gguf_name, hf_name};
 pub use self::problem::Problem;
 pub use self::stored::StoredTensor;
+pub use self::write::GgufWriter;
 use super::bytes::{Bytes, MappedBytes};
 use super::{Error, Result};
 
@@ -59,6 +63,9 @@ pub struct GgufFile {
     path: PathBuf,
     map: MappedBytes,
     metadata: HashMap<String, Value>,
+    /// Where the metadata lie in the file, from its start.
+    metadata_bytes: Range<u64>,
+    alignment_bytes: u64,
     tensors: Vec<TensorInfo>,
     index: HashMap<String, usize>,
 }
@@ -80,7 +87,15 @@ impl GgufFile {
         let len = usize::try_from(len).map_err(too_long)?;
         let map = MappedBytes::map(&file, len).map_err(Error::file(&path))?;
         let index = header.tensors.iter().enumerate().map(|(i, t)| (t.name.clone(), i)).collect();
-        Ok(Self { path, map, metadata: header.metadata, tensors: header.tensors, index })
+        Ok(Self {
+            path,
+            map,
+            metadata: header.metadata,
+            metadata_bytes: header.metadata_bytes,
+            alignment_bytes: header.alignment_bytes,
+            tensors: header.tensors,
+            index,
+        })
     }
 
     /// Where the file is.
@@ -270,8 +285,16 @@ impl Encoding {
     }
 
     fn ggml(self) -> GgmlDType {
+        self.row().1
+    }
+
+    fn id(self) -> u32 {
+        self.row().0
+    }
+
+    fn row(self) -> (u32, GgmlDType, Encoding) {
         let row = Self::TABLE.iter().find(|(.., encoding)| *encoding == self);
-        row.expect("metal-candle bug: an encoding that no GGUF type id leads to").1
+        *row.expect("metal-candle bug: an encoding that no GGUF type id leads to")
     }
 }
 

@@ -6,17 +6,22 @@
 //! [`MappedBytes`](super::bytes::MappedBytes) for what must not happen to a mapped file.
 
 mod config;
+mod config_json;
 mod problem;
 mod rope;
 mod shard;
+mod write;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use metal_candle_graph::DType;
 use serde::Deserialize;
 
+pub(crate) use self::config_json::config_json;
 pub use self::problem::Problem;
 use self::shard::Shard;
+pub(crate) use self::write::SafetensorsWriter;
 use super::gguf::StoredTensor;
 use super::{DecoderConfig, Error, Result, file};
 
@@ -78,6 +83,14 @@ impl HfFolder {
     pub fn weight_shape(&self, name: &str) -> Result<(&Path, &[usize])> {
         let shard = self.shard(name)?;
         Ok((shard.path(), shard.shape(name)?))
+    }
+
+    /// The dtype of a weight, without reading it.
+    ///
+    /// # Errors
+    /// [`Problem::NoTensor`], [`Problem::DType`].
+    pub fn weight_dtype(&self, name: &str) -> Result<DType> {
+        self.shard(name)?.dtype(name)
     }
 
     /// One weight, where it lies in its file.

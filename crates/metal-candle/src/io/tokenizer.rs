@@ -117,6 +117,32 @@ impl Tokenizer {
         Ok(tokenizer)
     }
 
+    /// Writes `tokenizer.json` and `tokenizer_config.json` into a folder, each in one step.
+    ///
+    /// # Errors
+    /// [`Error::File`]; [`Problem::Library`].
+    pub fn save(&self, folder: impl AsRef<Path>) -> Result<()> {
+        let folder = folder.as_ref();
+        let json = self.inner.to_string(true).map_err(self.library())?;
+        file::write_atomic(&folder.join("tokenizer.json"), json.as_bytes())?;
+        let mut config = serde_json::Map::new();
+        config.insert("tokenizer_class".to_owned(), "PreTrainedTokenizerFast".into());
+        let SpecialIds { bos, eos, pad, unk, .. } = self.special;
+        for (key, id) in
+            [("bos_token", bos), ("eos_token", eos), ("pad_token", pad), ("unk_token", unk)]
+        {
+            if let Some(token) = id.and_then(|id| self.inner.id_to_token(id)) {
+                config.insert(key.to_owned(), token.into());
+            }
+        }
+        if let Some(template) = &self.chat_template {
+            config.insert("chat_template".to_owned(), template.source().into());
+        }
+        let config = serde_json::to_string_pretty(&config)
+            .expect("metal-candle bug: a JSON object cannot be printed");
+        file::write_atomic(&folder.join("tokenizer_config.json"), config.as_bytes())
+    }
+
     /// The ids of `text`. Special tokens spelled out in it are recognised; with `add_special` the
     /// ones that the model wants around every text (such as BOS) are added.
     ///

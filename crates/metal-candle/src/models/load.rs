@@ -102,7 +102,7 @@ fn gguf_decoder(file: &GgufFile, base: BaseWeights, device: &Device) -> Result<D
     Builder { source: WeightSource::Gguf(file), base, device }.decoder(config)
 }
 
-fn is_folder(path: &Path) -> Result<bool> {
+pub(super) fn is_folder(path: &Path) -> Result<bool> {
     if !path.exists() {
         return Err(io::Error::NoModel { path: path.to_owned() }.into());
     }

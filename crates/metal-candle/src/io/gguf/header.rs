@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::io::{BufReader, Read};
+use std::ops::Range;
 
 use candle_core::quantized::gguf_file::Value;
 
@@ -24,6 +25,9 @@ const DEFAULT_ALIGNMENT: u32 = 32;
 
 pub(super) struct Header {
     pub(super) metadata: HashMap<String, Value>,
+    /// Where they lie in the file.
+    pub(super) metadata_bytes: Range<u64>,
+    pub(super) alignment_bytes: u64,
     pub(super) tensors: Vec<TensorInfo>,
 }
 
@@ -41,14 +45,16 @@ pub(super) fn read(file: impl Read, len: u64) -> Result<Header> {
     let (tensor_count, key_count) = (reader.u64()?, reader.u64()?);
     let least = |count: u64, bytes: u64| count.saturating_mul(bytes);
     reader.expect(least(tensor_count, MIN_TENSOR).saturating_add(least(key_count, MIN_KEY)))?;
+    let start = reader.at;
     let metadata = read_metadata(&mut reader, key_count)?;
+    let metadata_bytes = start..reader.at;
     let mut tensors = read_tensors(&mut reader, tensor_count)?;
-    let alignment = alignment(&metadata)?;
-    let data_start = reader.at.next_multiple_of(alignment);
+    let alignment_bytes = alignment(&metadata)?;
+    let data_start = reader.at.next_multiple_of(alignment_bytes);
     for tensor in &mut tensors {
         place(tensor, data_start, len)?;
     }
-    Ok(Header { metadata, tensors })
+    Ok(Header { metadata, metadata_bytes, alignment_bytes, tensors })
 }
 
 /// A value in words, shortened: it goes into error messages.

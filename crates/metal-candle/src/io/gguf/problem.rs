@@ -50,6 +50,8 @@ pub enum Problem {
     ValueType { key: String, expected: &'static str, got: String },
     #[error("{rows} rows do not split into {heads} heads of an even width")]
     Heads { rows: usize, heads: usize },
+    #[error("no floats can be written as {encoding:?}")]
+    Quantise { encoding: Encoding },
     #[error("{encoding:?} of shape {shape:?}: expected {expected} bytes, got {got}")]
     StoredLength { encoding: Encoding, shape: Vec<usize>, expected: usize, got: usize },
     #[error("architecture {got:?}: expected one of {known:?}")]

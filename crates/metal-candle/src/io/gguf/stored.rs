@@ -35,6 +35,32 @@ impl StoredTensor {
             .map_err(|cause| Problem::Candle { cause })
     }
 
+    /// These elements as `encoding` spells them; blocks by Candle's quantisation.
+    ///
+    /// # Errors
+    /// [`Problem::SplitBlock`], [`Problem::StoredLength`], [`Problem::Candle`]; [`Problem::Quantise`]
+    /// for a dtype that is no float of 32 or 16 bits.
+    pub fn encode(
+        values: &[f32],
+        shape: &[usize],
+        encoding: Encoding,
+    ) -> std::result::Result<StoredTensor, Problem> {
+        let bytes: Vec<u8> = match encoding {
+            Encoding::Dense(DType::F32) => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
+            Encoding::Dense(DType::F16) => {
+                values.iter().flat_map(|x| f16::from_f32(*x).to_le_bytes()).collect()
+            }
+            Encoding::Dense(DType::BF16) => {
+                values.iter().flat_map(|x| bf16::from_f32(*x).to_le_bytes()).collect()
+            }
+            Encoding::Dense(_) => return Err(Problem::Quantise { encoding }),
+            Encoding::Blocks(_) => quantise(values, shape, encoding)?,
+        };
+        let stored = StoredTensor { encoding, shape: shape.to_vec(), bytes: bytes.into() };
+        stored.check_len()?;
+        Ok(stored)
+    }
+
     /// Dense floats, element by element, into the memory that the tensor then has.
     fn floats<const N: usize>(&self, read: impl Fn([u8; N]) -> f32) -> Vec<f32> {
         let (elements, _) = self.bytes.as_chunks::<N>();
@@ -59,22 +85,37 @@ impl StoredTensor {
     /// [`Problem::Heads`] unless the rows split into `heads` heads of an even width;
     /// [`Problem::StoredLength`].
     pub fn unpermute_rope_rows(&mut self, heads: usize) -> std::result::Result<(), Problem> {
+        self.move_rope_rows(heads, |row, half| (row % half) * 2 + row / half)
+    }
+
+    /// The inverse of [`Self::unpermute_rope_rows`]: Hugging Face's order to llama.cpp's.
+    ///
+    /// # Errors
+    /// As [`Self::unpermute_rope_rows`].
+    pub fn permute_rope_rows(&mut self, heads: usize) -> std::result::Result<(), Problem> {
+        self.move_rope_rows(heads, |row, half| (row % 2) * half + row / 2)
+    }
+
+    /// `source` says which row of a head comes to a place, from half the rows of a head.
+    fn move_rope_rows(
+        &mut self,
+        heads: usize,
+        source: impl Fn(usize, usize) -> usize,
+    ) -> std::result::Result<(), Problem> {
         self.check_len()?;
         let rows = self.shape.first().copied().unwrap_or(0);
         if heads == 0 || rows == 0 || !rows.is_multiple_of(2 * heads) {
             return Err(Problem::Heads { rows, heads });
         }
-        let row_bytes = self.bytes.len() / rows;
-        let head_bytes = rows / heads * row_bytes;
-        let mut unpermuted = Vec::with_capacity(self.bytes.len());
-        for head in self.bytes.chunks_exact(head_bytes) {
-            for side in 0..2 {
-                for pair in head.chunks_exact(2 * row_bytes) {
-                    unpermuted.extend_from_slice(&pair[side * row_bytes..][..row_bytes]);
-                }
+        let (row_bytes, head_rows) = (self.bytes.len() / rows, rows / heads);
+        let mut moved = Vec::with_capacity(self.bytes.len());
+        for head in self.bytes.chunks_exact(head_rows * row_bytes) {
+            for row in 0..head_rows {
+                let from = source(row, head_rows / 2) * row_bytes;
+                moved.extend_from_slice(&head[from..][..row_bytes]);
             }
         }
-        self.bytes = unpermuted.into();
+        self.bytes = moved.into();
         Ok(())
     }
 
@@ -91,4 +132,19 @@ impl StoredTensor {
         let (shape, got) = (self.shape.clone(), self.bytes.len());
         Err(Problem::StoredLength { encoding: self.encoding, shape, expected, got })
     }
+}
+
+fn quantise(
+    values: &[f32],
+    shape: &[usize],
+    encoding: Encoding,
+) -> std::result::Result<Vec<u8>, Problem> {
+    let row = shape.last().copied().unwrap_or(1);
+    if encoding.row_bytes(row).is_none() {
+        return Err(Problem::SplitBlock { tensor: format!("{encoding:?}"), row });
+    }
+    Tensor::from_slice(values, shape, &Device::Cpu)
+        .and_then(|tensor| QTensor::quantize(&tensor, encoding.ggml()))
+        .and_then(|quantised| Ok(quantised.data()?.into_owned()))
+        .map_err(|cause| Problem::Candle { cause })
 }
