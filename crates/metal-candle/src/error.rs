@@ -57,12 +57,6 @@ pub enum ErrorKind {
     /// Training data that cannot make a batch.
     #[error("training data: {0}")]
     Data(io::data::Problem),
-    /// A weight of the frozen model, as the file has it.
-    #[error(
-        "the loss is {loss} before anything was trained: {weight} of the base model holds a value \
-         that is not finite; get or convert the model's file anew"
-    )]
-    BaseNotFinite { weight: String, loss: f32 },
     #[error(
         "{skipped} updates in a row were skipped, because loss or gradients were not finite (first \
          in {culprit}): look at the rows, or take a lower learning rate"

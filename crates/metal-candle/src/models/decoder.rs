@@ -2,7 +2,7 @@
 
 use crate::error::ErrorKind;
 use crate::io::DecoderConfig;
-use crate::nn::{ApplyAdapter, Embedding, Linear, LoRAAdapter, RmsNorm, Rotary, Rotation, product};
+use crate::nn::{ApplyAdapter, Embedding, Linear, LoRAAdapter, RmsNorm, Rotary, Rotation, Weight};
 use crate::{Attention, CrossEntropy, LazyTensor, Result};
 
 /// One block: attention and a gated feed-forward, each after a norm and added to the residual.
@@ -45,7 +45,7 @@ pub struct Decoder {
     pub(crate) layers: Vec<DecoderLayer>,
     pub(crate) norm: RmsNorm,
     /// `[vocabulary, hidden]`; the embedding itself where they are tied.
-    pub(crate) output: LazyTensor,
+    pub(crate) output: Weight,
     pub(crate) rotary: Rotary,
     pub(crate) adapter: Option<LoRAAdapter>,
 }
@@ -143,7 +143,7 @@ impl Decoder {
     /// # Errors
     /// Where the last dim is not the hidden size.
     pub fn logits(&self, hidden: &LazyTensor) -> Result<LazyTensor> {
-        product(hidden, &self.output)
+        self.output.product(hidden)
     }
 
     /// The mean loss of the next token over the labels that count (not -100).
@@ -177,8 +177,7 @@ impl Decoder {
         let rows = ids.dims()[0] * ids.dims()[1];
         let hidden = hidden.reshape(&[rows, self.config.hidden_size])?;
         let labels = labels.reshape(&[rows])?;
-        let hidden = hidden.to_dtype(self.output.dtype())?;
-        hidden.linear_cross_entropy(&self.output, &labels, CrossEntropy::default())
+        self.output.cross_entropy(&hidden, &labels, CrossEntropy::default())
     }
 
     /// How every layer attends.

@@ -2,7 +2,7 @@
 
 use super::Decoder;
 use crate::error::ErrorKind;
-use crate::nn::{RmsNorm, Weight};
+use crate::nn::RmsNorm;
 use crate::{DType, LazyTensor, Result};
 
 impl Decoder {
@@ -11,7 +11,7 @@ impl Decoder {
     /// # Errors
     /// [`ErrorKind::WeightNotFinite`] with the name of the first that has a NaN or an infinity.
     pub fn check_weights(&self) -> Result<()> {
-        check("model.embed_tokens", "weight", &self.embed.weight)?;
+        check("model.embed_tokens", "weight", &self.embed.weight.to_f32()?)?;
         for (i, layer) in self.layers.iter().enumerate() {
             let norms: [(&str, Option<&RmsNorm>); 4] = [
                 ("input_layernorm", Some(&layer.input_norm)),
@@ -25,20 +25,14 @@ impl Decoder {
                 }
             }
             for linear in layer.linears() {
-                let weight = match &linear.weight {
-                    Weight::Dense(weight) => weight.clone(),
-                    Weight::Quantised { blocks, format, rows, cols } => {
-                        blocks.dequantize(*format, *rows, *cols)?
-                    }
-                };
-                check(&linear.name, "weight", &weight)?;
+                check(&linear.name, "weight", &linear.weight.to_f32()?)?;
                 if let Some(bias) = &linear.bias {
                     check(&linear.name, "bias", bias)?;
                 }
             }
         }
         check("model.norm", "weight", &self.norm.weight)?;
-        check("lm_head", "weight", &self.output)
+        check("lm_head", "weight", &self.output.to_f32()?)
     }
 }
 

@@ -19,7 +19,7 @@ use std::path::Path;
 /// branch and the loss, all is f32.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum BaseWeights {
-    /// Quantised blocks stay quantised, but for the embedding; floats of any width are f32.
+    /// Quantised blocks stay quantised; floats of any width are f32.
     #[default]
     AsStored,
     /// As f32.
@@ -118,10 +118,10 @@ struct Builder<'a> {
 impl Builder<'_> {
     fn decoder(&self, config: DecoderConfig) -> Result<Decoder> {
         let table = [config.vocab_size, config.hidden_size];
-        let embed = self.matrix("model.embed_tokens.weight", &table)?;
+        let embed = self.matrix("model.embed_tokens.weight", table)?;
         let output = match config.tie_word_embeddings {
             true => embed.clone(),
-            false => self.matrix("lm_head.weight", &table)?,
+            false => self.matrix("lm_head.weight", table)?,
         };
         let layers = (0..config.num_layers).map(|i| self.layer(i, &config));
         let layers = layers.collect::<Result<Vec<_>>>()?;
@@ -177,15 +177,7 @@ impl Builder<'_> {
 
     fn linear(&self, module: String, dims: [usize; 2], bias: bool) -> Result<Linear> {
         let name = format!("{module}.weight");
-        let stored = self.source.read(&name, &dims)?;
-        let weight = match (stored.encoding, self.base) {
-            (Encoding::Blocks(format), BaseWeights::AsStored) => {
-                let ([rows, cols], len) = (dims, stored.bytes.len());
-                let blocks = LazyTensor::from_bytes(stored.bytes, DType::U8, &[len], self.device)?;
-                Weight::Quantised { blocks, format, rows, cols }
-            }
-            _ => Weight::Dense(self.dense(&name, stored, self.base.dtype())?),
-        };
+        let weight = self.matrix(&name, dims)?;
         let bias = match bias {
             true => Some(self.float(&format!("{module}.bias"), &dims[..1])?),
             false => None,
@@ -197,8 +189,16 @@ impl Builder<'_> {
         self.dense(name, self.source.read(name, dims)?, DType::F32)
     }
 
-    fn matrix(&self, name: &str, dims: &[usize]) -> Result<LazyTensor> {
-        self.dense(name, self.source.read(name, dims)?, self.base.dtype())
+    fn matrix(&self, name: &str, dims: [usize; 2]) -> Result<Weight> {
+        let stored = self.source.read(name, &dims)?;
+        match (stored.encoding, self.base) {
+            (Encoding::Blocks(format), BaseWeights::AsStored) => {
+                let ([rows, cols], len) = (dims, stored.bytes.len());
+                let blocks = LazyTensor::from_bytes(stored.bytes, DType::U8, &[len], self.device)?;
+                Ok(Weight::Quantised { blocks, format, rows, cols })
+            }
+            _ => Ok(Weight::Dense(self.dense(name, stored, self.base.dtype())?)),
+        }
     }
 
     fn dense(&self, name: &str, stored: StoredTensor, dtype: DType) -> Result<LazyTensor> {

@@ -1,40 +1,11 @@
 //! The layers of a decoder.
 
-use super::LoRALayer;
+use super::{LoRALayer, Weight};
 use super::rope::{attention_factor, inverse_frequencies};
 use crate::io::RopeScaling;
-use crate::{DType, LazyTensor, Result};
-use metal_candle_graph::BlockFormat;
+use crate::{LazyTensor, Result};
 use metal_candle_graph::composite::RopeLayout;
 use std::sync::{Arc, OnceLock};
-
-/// The matrix of a linear layer, `[out, in]`.
-#[derive(Clone, Debug)]
-pub enum Weight {
-    /// A float tensor `[out, in]`.
-    Dense(LazyTensor),
-    /// GGUF blocks, row by row: stays quantised, is dequantised tile by tile inside the product.
-    Quantised {
-        /// The blocks, `u8[bytes]`.
-        blocks: LazyTensor,
-        /// How a block is laid out.
-        format: BlockFormat,
-        /// Output features.
-        rows: usize,
-        /// Input features.
-        cols: usize,
-    },
-}
-
-impl Weight {
-    /// `[out, in]`
-    pub fn dims(&self) -> [usize; 2] {
-        match self {
-            Weight::Dense(w) => [w.dims()[0], w.dims()[1]],
-            Weight::Quantised { rows, cols, .. } => [*rows, *cols],
-        }
-    }
-}
 
 /// `y = x Wᵀ + b`, with room for a LoRA branch.
 #[derive(Clone, Debug)]
@@ -56,12 +27,7 @@ impl Linear {
     /// # Errors
     /// Where the last dim of x is not the layer's input size.
     pub fn forward(&self, x: &LazyTensor, lora: Option<&LoRALayer>) -> Result<LazyTensor> {
-        let base = match &self.weight {
-            Weight::Dense(w) => product(x, w)?,
-            Weight::Quantised { blocks, format, rows, cols } => {
-                x.quant_matmul(blocks, *format, *rows, *cols)?
-            }
-        };
+        let base = self.weight.product(x)?;
         let adapted = match lora {
             Some(lora) => base.add(&lora.branch(x)?)?,
             None => base,
@@ -73,20 +39,11 @@ impl Linear {
     }
 }
 
-/// `x Wᵀ` in the dtype of the weight, `[out, in]`: x is rounded to it, and so is the result, which then
-/// comes back in x's own.
-///
-/// # Errors
-/// Where the last dim of x is not the input size.
-pub(crate) fn product(x: &LazyTensor, weight: &LazyTensor) -> Result<LazyTensor> {
-    x.to_dtype(weight.dtype())?.matmul(&weight.t()?)?.to_dtype(x.dtype())
-}
-
 /// A table of token vectors.
 #[derive(Clone, Debug)]
 pub struct Embedding {
     /// `[vocabulary, hidden]`
-    pub weight: LazyTensor,
+    pub weight: Weight,
 }
 
 impl Embedding {
@@ -96,7 +53,7 @@ impl Embedding {
     /// # Errors
     /// Where an id is no row of the table (when it runs).
     pub fn forward(&self, ids: &LazyTensor) -> Result<LazyTensor> {
-        self.weight.embedding(ids)?.to_dtype(DType::F32)
+        self.weight.rows(ids)
     }
 }
 

@@ -150,12 +150,8 @@ impl Trainer {
                 (progress.iteration, metrics.loss, metrics.gradient_norm);
             skipped = if metrics.applied { 0 } else { skipped + 1 };
             if skipped > 0 {
-                if self.step.updates() == 0 {
-                    // No step was ever good: a damaged model would make none of them so.
-                    self.decoder.check_weights()?;
-                }
                 let culprit = self.step.diagnose(&micro)?;
-                self.give_up(skipped, loss, culprit.as_deref())?;
+                self.give_up(skipped, culprit.as_deref())?;
                 report(Report::Skipped { step, loss, gradient_norm, culprit });
             }
             window.add(&micro, loss);
@@ -200,12 +196,10 @@ impl Trainer {
     }
 
     /// An error where going on is in vain: where the base itself is broken, or nothing is learnt any more.
-    fn give_up(&self, skipped: usize, loss: f32, culprit: Option<&str>) -> Result<()> {
-        if self.step.updates() == 0
-            && skipped == 1
-            && let Some(weight) = self.decoder.first_not_finite()?
-        {
-            return Err(ErrorKind::BaseNotFinite { weight, loss }.into());
+    fn give_up(&self, skipped: usize, culprit: Option<&str>) -> Result<()> {
+        if self.step.updates() == 0 && skipped == 1 {
+            // No step was ever good: a damaged model would make none of them so.
+            self.decoder.check_weights()?;
         }
         if skipped < SKIPPED_MOST {
             return Ok(());
