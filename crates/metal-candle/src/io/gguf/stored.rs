@@ -6,6 +6,10 @@ use candle_core::quantized::{QStorage, QTensor};
 use candle_core::{Device, Tensor};
 use half::{bf16, f16};
 use metal_candle_graph::DType;
+use std::borrow::Cow;
+
+/// More than any block wants, and no more than what the allocator gives.
+const BLOCK_ALIGN_BYTES: usize = 8;
 
 /// A tensor's bytes as they lie in the file.
 #[derive(Clone, Debug, PartialEq)]
@@ -69,7 +73,12 @@ impl StoredTensor {
 
     fn by_candle(&self) -> std::result::Result<Tensor, Problem> {
         let device = Device::Cpu;
-        QStorage::from_data(self.bytes[..].into(), &device, self.encoding.ggml())
+        // Candle asserts that blocks are aligned; a file may have put them anywhere.
+        let bytes = match self.bytes.as_ptr().addr().is_multiple_of(BLOCK_ALIGN_BYTES) {
+            true => Cow::Borrowed(&self.bytes[..]),
+            false => Cow::Owned(self.bytes.to_vec()),
+        };
+        QStorage::from_data(bytes, &device, self.encoding.ggml())
             .and_then(|storage| QTensor::new(storage, self.shape.as_slice()))
             .and_then(|tensor| tensor.dequantize(&device))
             .map_err(|cause| Problem::Candle { cause })
