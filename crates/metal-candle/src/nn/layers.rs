@@ -1,7 +1,7 @@
 //! The layers of a decoder.
 
-use super::{LoRALayer, Weight};
 use super::rope::{attention_factor, inverse_frequencies};
+use super::{LoRALayer, Weight};
 use crate::io::RopeScaling;
 use crate::{LazyTensor, Result};
 use metal_candle_graph::composite::RopeLayout;

@@ -169,7 +169,11 @@ fn floats(file: &GgufFile, stored: &StoredTensor) -> Result<Vec<f32>> {
 
 fn dense(shape: &[usize], values: &[f32]) -> StoredTensor {
     let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-    StoredTensor { encoding: Encoding::Dense(DType::F32), shape: shape.to_vec(), bytes: bytes.into() }
+    StoredTensor {
+        encoding: Encoding::Dense(DType::F32),
+        shape: shape.to_vec(),
+        bytes: bytes.into(),
+    }
 }
 
 /// The alpha of all modules: rank times scale.

@@ -21,8 +21,9 @@ pub(super) struct Rounded {
 pub(super) struct RoundedPart {
     q: [i8; LEN],
     scale: f32,
-    /// `Σ q · scale` of each half.
+    /// `Σ q · scale`, of each half and of both.
     sums: [f32; 2],
+    sum: f32,
 }
 
 /// `*y = Σ row · x`
@@ -71,45 +72,54 @@ impl RoundedPart {
         let mut q = [0; LEN];
         round(x, by, &mut q);
         let sum = |q: &[i8]| q.iter().map(|q| i32::from(*q)).sum::<i32>() as f32 * scale;
-        RoundedPart { q, scale, sums: [sum(&q[..LEN / 2]), sum(&q[LEN / 2..])] }
+        let sums = [sum(&q[..LEN / 2]), sum(&q[LEN / 2..])];
+        RoundedPart { q, scale, sums, sum: sum(&q) }
     }
 }
 
 /// Running sums. They are kept in lanes, the same number on every machine: their order is part of the value.
-#[derive(Clone, Copy, Default)]
-struct Sums {
-    products: [f32; LEN / 4],
+struct Sums<I: Isa> {
+    products: I::Sums,
     shifts: f32,
 }
 
-impl Sums {
+impl<I: Isa> Sums<I> {
+    #[inline(always)]
+    fn zero() -> Sums<I> {
+        Sums { products: I::sums([0.0; LEN / 4]), shifts: 0.0 }
+    }
+
     /// Adds part `index` of a row.
     #[inline(always)]
-    fn add<F: Format, I: Isa>(&mut self, row: &[u8], index: usize, x: &RoundedPart) {
+    fn add<F: Format>(&mut self, row: &[u8], index: usize, x: &RoundedPart) {
         let at = index / F::PARTS * F::BLOCK_BYTES;
         let part = F::part::<I>(&row[at..at + F::BLOCK_BYTES], index % F::PARTS);
-        let products = I::products(&part.q, &x.q);
         let scale = part.scale.map(|scale| scale * x.scale);
-        for (i, sum) in self.products.iter_mut().enumerate() {
-            *sum += scale[i / 4] * products[i] as f32;
-        }
-        self.shifts += part.shift[0] * x.sums[0] + part.shift[1] * x.sums[1];
+        self.products = I::add(self.products, scale, &part.q, &x.q);
+        self.shifts += if F::HALVES {
+            part.shift[0] * x.sums[0] + part.shift[1] * x.sums[1]
+        } else {
+            part.shift[0] * x.sum
+        };
     }
 }
 
 #[inline(always)]
 unsafe fn dot_body<F: Format, I: Isa>(row: &[u8], x: &[RoundedPart], y: &mut f32) {
     // Two chains of additions, neither of which waits for the other.
-    let (mut even, mut odd) = (Sums::default(), Sums::default());
+    let (mut even, mut odd) = (Sums::<I>::zero(), Sums::<I>::zero());
     let (pairs, last) = x.as_chunks::<2>();
     for (i, [first, second]) in pairs.iter().enumerate() {
-        even.add::<F, I>(row, 2 * i, first);
-        odd.add::<F, I>(row, 2 * i + 1, second);
+        even.add::<F>(row, 2 * i, first);
+        odd.add::<F>(row, 2 * i + 1, second);
     }
     if let [last] = last {
-        even.add::<F, I>(row, 2 * pairs.len(), last);
+        even.add::<F>(row, 2 * pairs.len(), last);
     }
-    let mut sums: [f32; LEN / 4] = std::array::from_fn(|i| even.products[i] + odd.products[i]);
+    let (mut sums, odd_sums) = (I::array(even.products), I::array(odd.products));
+    for (sum, odd) in sums.iter_mut().zip(odd_sums) {
+        *sum += odd;
+    }
     let mut half = sums.len() / 2;
     while half > 0 {
         for i in 0..half {

@@ -30,6 +30,8 @@ pub(super) trait Format {
     const BLOCK_BYTES: usize;
     /// Parts of a block.
     const PARTS: usize;
+    /// Whether the halves of a part differ in scale and shift.
+    const HALVES: bool = false;
     fn part<I: Isa>(block: &[u8], index: usize) -> Part;
 }
 
@@ -144,6 +146,7 @@ impl Format for Q5K {
 impl Format for Q6K {
     const BLOCK_BYTES: usize = 210;
     const PARTS: usize = 8;
+    const HALVES: bool = true;
     #[inline(always)]
     fn part<I: Isa>(block: &[u8], index: usize) -> Part {
         // Two halves of a block, each of four parts: the low nibbles of 64 bytes, then the high ones.

@@ -5,10 +5,16 @@ use super::format::LEN;
 /// # Safety
 /// The methods may be called where the processor has the instruction set, from a function compiled for it.
 pub(super) unsafe trait Isa {
+    /// Sums of f32, one for every four elements of a part. Spelled out, for compilers that see the arrays mix them with the
+    /// scalars around them.
+    type Sums: Copy;
+
     /// The value of an f16.
     fn half(bits: u16) -> f32;
-    /// `Σ q x` of every four consecutive elements.
-    fn products(q: &[u8; LEN], x: &[i8; LEN]) -> [i32; LEN / 4];
+    fn sums(from: [f32; LEN / 4]) -> Self::Sums;
+    fn array(sums: Self::Sums) -> [f32; LEN / 4];
+    /// `sums + scale · Σ q x` of every four consecutive elements, with a scale for each half.
+    fn add(sums: Self::Sums, scale: [f32; 2], q: &[u8; LEN], x: &[i8; LEN]) -> Self::Sums;
 }
 
 /// Any processor.
@@ -16,13 +22,26 @@ pub(super) struct Portable;
 
 // SAFETY: no instruction set is needed.
 unsafe impl Isa for Portable {
+    type Sums = [f32; LEN / 4];
+
     #[inline(always)]
     fn half(bits: u16) -> f32 {
         half::f16::from_bits(bits).to_f32_const()
     }
     #[inline(always)]
-    fn products(q: &[u8; LEN], x: &[i8; LEN]) -> [i32; LEN / 4] {
-        std::array::from_fn(|i| (4 * i..4 * i + 4).map(|j| i32::from(q[j]) * i32::from(x[j])).sum())
+    fn sums(from: [f32; LEN / 4]) -> Self::Sums {
+        from
+    }
+    #[inline(always)]
+    fn array(sums: Self::Sums) -> [f32; LEN / 4] {
+        sums
+    }
+    #[inline(always)]
+    fn add(sums: Self::Sums, scale: [f32; 2], q: &[u8; LEN], x: &[i8; LEN]) -> Self::Sums {
+        std::array::from_fn(|i| {
+            let products = (4 * i..4 * i + 4).map(|j| i32::from(q[j]) * i32::from(x[j]));
+            sums[i] + scale[i / 4] * products.sum::<i32>() as f32
+        })
     }
 }
 
@@ -42,14 +61,50 @@ pub(super) mod x86 {
         unsafe { _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(bits)))) }
     }
 
+    /// `sums + scale · products`, rounded twice, as everywhere.
+    ///
+    /// # Safety
+    /// The processor has AVX2.
+    #[inline(always)]
+    unsafe fn add_scaled(sums: __m256, scale: [f32; 2], products: __m256i) -> __m256 {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let scale = if scale[0].to_bits() == scale[1].to_bits() {
+                _mm256_set1_ps(scale[0])
+            } else {
+                _mm256_set_m128(_mm_set1_ps(scale[1]), _mm_set1_ps(scale[0]))
+            };
+            _mm256_add_ps(sums, _mm256_mul_ps(scale, _mm256_cvtepi32_ps(products)))
+        }
+    }
+
+    macro_rules! sums {
+        () => {
+            type Sums = __m256;
+
+            #[inline(always)]
+            fn half(bits: u16) -> f32 {
+                half(bits)
+            }
+            #[inline(always)]
+            fn sums(from: [f32; LEN / 4]) -> __m256 {
+                // SAFETY: both are eight f32.
+                unsafe { std::mem::transmute(from) }
+            }
+            #[inline(always)]
+            fn array(sums: __m256) -> [f32; LEN / 4] {
+                // SAFETY: both are eight f32.
+                unsafe { std::mem::transmute(sums) }
+            }
+        };
+    }
+
     // SAFETY: of AVX2 and F16C.
     unsafe impl Isa for Avx2 {
+        sums!();
+
         #[inline(always)]
-        fn half(bits: u16) -> f32 {
-            half(bits)
-        }
-        #[inline(always)]
-        fn products(q: &[u8; LEN], x: &[i8; LEN]) -> [i32; LEN / 4] {
+        fn add(sums: __m256, scale: [f32; 2], q: &[u8; LEN], x: &[i8; LEN]) -> __m256 {
             // SAFETY: 32 bytes each, and the processor has AVX2. Widened first: pairs of products of eight bits
             // overflow sixteen.
             unsafe {
@@ -64,25 +119,23 @@ pub(super) mod x86 {
                     _mm256_cvtepi8_epi16(_mm256_extracti128_si256::<1>(x)),
                 );
                 // Neighbours are added within halves of a vector, whose middle quarters then change places.
-                let sums = _mm256_hadd_epi32(low, high);
-                std::mem::transmute(_mm256_permute4x64_epi64::<0b11_01_10_00>(sums))
+                let products = _mm256_hadd_epi32(low, high);
+                add_scaled(sums, scale, _mm256_permute4x64_epi64::<0b11_01_10_00>(products))
             }
         }
     }
 
     // SAFETY: of AVX-512 VNNI and VL, AVX2 and F16C.
     unsafe impl Isa for Vnni {
+        sums!();
+
         #[inline(always)]
-        fn half(bits: u16) -> f32 {
-            half(bits)
-        }
-        #[inline(always)]
-        fn products(q: &[u8; LEN], x: &[i8; LEN]) -> [i32; LEN / 4] {
+        fn add(sums: __m256, scale: [f32; 2], q: &[u8; LEN], x: &[i8; LEN]) -> __m256 {
             // SAFETY: 32 bytes each, and the processor has the instructions.
             unsafe {
                 let (q, x) =
                     (_mm256_loadu_si256(q.as_ptr().cast()), _mm256_loadu_si256(x.as_ptr().cast()));
-                std::mem::transmute(_mm256_dpbusd_epi32(_mm256_setzero_si256(), q, x))
+                add_scaled(sums, scale, _mm256_dpbusd_epi32(_mm256_setzero_si256(), q, x))
             }
         }
     }
