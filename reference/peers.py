@@ -12,6 +12,7 @@ what the adapter changes, in parts of the largest change: it is what the adapter
 base is computed otherwise (llama.cpp rounds activations to 8 bits before a product with 4-bit weights).
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -43,12 +44,25 @@ def make(gguf, folder):
     model.save_pretrained(folder / "theirs")
 
 
+def save_base(model, folder):
+    """The base as a folder for mlx-lm: transformers itself saves no model that came from a GGUF."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(exist_ok=True)
+    weights = {k: v.contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads(model.config.to_json_string())
+    config.pop("quantization_config", None)
+    config["rope_theta"] = config["rope_parameters"]["rope_theta"]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def peft_logits(gguf, folder):
-    """PEFT's, and the base as a folder for mlx-lm."""
+    """PEFT's, and the base as a folder."""
     from peft import PeftModel
 
     base = base_model(gguf)
-    base.save_pretrained(folder / "base")
+    save_base(base, folder / "base")
     ids = torch.tensor([IDS])
     with torch.no_grad():
         yield "base", base(ids).logits[0].numpy()
