@@ -132,7 +132,11 @@ macro_rules! itself {
             const ZERO: $ty = 0.0;
             #[inline(always)]
             fn along(from: &[$ty], to: &mut [$ty; TILE]) {
-                to[..from.len()].copy_from_slice(from);
+                // Of a length that is known, a copy is an instruction or two, else a call.
+                match <&[$ty; TILE]>::try_from(from) {
+                    Ok(whole) => *to = *whole,
+                    Err(_) => to[..from.len()].copy_from_slice(from),
+                }
             }
             #[inline(always)]
             fn across([from, _]: [&[$ty]; MAX_STEPS], to: &mut [$ty]) {
@@ -231,14 +235,12 @@ macro_rules! pairs {
             const ZERO: u32 = 0;
             #[inline(always)]
             fn along(from: &[$ty], to: &mut [u32; TILE]) {
-                let pairs = from.chunks_exact(2);
-                let odd = pairs.remainder();
-                let whole = pairs.len();
-                for (to, pair) in to.iter_mut().zip(pairs) {
-                    *to = pair[0].to_bf16() | pair[1].to_bf16() << 16;
+                let (pairs, odd) = from.as_chunks::<2>();
+                for (to, [x, y]) in to.iter_mut().zip(pairs) {
+                    *to = x.to_bf16() | y.to_bf16() << 16;
                 }
                 if let [last] = odd {
-                    to[whole] = last.to_bf16();
+                    to[pairs.len()] = last.to_bf16();
                 }
             }
             #[inline(always)]
