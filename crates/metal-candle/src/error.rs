@@ -42,6 +42,8 @@ pub enum ErrorKind {
          return what you want to see"
     )]
     ArgumentValue { index: u32 },
+    #[error("a placeholder of {ty} has no value: what is recorded on it can only be planned")]
+    PlaceholderValue { ty: TensorType },
     #[error("the compiled function was given {got} arguments, but donates argument {donated}")]
     DonatedArgument { donated: usize, got: usize },
     /// An adapter's configuration that does not fit the model.

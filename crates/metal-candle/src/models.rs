@@ -3,5 +3,5 @@
 mod decoder;
 mod load;
 
-pub use decoder::{CacheInput, Decoder, DecoderLayer};
-pub use load::{BaseWeights, LoadedModel, load, load_decoder, load_gguf};
+pub use decoder::{CacheInput, Decoder, DecoderLayer, PaddedRows};
+pub use load::{BaseWeights, LoadedModel, load, load_decoder, load_gguf, load_outline};

@@ -13,6 +13,7 @@ mod shard;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use metal_candle_graph::DType;
 use serde::Deserialize;
 
 pub use self::problem::Problem;
@@ -78,6 +79,22 @@ impl HfFolder {
     pub fn weight_shape(&self, name: &str) -> Result<(&Path, &[usize])> {
         let shard = self.shard(name)?;
         Ok((shard.path(), shard.shape(name)?))
+    }
+
+    /// How a weight's elements are stored.
+    ///
+    /// # Errors
+    /// [`Problem::NoTensor`], [`Problem::DType`].
+    pub fn weight_dtype(&self, name: &str) -> Result<DType> {
+        self.shard(name)?.dtype(name)
+    }
+
+    /// What a weight takes in its file.
+    ///
+    /// # Errors
+    /// [`Problem::NoTensor`].
+    pub fn weight_len_bytes(&self, name: &str) -> Result<usize> {
+        self.shard(name)?.len_bytes(name)
     }
 
     /// One weight; nothing else is read.

@@ -4,11 +4,11 @@ mod source;
 
 use self::source::WeightSource;
 use super::{Decoder, DecoderLayer};
-use crate::io::gguf::{Encoding, GgufFile, StoredTensor};
+use crate::io::gguf::{Encoding, GgufFile};
 use crate::io::tokenizer::Tokenizer;
 use crate::io::{self, DecoderConfig, HfFolder};
 use crate::nn::{Embedding, Linear, RmsNorm, Rotary, Weight};
-use crate::{Device, LazyTensor, Result};
+use crate::{DType, Device, LazyTensor, Result};
 use std::path::Path;
 
 /// How the frozen weights of the linear layers are held.
@@ -54,9 +54,28 @@ pub fn load_decoder(path: &Path, base: BaseWeights, device: &Device) -> Result<D
     if is_folder(path)? {
         let folder = HfFolder::open(path)?;
         let config = folder.config().clone();
-        return Builder { source: WeightSource::Folder(&folder), base, device }.decoder(config);
+        let source = WeightSource::Folder(&folder);
+        return Builder { source, read: Read::Weights, base, device }.decoder(config);
     }
     gguf_decoder(&GgufFile::open(path)?, base, device)
+}
+
+/// The decoder with a [placeholder](LazyTensor::placeholder) for every weight, to be planned: only
+/// `config.json` and the headers of the weights are read, or the header of the GGUF file.
+///
+/// # Errors
+/// As [`load`], but for what lies in the weights.
+pub fn load_outline(path: &Path, base: BaseWeights, device: &Device) -> Result<Decoder> {
+    let read = Read::Headers;
+    if is_folder(path)? {
+        let folder = HfFolder::open(path)?;
+        let config = folder.config().clone();
+        return Builder { source: WeightSource::Folder(&folder), read, base, device }
+            .decoder(config);
+    }
+    let file = GgufFile::open(path)?;
+    let config = file.decoder_config()?;
+    Builder { source: WeightSource::Gguf(&file), read, base, device }.decoder(config)
 }
 
 /// Loads a decoder, its tokenizer and its chat template from a GGUF file.
@@ -74,7 +93,7 @@ pub fn load_gguf(path: &Path, base: BaseWeights, device: &Device) -> Result<Load
 
 fn gguf_decoder(file: &GgufFile, base: BaseWeights, device: &Device) -> Result<Decoder> {
     let config = file.decoder_config()?;
-    Builder { source: WeightSource::Gguf(file), base, device }.decoder(config)
+    Builder { source: WeightSource::Gguf(file), read: Read::Weights, base, device }.decoder(config)
 }
 
 fn is_folder(path: &Path) -> Result<bool> {
@@ -84,8 +103,16 @@ fn is_folder(path: &Path) -> Result<bool> {
     Ok(path.is_dir())
 }
 
+/// How much of the files is read.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Read {
+    Weights,
+    Headers,
+}
+
 struct Builder<'a> {
     source: WeightSource<'a>,
+    read: Read,
     base: BaseWeights,
     device: &'a Device,
 }
@@ -100,19 +127,12 @@ impl Builder<'_> {
         };
         let layers = (0..config.num_layers).map(|i| self.layer(i, &config));
         let layers = layers.collect::<Result<Vec<_>>>()?;
-        let rotary = Rotary::new(
-            config.head_dim,
-            config.rope_theta,
-            &config.rope_scaling,
-            config.max_position_embeddings,
-            config.rope_layout,
-        )?;
         Ok(Decoder {
             embed: Embedding { weight: embed },
             layers,
             norm: self.norm("model.norm", config.hidden_size, &config)?,
             output,
-            rotary,
+            rotary: self.rotary(&config)?,
             adapter: None,
             config,
         })
@@ -152,14 +172,13 @@ impl Builder<'_> {
 
     fn linear(&self, module: String, dims: [usize; 2], bias: bool) -> Result<Linear> {
         let name = format!("{module}.weight");
-        let stored = self.source.read(&name, &dims)?;
-        let weight = match (stored.encoding, self.base) {
+        let weight = match (self.source.encoding(&name)?, self.base) {
             (Encoding::Blocks(format), BaseWeights::AsStored) => {
-                let ([rows, cols], len) = (dims, stored.bytes.len());
-                let blocks = LazyTensor::from_vec(stored.bytes, &[len], self.device)?;
+                let blocks = self.blocks(&name, &dims)?;
+                let [rows, cols] = dims;
                 Weight::Quantised { blocks, format, rows, cols }
             }
-            _ => Weight::Dense(self.dequantise(&name, &stored)?),
+            _ => Weight::Dense(self.float(&name, &dims)?),
         };
         let bias = match bias {
             true => Some(self.float(&format!("{module}.bias"), &dims[..1])?),
@@ -168,11 +187,44 @@ impl Builder<'_> {
         Ok(Linear { name: module, weight, bias })
     }
 
-    fn float(&self, name: &str, dims: &[usize]) -> Result<LazyTensor> {
-        self.dequantise(name, &self.source.read(name, dims)?)
+    fn rotary(&self, c: &DecoderConfig) -> Result<Rotary> {
+        let positions = c.max_position_embeddings;
+        match self.read {
+            Read::Weights => {
+                let (theta, scaling) = (c.rope_theta, &c.rope_scaling);
+                Rotary::new(c.head_dim, theta, scaling, positions, c.rope_layout)
+            }
+            Read::Headers => Rotary::placeholder(c.head_dim, positions, c.rope_layout),
+        }
     }
 
-    fn dequantise(&self, name: &str, stored: &StoredTensor) -> Result<LazyTensor> {
-        LazyTensor::from_tensor(&self.source.dequantise(name, stored)?)
+    /// As f32.
+    fn float(&self, name: &str, dims: &[usize]) -> Result<LazyTensor> {
+        self.source.check(name, dims)?;
+        let weight = match self.read {
+            Read::Weights => {
+                let stored = self.source.read(name)?;
+                LazyTensor::from_tensor(&self.source.dequantise(name, &stored)?)?
+            }
+            Read::Headers => LazyTensor::placeholder(dims, DType::F32, self.device)?,
+        };
+        Ok(weight.named(name))
+    }
+
+    /// As stored.
+    fn blocks(&self, name: &str, dims: &[usize]) -> Result<LazyTensor> {
+        self.source.check(name, dims)?;
+        let blocks = match self.read {
+            Read::Weights => {
+                let bytes = self.source.read(name)?.bytes;
+                let len = bytes.len();
+                LazyTensor::from_vec(bytes, &[len], self.device)?
+            }
+            Read::Headers => {
+                let len = self.source.len_bytes(name)?;
+                LazyTensor::placeholder(&[len], DType::U8, self.device)?
+            }
+        };
+        Ok(blocks.named(name))
     }
 }

@@ -3,7 +3,7 @@
 use super::LoRALayer;
 use super::rope::{attention_factor, inverse_frequencies};
 use crate::io::RopeScaling;
-use crate::{LazyTensor, Result};
+use crate::{DType, LazyTensor, Result};
 use metal_candle_graph::BlockFormat;
 use metal_candle_graph::composite::RopeLayout;
 
@@ -138,7 +138,18 @@ impl Rotary {
             let values: Vec<f32> = (0..positions * half).map(value).collect();
             LazyTensor::from_vec(values, &[positions, half], &crate::Device::Cpu)
         };
-        Ok(Rotary { cos: table(f64::cos)?, sin: table(f64::sin)?, layout })
+        let (cos, sin) = (table(f64::cos)?.named("rope.cos"), table(f64::sin)?.named("rope.sin"));
+        Ok(Rotary { cos, sin, layout })
+    }
+
+    /// Tables of these shapes without values.
+    ///
+    /// # Errors
+    /// Where they cannot be addressed.
+    pub fn placeholder(head_dim: usize, positions: usize, layout: RopeLayout) -> Result<Rotary> {
+        let dims = [positions, head_dim / 2];
+        let table = || LazyTensor::placeholder(&dims, DType::F32, &crate::Device::Cpu);
+        Ok(Rotary { cos: table()?.named("rope.cos"), sin: table()?.named("rope.sin"), layout })
     }
 
     /// The rows for `t` positions from `start` (a run-time `i64[]`), or from 0.
@@ -153,6 +164,19 @@ impl Rotary {
             };
             let half = rows.dims()[1];
             rows.reshape(&[1, t, 1, half])
+        };
+        Ok(Rotation { cos: rows(&self.cos)?, sin: rows(&self.sin)?, layout: self.layout })
+    }
+
+    /// The rows for the positions of every token, `[b, t]`.
+    ///
+    /// # Errors
+    /// Where a position is beyond the table (when it runs).
+    pub fn rows(&self, positions: &LazyTensor) -> Result<Rotation> {
+        let [b, t] = [positions.dims()[0], positions.dims()[1]];
+        let rows = |table: &LazyTensor| {
+            let half = table.dims()[1];
+            table.embedding(positions)?.reshape(&[b, t, 1, half])
         };
         Ok(Rotation { cos: rows(&self.cos)?, sin: rows(&self.sin)?, layout: self.layout })
     }

@@ -2,12 +2,12 @@
 
 use super::checkpoint::{self, Progress};
 use super::report::{Report, Window};
-use super::{AdamWConfig, LRScheduler, TrainStep};
+use super::{AdamWConfig, LRScheduler, StepShape, TrainStep};
 use crate::error::ErrorKind;
 use crate::io::data::{Batch, BatchOptions, Batcher, Example, Order};
 use crate::models::Decoder;
 use crate::nn::LoRAAdapter;
-use crate::{Device, Plan, Result};
+use crate::{Device, Outline, Plan, Result};
 use serde_json::{Map, Value, json};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -69,6 +69,23 @@ impl Default for TrainingConfig {
             adapter_path: None,
             resume: false,
         }
+    }
+}
+
+impl TrainingConfig {
+    /// The largest batches of an update that these examples make, or any.
+    fn shape(&self, train: Option<&[Example]>) -> Result<StepShape> {
+        let (batch, seq) = match train {
+            Some(train) => self.batcher(train, Order::Shuffled { seed: self.seed })?.shapes()[0],
+            None => (self.batch_size, self.max_seq_length),
+        };
+        Ok(StepShape { batch, seq, accumulated: self.grad_accumulation_steps.max(1) })
+    }
+
+    fn batcher(&self, examples: &[Example], order: Order) -> Result<Batcher> {
+        let TrainingConfig { batch_size, max_seq_length, .. } = *self;
+        let options = BatchOptions { batch_size, max_seq_length, order };
+        Batcher::new(examples.to_vec(), options).map_err(|e| ErrorKind::Data(e).into())
     }
 }
 
@@ -166,11 +183,23 @@ impl Trainer {
     /// # Errors
     /// Where they make no batch, or the step cannot be traced.
     pub fn plan(&self, train: &[Example]) -> Result<Plan> {
-        let batches = self.batcher(train, Order::Shuffled { seed: self.config.seed })?;
-        let (batch, seq) = batches.shapes()[0];
-        let (ids, labels) = (vec![0; batch * seq], vec![0; batch * seq]);
-        let largest = Batch { ids, labels, batch, seq, trained: 0 };
-        self.step.plan(&vec![largest; self.config.grad_accumulation_steps.max(1)])
+        self.step.plan(self.config.shape(Some(train))?)
+    }
+
+    /// The step of a training with this configuration on the largest batches that `train` makes, or
+    /// without it on the largest that any data make; nothing is allocated, and the decoder's
+    /// weights may be placeholders.
+    ///
+    /// # Errors
+    /// As [`Trainer::plan`].
+    pub fn outline(
+        decoder: Arc<Decoder>,
+        adapter: &LoRAAdapter,
+        config: &TrainingConfig,
+        train: Option<&[Example]>,
+    ) -> Result<Outline> {
+        let shape = config.shape(train)?;
+        TrainStep::outline(decoder, adapter, config.optimizer, config.max_gradient_norm, shape)
     }
 
     /// Where to begin: at the beginning, or where the checkpoint says.
@@ -247,9 +276,7 @@ impl Trainer {
     }
 
     fn batcher(&self, examples: &[Example], order: Order) -> Result<Batcher> {
-        let TrainingConfig { batch_size, max_seq_length, .. } = self.config;
-        let options = BatchOptions { batch_size, max_seq_length, order };
-        Batcher::new(examples.to_vec(), options).map_err(|e| ErrorKind::Data(e).into())
+        self.config.batcher(examples, order)
     }
 
     /// What a run that goes on must have in common with the one that stopped.

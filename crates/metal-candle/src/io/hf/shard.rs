@@ -73,17 +73,25 @@ impl Shard {
         Ok(&self.info(name)?.shape)
     }
 
-    pub(super) fn read(&self, name: &str) -> Result<StoredTensor> {
-        let info = self.info(name)?;
-        let dtype = match info.dtype {
-            Dtype::F32 => DType::F32,
-            Dtype::F16 => DType::F16,
-            Dtype::BF16 => DType::BF16,
+    pub(super) fn dtype(&self, name: &str) -> Result<DType> {
+        match self.info(name)?.dtype {
+            Dtype::F32 => Ok(DType::F32),
+            Dtype::F16 => Ok(DType::F16),
+            Dtype::BF16 => Ok(DType::BF16),
             other => {
                 let (tensor, dtype) = (name.to_owned(), other.to_string());
-                return Err(self.error(Problem::DType { tensor, dtype }));
+                Err(self.error(Problem::DType { tensor, dtype }))
             }
-        };
+        }
+    }
+
+    pub(super) fn len_bytes(&self, name: &str) -> Result<usize> {
+        let (start, end) = self.info(name)?.data_offsets;
+        Ok(end - start)
+    }
+
+    pub(super) fn read(&self, name: &str) -> Result<StoredTensor> {
+        let (info, dtype) = (self.info(name)?, self.dtype(name)?);
         let (start, end) = info.data_offsets;
         let mut bytes = vec![0; end - start];
         // A panic of another reader cannot have left anything behind but the position.
