@@ -1,9 +1,11 @@
 //! `metal-candle data`
 
+use crate::model::ModelSource;
+use crate::ui::stdout_has_color;
 use anyhow::{Context, Result};
 use metal_candle::io::data::{Example, Problem, Row, Rows, TokenizeOptions, tokenize};
 use metal_candle::io::{Error, GgufFile, Tokenizer};
-use std::io::{IsTerminal, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 #[derive(clap::Subcommand)]
@@ -14,9 +16,8 @@ pub(crate) enum Command {
 
 #[derive(clap::Args)]
 pub(crate) struct Inspect {
-    /// The model whose tokenizer and chat template are used: a GGUF file or a folder
-    #[arg(long)]
-    model: PathBuf,
+    #[command(flatten)]
+    model: ModelSource,
     /// A folder with train.jsonl, valid.jsonl and test.jsonl, or one file
     #[arg(long)]
     data: PathBuf,
@@ -39,7 +40,7 @@ pub(crate) fn run(command: &Command) -> Result<()> {
 
 fn inspect(args: &Inspect) -> Result<()> {
     let files = files(&args.data)?;
-    let tokenizer = tokenizer(&args.model)?;
+    let tokenizer = tokenizer(&args.model.path()?)?;
     let marks = Marks::choose();
     let mut out = std::io::stdout();
     for file in files {
@@ -79,11 +80,9 @@ struct Marks {
 }
 
 impl Marks {
-    /// Colours on a terminal, unless `NO_COLOR` is set (<https://no-color.org>); brackets
-    /// elsewhere.
+    /// Colours or brackets.
     fn choose() -> Marks {
-        let no_color = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
-        match std::io::stdout().is_terminal() && !no_color {
+        match stdout_has_color() {
             true => Marks { trained: ["\x1b[32m", "\x1b[0m"], other: ["\x1b[2m", "\x1b[0m"] },
             false => Marks { trained: ["[", "]"], other: ["", ""] },
         }

@@ -1,8 +1,8 @@
 //! `metal-candle eval`
 
 use crate::model::ModelArgs;
+use crate::ui::progress;
 use anyhow::{Context, Result, bail};
-use indicatif::{ProgressBar, ProgressStyle};
 use metal_candle::generate::{Generator, GeneratorConfig};
 use metal_candle::io::Tokenizer;
 use metal_candle::io::chat::Message;
@@ -52,7 +52,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let tokenizer = Arc::new(loaded.tokenizer);
     let generator = Generator::new(Arc::new(loaded.decoder), Arc::clone(&tokenizer))?;
 
-    let bar = progress(questions.len() as u64);
+    let bar = progress(questions.len() as u64, "{bar:30} {pos}/{len} eta {eta}");
     let mut matches = 0;
     let mut samples = Vec::new();
     for (i, question) in questions.iter().enumerate() {
@@ -131,10 +131,4 @@ fn print(args: &Args, matches: usize, rows: usize, samples: &[Sample]) {
     }
     let percent = 100.0 * matches as f64 / rows as f64;
     println!("exact match {matches}/{rows} ({percent:.1} %)");
-}
-
-/// A bar on a terminal, nothing elsewhere.
-fn progress(rows: u64) -> ProgressBar {
-    let style = ProgressStyle::with_template("{bar:30} {pos}/{len} eta {eta}");
-    ProgressBar::new(rows).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
 }

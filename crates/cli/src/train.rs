@@ -1,12 +1,13 @@
 //! `metal-candle train`
 
 use crate::model::ModelArgs;
-use anyhow::Result;
-use indicatif::{ProgressBar, ProgressStyle};
-use metal_candle::io::LoraConfig;
+use crate::ui::{is_quiet, note, progress};
+use anyhow::{Context, Result};
+use indicatif::ProgressBar;
 use metal_candle::io::data::{Dataset, Example, Rows, TokenizeOptions, tokenize};
 use metal_candle::io::peft::TargetModules;
 use metal_candle::io::tokenizer::Tokenizer;
+use metal_candle::io::{GgufFile, LoraConfig};
 use metal_candle::nn::LoRAAdapter;
 use metal_candle::train::{AdamWConfig, LRScheduler, Report, Trainer, TrainingConfig};
 use std::path::PathBuf;
@@ -19,8 +20,8 @@ pub(crate) struct Args {
     #[command(flatten)]
     model: ModelArgs,
     /// A folder with train.jsonl, valid.jsonl and test.jsonl, or one file
-    #[arg(long)]
-    data: PathBuf,
+    #[arg(long, required = true)]
+    data: Option<PathBuf>,
     /// Updates
     #[arg(long, default_value_t = 1000)]
     iters: usize,
@@ -42,6 +43,12 @@ pub(crate) struct Args {
     /// Updates until the learning rate is reached
     #[arg(long, default_value_t = 0)]
     warmup: usize,
+    /// Updates after which the learning rate is at its end [default: --iters]
+    #[arg(long, value_name = "N")]
+    lr_decay_iters: Option<usize>,
+    /// Where the cosine ends
+    #[arg(long, default_value_t = 0.0)]
+    min_learning_rate: f64,
     /// Where the adapter goes (PEFT's format)
     #[arg(long, default_value = "adapters")]
     adapter_path: PathBuf,
@@ -99,25 +106,59 @@ enum Schedule {
     Cosine,
 }
 
-pub(crate) fn run(args: &Args) -> Result<()> {
+impl Args {
+    pub(crate) fn model(&self) -> &ModelArgs {
+        &self.model
+    }
+
+    pub(crate) fn lora(&self) -> LoraConfig {
+        LoraConfig {
+            base_model_name_or_path: Some(self.model.name()),
+            r: self.lora_rank,
+            lora_alpha: self.lora_alpha,
+            lora_dropout: self.lora_dropout,
+            target_modules: targets(&self.target_modules),
+            ..LoraConfig::default()
+        }
+    }
+
+    pub(crate) fn config(&self) -> TrainingConfig {
+        config(self)
+    }
+
+    /// What would be trained on, if the flags say it; of the model only its tokenizer is read.
+    pub(crate) fn examples_for_plan(&self) -> Result<Option<Vec<Example>>> {
+        let Some(data) = &self.data else { return Ok(None) };
+        let data = Dataset::open(data)?;
+        let path = self.model.source().path()?;
+        let tokenizer = match path.is_dir() {
+            true => Tokenizer::from_file(path.join("tokenizer.json"))?,
+            false => Tokenizer::from_gguf(&GgufFile::open(path)?)?,
+        };
+        examples("training", &data.train, &tokenizer, self).map(Some)
+    }
+}
+
+/// How a training that did not fail ended.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum End {
+    Done,
+    /// Stopped by Ctrl-C, and saved.
+    Interrupted,
+}
+
+pub(crate) fn run(args: &Args) -> Result<End> {
     let loaded = args.model.load()?;
-    let data = Dataset::open(&args.data)?;
+    let data = Dataset::open(args.data.as_deref().context("--data is missing")?)?;
     let train = examples("training", &data.train, &loaded.tokenizer, args)?;
     let valid = match &data.valid {
         Some(rows) => examples("validation", rows, &loaded.tokenizer, args)?,
         None => Vec::new(),
     };
-    let lora = LoraConfig {
-        base_model_name_or_path: Some(args.model.name()),
-        r: args.lora_rank,
-        lora_alpha: args.lora_alpha,
-        lora_dropout: args.lora_dropout,
-        target_modules: targets(&args.target_modules),
-        ..LoraConfig::default()
-    };
     let decoder = Arc::new(loaded.decoder);
-    let adapter = LoRAAdapter::new(lora, decoder.modules(), args.seed, &metal_candle::Device::Cpu)?;
-    eprintln!(
+    let adapter =
+        LoRAAdapter::new(args.lora(), decoder.modules(), args.seed, &metal_candle::Device::Cpu)?;
+    note!(
         "adapter: {} layers, {} trainable parameters",
         adapter.layers().len(),
         adapter.num_trainable_parameters()
@@ -126,10 +167,16 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     if args.show_plan {
         println!("{}", trainer.plan(&train)?);
     }
-    let bar = progress(args.iters as u64);
-    trainer.train(&train, &valid, |report| show(&bar, args, report))?;
+    let bar = progress(args.iters as u64, "{bar:30} {pos}/{len} {msg} eta {eta}");
+    let mut end = End::Done;
+    trainer.train(&train, &valid, |report| {
+        if matches!(report, Report::Stopped { .. }) {
+            end = End::Interrupted;
+        }
+        show(&bar, args, report);
+    })?;
     bar.finish_and_clear();
-    Ok(())
+    Ok(end)
 }
 
 /// Becomes true with the first Ctrl-C; the second one ends the program at once.
@@ -140,7 +187,7 @@ fn on_interrupt() -> Result<Arc<AtomicBool>> {
         if flag.swap(true, Ordering::Relaxed) {
             std::process::exit(130);
         }
-        eprintln!("finishing the step and saving; press Ctrl-C again to end at once");
+        note!("finishing the step and saving; press Ctrl-C again to end at once");
     })?;
     Ok(stop)
 }
@@ -151,14 +198,14 @@ fn examples(what: &str, rows: &Rows, tokenizer: &Tokenizer, args: &Args) -> Resu
         TokenizeOptions { max_seq_length: args.max_seq_length, mask_prompt: args.mask_prompt };
     let all = tokenize(rows, tokenizer, options)?;
     let (cut, limit) = (all.truncated, args.max_seq_length);
-    eprintln!(
+    note!(
         "{what}: {} rows, {} tokens, {} of them trained; {cut} rows cut to {limit} tokens",
         all.examples.len(),
         all.tokens,
         all.trained_tokens,
     );
     if all.untrained > 0 {
-        eprintln!("{what}: {} rows left out: none of their tokens is trained", all.untrained);
+        note!("{what}: {} rows left out: none of their tokens is trained", all.untrained);
     }
     Ok(all.examples)
 }
@@ -171,12 +218,14 @@ fn targets(names: &[String]) -> TargetModules {
 }
 
 fn config(args: &Args) -> TrainingConfig {
-    let (rate, warmup, total) = (args.learning_rate, args.warmup, args.iters);
+    let (rate, warmup, total) =
+        (args.learning_rate, args.warmup, args.lr_decay_iters.unwrap_or(args.iters));
+    let floor = args.min_learning_rate;
     let schedule = match args.lr_schedule {
         Schedule::Constant if warmup == 0 => LRScheduler::Constant { rate },
         Schedule::Constant => LRScheduler::Warmup { rate, warmup },
         Schedule::Linear => LRScheduler::WarmupLinear { rate, warmup, total },
-        Schedule::Cosine => LRScheduler::WarmupCosine { rate, warmup, total, floor: 0.0 },
+        Schedule::Cosine => LRScheduler::WarmupCosine { rate, warmup, total, floor },
     };
     TrainingConfig {
         iters: args.iters,
@@ -195,12 +244,6 @@ fn config(args: &Args) -> TrainingConfig {
         adapter_path: Some(args.adapter_path.clone()),
         resume: args.resume,
     }
-}
-
-/// A bar on a terminal, nothing elsewhere.
-fn progress(iters: u64) -> ProgressBar {
-    let style = ProgressStyle::with_template("{bar:30} {pos}/{len} {msg} eta {eta}");
-    ProgressBar::new(iters).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
 }
 
 fn show(bar: &ProgressBar, args: &Args, report: Report) {
@@ -236,5 +279,7 @@ fn show(bar: &ProgressBar, args: &Args, report: Report) {
             format!("step {step}: saved to {}", args.adapter_path.display())
         }
     };
-    bar.suspend(|| println!("{line}"));
+    if !is_quiet() {
+        bar.suspend(|| println!("{line}"));
+    }
 }

@@ -6,7 +6,7 @@ use self::source::WeightSource;
 use super::{Decoder, DecoderLayer};
 use crate::io::gguf::{Encoding, GgufFile};
 use crate::io::tokenizer::Tokenizer;
-use crate::io::{self, DecoderConfig, HfFolder};
+use crate::io::{self, DecoderConfig, GenerationConfig, HfFolder};
 use crate::nn::{Embedding, Linear, RmsNorm, Rotary, Weight};
 use crate::{DType, Device, LazyTensor, Result};
 use std::path::Path;
@@ -28,11 +28,13 @@ pub struct LoadedModel {
     pub decoder: Decoder,
     /// Text to ids and back, and the chat template.
     pub tokenizer: Tokenizer,
+    /// How its makers mean it to be run; a GGUF file does not say.
+    pub generation: GenerationConfig,
 }
 
 /// Loads a decoder, its tokenizer and its chat template from a GGUF file, or from a Hugging Face
-/// folder: `config.json`, safetensors in one file or in shards, `tokenizer.json` and
-/// `tokenizer_config.json`.
+/// folder: `config.json`, safetensors in one file or in shards, `tokenizer.json`,
+/// `tokenizer_config.json` and `generation_config.json`.
 ///
 /// # Errors
 /// Where there is nothing at `path`; where a file is malformed or missing, the architecture is
@@ -43,7 +45,8 @@ pub fn load(path: &Path, base: BaseWeights, device: &Device) -> Result<LoadedMod
     }
     // The tokenizer first: it is read in no time, and may be missing.
     let tokenizer = Tokenizer::from_file(path.join("tokenizer.json"))?;
-    Ok(LoadedModel { decoder: load_decoder(path, base, device)?, tokenizer })
+    let generation = GenerationConfig::read(path)?;
+    Ok(LoadedModel { decoder: load_decoder(path, base, device)?, tokenizer, generation })
 }
 
 /// As [`load`], the decoder alone.
@@ -88,7 +91,8 @@ pub fn load_outline(path: &Path, base: BaseWeights, device: &Device) -> Result<D
 pub fn load_gguf(path: &Path, base: BaseWeights, device: &Device) -> Result<LoadedModel> {
     let file = GgufFile::open(path)?;
     let decoder = gguf_decoder(&file, base, device)?;
-    Ok(LoadedModel { decoder, tokenizer: Tokenizer::from_gguf(&file)? })
+    let (tokenizer, generation) = (Tokenizer::from_gguf(&file)?, GenerationConfig::default());
+    Ok(LoadedModel { decoder, tokenizer, generation })
 }
 
 fn gguf_decoder(file: &GgufFile, base: BaseWeights, device: &Device) -> Result<Decoder> {

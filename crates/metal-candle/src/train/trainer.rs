@@ -187,7 +187,7 @@ impl Trainer {
     }
 
     /// The step of a training with this configuration on the largest batches that `train` makes, or
-    /// without it on the largest that any data make; nothing is allocated, and the decoder's
+    /// without it on the largest that any data make within the model's context; nothing is allocated, and the decoder's
     /// weights may be placeholders.
     ///
     /// # Errors
@@ -198,7 +198,10 @@ impl Trainer {
         config: &TrainingConfig,
         train: Option<&[Example]>,
     ) -> Result<Outline> {
-        let shape = config.shape(train)?;
+        let mut shape = config.shape(train)?;
+        if train.is_none() {
+            shape.seq = shape.seq.min(decoder.config.max_position_embeddings);
+        }
         TrainStep::outline(decoder, adapter, config.optimizer, config.max_gradient_norm, shape)
     }
 
