@@ -98,7 +98,7 @@ impl Chat {
                 Some(generated) => eprintln!("{}", summary(generated)),
                 None => bail!("/stats: there was no answer yet"),
             },
-            _ if line.starts_with('/') => bail!("unknown command {command}. {HELP}"),
+            _ if line.starts_with('/') => bail!("unknown command {command}: /help lists them"),
             _ => self.answer(line, verbose)?,
         }
         Ok(())

@@ -1,5 +1,7 @@
 //! One prompt and many; settings from the model's folder; what is quiet and what is coloured.
 
+use std::path::Path;
+
 use crate::{command, data, fails, model, run, succeeds, text, write};
 
 #[test]
@@ -70,4 +72,55 @@ fn pages_of_the_manual_name_every_command_and_exit_code() {
         assert!(pages.join(format!("metal-candle{name}.1")).exists(), "{name}");
     }
     assert!(!succeeds(&["--help"]).contains("  man "));
+}
+
+/// A Hugging Face folder whose every token is one printable character.
+fn folder(folder: &Path) -> String {
+    let llama =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../metal-candle/tests/data/models/llama");
+    for name in ["config.json", "model.safetensors"] {
+        std::fs::copy(llama.join(name), folder.join(name)).unwrap();
+    }
+    let tokens = (b'!'..=b'~').map(|b| char::from(b).to_string()).chain(["\u{120}".to_owned()]);
+    let vocab: serde_json::Map<String, serde_json::Value> =
+        tokens.enumerate().map(|(id, token)| (token, id.into())).collect();
+    let level = serde_json::json!({
+        "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true,
+    });
+    let tokenizer = serde_json::json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [],
+        "normalizer": null, "pre_tokenizer": level, "post_processor": null, "decoder": level,
+        "model": { "type": "BPE", "vocab": vocab, "merges": [] },
+    });
+    write(folder, "tokenizer.json", tokenizer.to_string().as_bytes());
+    folder.to_str().unwrap().to_owned()
+}
+
+#[test]
+fn a_model_is_run_as_its_makers_mean_it_unless_flags_say_otherwise() {
+    let scratch = tempfile::tempdir().unwrap();
+    let model = folder(scratch.path());
+    let config = |json: &str| {
+        write(scratch.path(), "generation_config.json", json.as_bytes());
+    };
+    let generate = |more: &[&str]| {
+        let flags =
+            ["generate", "-q", "--model", &model, "--prompt", "Hello", "--max-tokens", "12"];
+        succeeds(&[&flags[..], more].concat())
+    };
+    let greedy = generate(&[]);
+    let hot = generate(&["--temp", "5", "--top-k", "20"]);
+    assert_ne!(greedy, hot);
+    // Filters and temperature are nothing where tokens are not drawn.
+    config(r#"{"temperature": 5.0, "top_k": 20}"#);
+    assert_eq!(generate(&[]), greedy);
+    config(r#"{"do_sample": true, "temperature": 5.0, "top_k": 20}"#);
+    assert_eq!(generate(&[]), hot);
+    assert_eq!(generate(&["--temp", "0"]), greedy);
+    let third = greedy.trim_end_matches('\n').bytes().nth(2).unwrap();
+    let first = greedy.bytes().position(|b| b == third).unwrap();
+    config(&format!("{{\"eos_token_id\": [500, {}]}}", third - b'!'));
+    assert_eq!(generate(&[]), format!("{}\n", &greedy[..first]));
+    config("{");
+    fails(&["generate", "--model", &model, "--prompt", "a"], &["generation_config.json"]);
 }
