@@ -28,8 +28,11 @@ fn ctrl_c_saves_ends_with_130_and_the_run_goes_on() {
         .rev()
         .find_map(|line| line.strip_suffix(": stopped; --resume goes on from here"));
     let first = {
-        let mut child =
-            command(&[&args[..], &["--resume"]].concat()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+        let mut child = command(&[&args[..], &["--resume"]].concat())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
         let first = BufReader::new(child.stdout.take().unwrap()).lines().next().unwrap().unwrap();
         child.kill().unwrap();
         child.wait().unwrap();
