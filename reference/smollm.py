@@ -4,8 +4,9 @@
 
 Writes, for tests/smollm.rs of the crate metal-candle:
 
-* logits of three prompts (every 16th of the last position, and the best token of every position),
-* 64 greedy tokens after the first prompt,
+* logits of five prompts (every 16th of the last position, and the best token of every position),
+* 64 greedy tokens after each, the end token forbidden, so that none of them ends early,
+* the first two's logits again from the model in bf16,
 * the losses of 20 PEFT training steps (r 8, alpha 16, AdamW 1e-4, decay 0.01, clip 1.0, 4 rows of 256 packed
   tokens in file order) from the initial adapter that our seed 0 gives, for q,v and for all linear layers.
 """
@@ -22,7 +23,9 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MODULES = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
            "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
 PROMPTS = ["The capital of France is", "def fibonacci(n):\n    ",
-           "<|im_start|>user\nName three primes above 100.<|im_end|>\n<|im_start|>assistant\n"]
+           "<|im_start|>user\nName three primes above 100.<|im_end|>\n<|im_start|>assistant\n",
+           "Im Jahr 1905 veröffentlichte Albert Einstein",
+           "SELECT name, COUNT(*) FROM orders\nWHERE total > 100\nGROUP BY"]
 M32, M64 = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
 
 
@@ -48,8 +51,8 @@ def initial_a(rank, columns, stream, seed=0):
     return torch.from_numpy(a.reshape(rank, columns))
 
 
-def load():
-    return AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=GGUF, dtype=torch.float32)
+def load(dtype=torch.float32):
+    return AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=GGUF, dtype=torch.float32).to(dtype)
 
 
 def logits(tokenizer, out):
@@ -62,11 +65,16 @@ def logits(tokenizer, out):
         out[f"prompt{i}.logits"] = y[-1, ::16].clone()
         out[f"prompt{i}.best"] = y.argmax(-1)
         print(i, ids.shape, tokenizer.decode(y[-1].argmax()))
-    ids = out["prompt0.ids"][None]
-    with torch.no_grad():
-        y = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, min_new_tokens=64, do_sample=False)
-    out["greedy"] = y[0, ids.shape[1]:].clone()
-    print(tokenizer.decode(out["greedy"]))
+        mask = torch.ones_like(ids)
+        with torch.no_grad():
+            y = model.generate(ids, attention_mask=mask, max_new_tokens=64, min_new_tokens=64, do_sample=False)
+        out[f"prompt{i}.greedy"] = y[0, ids.shape[1]:].to(torch.int32)
+        print(tokenizer.decode(out[f"prompt{i}.greedy"]))
+    model = load(torch.bfloat16).eval()
+    for i in range(2):
+        with torch.no_grad():
+            y = model(out[f"prompt{i}.ids"][None]).logits[0]
+        out[f"prompt{i}.logits.bf16"] = y[-1, ::16].float().clone()
 
 
 def losses(tokenizer, target):

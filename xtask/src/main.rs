@@ -3,6 +3,7 @@
 mod bench;
 mod command;
 mod model;
+mod peers;
 mod quickstart;
 mod reference;
 mod test;
@@ -17,6 +18,7 @@ cargo xtask COMMAND
     test                        format, lints, tidy, doctests, all tests
     tidy                        the rules of ARCHITECTURE.md, and no loose ends
     bench [ARGS]                the same work through eager Candle and through this library
+    peers                       adapters against the real PEFT, llama.cpp and mlx-lm
     reference                   make the reference vectors anew, by PyTorch
 ";
 
@@ -29,6 +31,7 @@ fn main() -> ExitCode {
         ["test"] => test::run(),
         ["tidy"] => tidy::run(),
         ["bench", ref rest @ ..] => bench::run(rest),
+        ["peers"] => peers::run(),
         ["reference"] => reference::run(),
         [] | ["help" | "-h" | "--help"] => {
             print!("{USAGE}");

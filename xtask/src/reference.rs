@@ -6,18 +6,13 @@ use anyhow::{Result, bail};
 use std::path::PathBuf;
 
 pub(crate) fn run() -> Result<()> {
-    let python = environment()?;
-    execute(
-        program(&python)
-            .args(["-m", "pip", "install", "--quiet", "--requirement"])
-            .arg("reference/requirements.lock"),
-    )?;
+    let python = environment("reference", "reference/requirements.lock")?;
     execute(program(&python).arg("reference/ops.py"))
 }
 
-/// The Python of a virtual environment outside the checkout.
-fn environment() -> Result<PathBuf> {
-    let folder = model::cache()?.join("reference");
+/// The Python of a virtual environment outside the checkout that holds what `lock` lists.
+pub(crate) fn environment(name: &str, lock: &str) -> Result<PathBuf> {
+    let folder = model::cache()?.join(name);
     let python = folder.join("bin/python");
     if !works(program(&python).arg("--version")) {
         if !works(program("python3").args(["-c", "import ensurepip, venv"])) {
@@ -25,5 +20,7 @@ fn environment() -> Result<PathBuf> {
         }
         execute(program("python3").args(["-m", "venv"]).arg(&folder))?;
     }
+    let install = ["-m", "pip", "install", "--quiet", "--requirement", lock];
+    execute(program(&python).args(install))?;
     Ok(python)
 }

@@ -17,7 +17,7 @@ use std::sync::Arc;
 pub(crate) struct Args {
     #[command(flatten)]
     model: ModelArgs,
-    /// A trained adapter (PEFT's format)
+    /// A trained adapter: a folder of PEFT's or mlx-lm's, or a GGUF file
     #[arg(long)]
     adapter_path: Option<PathBuf>,
     /// What the system says before the conversation

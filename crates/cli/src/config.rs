@@ -139,7 +139,13 @@ fn is_given(command: &Command, given: &ArgMatches, arg: &Arg) -> bool {
         let conflicts = |a: &Arg, b: &Arg| {
             command.get_arg_conflicts_with(a).iter().any(|c| c.get_id() == b.get_id())
         };
-        conflicts(arg, other) || conflicts(other, arg)
+        // Of `--packing` and `--no-packing` the later one counts, and the file's come last.
+        let negates = |a: &Arg, b: &Arg| {
+            let positive = a.get_long().and_then(|long| long.strip_prefix("no-"));
+            positive.is_some() && positive == b.get_long()
+        };
+        let either = |rule: &dyn Fn(&Arg, &Arg) -> bool| rule(arg, other) || rule(other, arg);
+        either(&conflicts) || either(&negates)
     };
     is_given(arg) || command.get_arguments().filter(excludes).any(is_given)
 }

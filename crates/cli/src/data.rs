@@ -1,9 +1,10 @@
 //! `metal-candle data`
 
+use crate::columns::DataArgs;
 use crate::model::ModelSource;
 use crate::ui::stdout_has_color;
 use anyhow::{Context, Result};
-use metal_candle::io::data::{Example, Problem, Row, Rows, TokenizeOptions, tokenize};
+use metal_candle::io::data::{Example, Problem, Row, Rows, TokenizeOptions, split_file, tokenize};
 use metal_candle::io::{Error, GgufFile, Tokenizer};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -18,9 +19,8 @@ pub(crate) enum Command {
 pub(crate) struct Inspect {
     #[command(flatten)]
     model: ModelSource,
-    /// A folder with train.jsonl, valid.jsonl and test.jsonl, or one file
-    #[arg(long)]
-    data: PathBuf,
+    #[command(flatten)]
+    data: DataArgs,
     /// Tokens of a row; longer ones are cut and counted
     #[arg(long, default_value_t = 2048)]
     max_seq_length: usize,
@@ -39,12 +39,12 @@ pub(crate) fn run(command: &Command) -> Result<()> {
 }
 
 fn inspect(args: &Inspect) -> Result<()> {
-    let files = files(&args.data)?;
+    let files = files(args.data.path()?)?;
     let tokenizer = tokenizer(&args.model.path()?)?;
     let marks = Marks::choose();
     let mut out = std::io::stdout();
     for file in files {
-        let rows = Rows::read(&file)?;
+        let rows = Rows::read_with(&file, &args.data.columns())?;
         for row in rows.rows.iter().take(args.rows) {
             out.write_all(show(&rows, row, &tokenizer, args, &marks)?.as_bytes())?;
         }
@@ -58,11 +58,14 @@ fn files(data: &Path) -> Result<Vec<PathBuf>> {
     if !data.is_dir() {
         return Ok(vec![data.to_owned()]);
     }
-    let names = ["train.jsonl", "valid.jsonl", "test.jsonl"];
-    let files: Vec<PathBuf> =
-        names.into_iter().map(|name| data.join(name)).filter(|file| file.exists()).collect();
+    let mut files = Vec::new();
+    for split in ["train", "valid", "test"] {
+        files.extend(split_file(data, split)?);
+    }
     let found = (!files.is_empty()).then_some(files);
-    found.with_context(|| format!("{}: expected one of {} in it", data.display(), names.join(", ")))
+    found.with_context(|| {
+        format!("{}: expected train, valid or test in it, as .jsonl or .csv", data.display())
+    })
 }
 
 fn tokenizer(model: &Path) -> Result<Tokenizer> {

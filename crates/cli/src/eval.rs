@@ -1,5 +1,6 @@
 //! `metal-candle eval`
 
+use crate::columns::DataArgs;
 use crate::model::ModelArgs;
 use crate::ui::progress;
 use anyhow::{Context, Result, bail};
@@ -8,7 +9,7 @@ use metal_candle::io::Tokenizer;
 use metal_candle::io::chat::Message;
 use metal_candle::io::data::{Content, Row, Rows};
 use serde_json::json;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 /// Names follow mlx-lm where it has them.
@@ -16,12 +17,11 @@ use std::sync::Arc;
 pub(crate) struct Args {
     #[command(flatten)]
     model: ModelArgs,
-    /// A trained adapter (PEFT's format)
+    /// A trained adapter: a folder of PEFT's or mlx-lm's, or a GGUF file
     #[arg(long)]
     adapter_path: Option<PathBuf>,
-    /// A folder with test.jsonl, or one file
-    #[arg(long)]
-    data: PathBuf,
+    #[command(flatten)]
+    data: DataArgs,
     /// Tokens of an answer at most
     #[arg(short, long, default_value_t = 64)]
     max_tokens: usize,
@@ -78,12 +78,11 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 const SLACK: usize = 4;
 
 /// The questions of a file, each with its answer.
-fn questions(data: &Path, tokenizer: &Tokenizer) -> Result<Vec<Question>> {
-    let file = if data.is_dir() { data.join("test.jsonl") } else { data.to_owned() };
-    let rows = Rows::read(&file).with_context(|| format!("cannot read {}", file.display()))?;
+fn questions(data: &DataArgs, tokenizer: &Tokenizer) -> Result<Vec<Question>> {
+    let rows = Rows::read_split(data.path()?, "test", &data.columns())?;
     let question = |row: &Row| {
         question(&row.content, tokenizer)
-            .with_context(|| format!("{}:{}", file.display(), row.line))
+            .with_context(|| format!("{}:{}", rows.path.display(), row.line))
     };
     rows.rows.iter().map(question).collect()
 }

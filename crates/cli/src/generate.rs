@@ -15,7 +15,7 @@ use std::sync::Arc;
 pub(crate) struct Args {
     #[command(flatten)]
     model: ModelArgs,
-    /// A trained adapter (PEFT's format)
+    /// A trained adapter: a folder of PEFT's or mlx-lm's, or a GGUF file
     #[arg(long)]
     adapter_path: Option<PathBuf>,
     /// The prompt; - reads it from standard input. May be repeated: then a JSON line is printed for

@@ -3,9 +3,9 @@
 use crate::model::locate;
 use crate::units::{Bytes, Count};
 use anyhow::{Context, Result, bail};
-use metal_candle::io::gguf::{Encoding, GgufFile};
+use metal_candle::io::gguf::{Encoding, GgufFile, lora};
 use metal_candle::io::peft::TargetModules;
-use metal_candle::io::{DecoderConfig, PeftAdapter, Tokenizer};
+use metal_candle::io::{AdapterFormat, DecoderConfig, Tokenizer, adapter};
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -14,8 +14,8 @@ use std::path::{Path, PathBuf};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// A GGUF file, a Hugging Face folder, an adapter's folder (PEFT's format), or a model's name
-    /// on the hub
+    /// A GGUF file, a Hugging Face folder, an adapter of PEFT, mlx-lm or llama.cpp, or a model's
+    /// name on the hub
     path: String,
 }
 
@@ -23,7 +23,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let path = &locate(&args.path, None, "main")?;
     let meta = fs::metadata(path).with_context(|| format!("cannot open {}", path.display()))?;
     let page = match meta.is_dir() {
-        false => gguf(path, meta.len())?,
+        false => file(path, meta.len())?,
         true if path.join("adapter_config.json").exists() => adapter(path)?,
         true if path.join("config.json").exists() => folder(path)?,
         true => bail!(
@@ -48,8 +48,12 @@ impl Page {
     }
 }
 
-fn gguf(path: &Path, len: u64) -> Result<Page> {
+/// A GGUF file is a model or an adapter.
+fn file(path: &Path, len: u64) -> Result<Page> {
     let file = GgufFile::open(path)?;
+    if let Ok(Some("adapter")) = file.str_opt("general.type") {
+        return adapter(path);
+    }
     let mut page = Page::new(path, &format!("a GGUF model of {}", Bytes(len)));
     if let Ok(Some(name)) = file.str_opt("general.name") {
         page.line("name", name);
@@ -135,8 +139,13 @@ fn tokenizer(page: &mut Page, tokenizer: metal_candle::io::Result<Tokenizer>) {
 }
 
 fn adapter(path: &Path) -> Result<Page> {
-    let adapter = PeftAdapter::load(path)?;
-    let mut page = Page::new(path, "a LoRA adapter in PEFT's format");
+    let format = AdapterFormat::detect(path)?;
+    let adapter = match format {
+        // Its base may not be here.
+        AdapterFormat::Gguf => lora::load_as_stored(path)?,
+        AdapterFormat::Peft | AdapterFormat::Mlx => adapter::load(path, None)?,
+    };
+    let mut page = Page::new(path, &format!("a LoRA adapter in {format}'s format"));
     let config = &adapter.config;
     if let Some(base) = &config.base_model_name_or_path {
         page.line("base", base);
@@ -159,7 +168,11 @@ fn adapter(path: &Path) -> Result<Page> {
     let targets: Vec<_> = targets.iter().map(|(name, n)| format!("{name} x {n}")).collect();
     page.line("adapts", format!("{} layers: {}", adapter.modules.len(), targets.join(", ")));
     let parameters: usize = adapter.modules.values().map(|m| m.a.len() + m.b.len()).sum();
-    let file = path.join("adapter_model.safetensors");
+    let file = match format {
+        AdapterFormat::Peft => path.join("adapter_model.safetensors"),
+        AdapterFormat::Mlx => path.join("adapters.safetensors"),
+        AdapterFormat::Gguf => path.to_owned(),
+    };
     let bytes = fs::metadata(&file).with_context(|| format!("{}", file.display()))?.len();
     page.line("parameters", format!("{}, {}", Count(parameters as u64), Bytes(bytes)));
     Ok(page)

@@ -1,9 +1,12 @@
 //! The `metal-candle` command.
 
+mod adapter;
 mod chat;
+mod columns;
 mod config;
 mod data;
 mod eval;
+mod fuse;
 mod generate;
 #[cfg(feature = "hub")]
 mod hub;
@@ -53,6 +56,11 @@ enum Command {
     Eval(eval::Args),
     /// Measure how well a model predicts a text
     Perplexity(perplexity::Args),
+    /// Merge an adapter into its base
+    Fuse(fuse::Args),
+    /// Move adapters between PEFT, mlx-lm and llama.cpp
+    #[command(subcommand)]
+    Adapter(adapter::Command),
     /// Show what training or generation would take, without loading the model
     Plan(Box<plan::Args>),
     /// Show what is in a model file, a model folder or an adapter
@@ -113,6 +121,8 @@ fn run(command: Command) -> anyhow::Result<train::End> {
         Command::Chat(args) => chat::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Perplexity(args) => perplexity::run(&args),
+        Command::Fuse(args) => fuse::run(&args),
+        Command::Adapter(command) => adapter::run(&command),
         Command::Plan(args) => plan::run(&args),
         Command::Info(args) => info::run(&args),
         Command::Data(command) => data::run(&command),

@@ -26,15 +26,31 @@ pub(crate) struct ModelSource {
 pub(crate) struct ModelArgs {
     #[command(flatten)]
     source: ModelSource,
-    /// Hold the linear layers as f32 instead of as stored
+    /// Hold the weights as f32 instead of in blocks; with --dtype, as that
     #[arg(long)]
     dequantize: bool,
+    /// Hold the weights as this [default: blocks as they are stored, floats as f32]
+    #[arg(long, value_enum)]
+    dtype: Option<WeightType>,
+}
+
+/// What a weight may be held as.
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum WeightType {
+    F32,
+    Bf16,
+    F16,
 }
 
 impl ModelSource {
     /// The file or folder, fetched if it is on the hub.
     pub(crate) fn path(&self) -> Result<PathBuf> {
         locate(&self.model, self.gguf_file.as_deref(), &self.revision)
+    }
+
+    /// As it was given.
+    pub(crate) fn given(&self) -> &str {
+        &self.model
     }
 
     /// The name under which an adapter remembers its base.
@@ -56,20 +72,25 @@ impl ModelArgs {
             .with_context(|| format!("cannot load {}", self.source.model))
     }
 
+    /// How its weights are held.
+    pub(crate) fn base(&self) -> BaseWeights {
+        match (self.dtype, self.dequantize) {
+            (None, false) => BaseWeights::AsStored,
+            (None, true) | (Some(WeightType::F32), _) => BaseWeights::F32,
+            (Some(WeightType::Bf16), _) => BaseWeights::BF16,
+            (Some(WeightType::F16), _) => BaseWeights::F16,
+        }
+    }
+
     /// The model with an adapter on it.
     pub(crate) fn load_with(&self, adapter: Option<&Path>) -> Result<LoadedModel> {
         let mut loaded = self.load()?;
         if let Some(path) = adapter {
-            let adapter = LoRAAdapter::load(path, loaded.decoder.modules(), &Device::Cpu)
+            let adapter = LoRAAdapter::load(path, &loaded.decoder.config, &Device::Cpu)
                 .with_context(|| format!("cannot load the adapter {}", path.display()))?;
             loaded.decoder.apply_adapter(adapter)?;
         }
         Ok(loaded)
-    }
-
-    /// How its linear layers are held.
-    pub(crate) fn base(&self) -> BaseWeights {
-        if self.dequantize { BaseWeights::F32 } else { BaseWeights::AsStored }
     }
 
     pub(crate) fn source(&self) -> &ModelSource {

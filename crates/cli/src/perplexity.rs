@@ -1,5 +1,6 @@
 //! `metal-candle perplexity`
 
+use crate::columns::DataArgs;
 use crate::model::ModelArgs;
 use crate::ui::progress;
 use anyhow::{Result, bail};
@@ -17,12 +18,11 @@ use std::time::Instant;
 pub(crate) struct Args {
     #[command(flatten)]
     model: ModelArgs,
-    /// A trained adapter (PEFT's format)
+    /// A trained adapter: a folder of PEFT's or mlx-lm's, or a GGUF file
     #[arg(long)]
     adapter_path: Option<PathBuf>,
-    /// A file of rows, or a folder with test.jsonl
-    #[arg(long)]
-    data: PathBuf,
+    #[command(flatten)]
+    data: DataArgs,
     /// Tokens of a row; longer ones are cut and counted
     #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u32).range(2..))]
     max_seq_length: u32,
@@ -41,8 +41,7 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let file = if args.data.is_dir() { args.data.join("test.jsonl") } else { args.data.clone() };
-    let mut rows = Rows::read(&file)?;
+    let mut rows = Rows::read_split(args.data.path()?, "test", &args.data.columns())?;
     if args.num_samples > 0 {
         rows.rows.truncate(args.num_samples);
     }
@@ -57,7 +56,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let options =
         BatchOptions { batch_size: args.batch_size as usize, max_seq_length, order: Order::File };
     let mut batcher = Batcher::new(all.examples.clone(), options)
-        .map_err(|problem| anyhow::anyhow!("{}: {problem}", file.display()))?;
+        .map_err(|problem| anyhow::anyhow!("{}: {problem}", rows.path.display()))?;
 
     let decoder = loaded.decoder;
     let loss = compile(move |args: &[LazyTensor]| {

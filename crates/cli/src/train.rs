@@ -1,15 +1,24 @@
 //! `metal-candle train`
 
+mod chart;
+mod events;
+mod observer;
+mod page;
+
+use crate::columns::DataArgs;
 use crate::model::ModelArgs;
 use crate::ui::{is_quiet, note, progress};
-use anyhow::{Context, Result};
+use anyhow::Result;
 use indicatif::ProgressBar;
-use metal_candle::io::data::{Dataset, Example, Rows, TokenizeOptions, tokenize};
+use metal_candle::io::data::{
+    Batcher, Dataset, Example, Examples, Rows, TokenizeOptions, tokenize,
+};
 use metal_candle::io::peft::TargetModules;
 use metal_candle::io::tokenizer::Tokenizer;
 use metal_candle::io::{GgufFile, LoraConfig};
 use metal_candle::nn::LoRAAdapter;
 use metal_candle::train::{AdamWConfig, LRScheduler, Report, Trainer, TrainingConfig};
+use observer::Observer;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -19,9 +28,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 pub(crate) struct Args {
     #[command(flatten)]
     model: ModelArgs,
-    /// A folder with train.jsonl, valid.jsonl and test.jsonl, or one file
-    #[arg(long, required = true)]
-    data: Option<PathBuf>,
+    #[command(flatten)]
+    data: DataArgs,
     /// Updates
     #[arg(long, default_value_t = 1000)]
     iters: usize,
@@ -34,6 +42,12 @@ pub(crate) struct Args {
     /// Tokens of a row; longer ones are cut and counted
     #[arg(long, default_value_t = 2048)]
     max_seq_length: usize,
+    /// Put several rows into one of --max-seq-length, kept apart in attention: less padding
+    #[arg(long, overrides_with = "no_packing")]
+    packing: bool,
+    /// Give every row a row of its own (the default)
+    #[arg(long)]
+    no_packing: bool,
     /// The highest learning rate
     #[arg(long, default_value_t = 1e-5)]
     learning_rate: f64,
@@ -94,12 +108,18 @@ pub(crate) struct Args {
     /// Go on where the run in --adapter-path stopped
     #[arg(long)]
     resume: bool,
+    /// Write what happens to this file, one JSON object a line; --resume appends
+    #[arg(long, value_name = "FILE.jsonl")]
+    log: Option<PathBuf>,
+    /// Draw loss, speed and memory into this file: one HTML page that needs nothing else
+    #[arg(long, value_name = "FILE.html")]
+    report: Option<PathBuf>,
     /// Print the plan of one step and its exact memory before training
     #[arg(long)]
     show_plan: bool,
 }
 
-#[derive(Clone, Copy, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
 enum Schedule {
     Constant,
     Linear,
@@ -128,14 +148,14 @@ impl Args {
 
     /// What would be trained on, if the flags say it; of the model only its tokenizer is read.
     pub(crate) fn examples_for_plan(&self) -> Result<Option<Vec<Example>>> {
-        let Some(data) = &self.data else { return Ok(None) };
-        let data = Dataset::open(data)?;
+        let Some(data) = &self.data.data else { return Ok(None) };
+        let data = Dataset::open_with(data, &self.data.columns())?;
         let path = self.model.source().path()?;
         let tokenizer = match path.is_dir() {
             true => Tokenizer::from_file(path.join("tokenizer.json"))?,
             false => Tokenizer::from_gguf(&GgufFile::open(path)?)?,
         };
-        examples("training", &data.train, &tokenizer, self).map(Some)
+        Ok(Some(examples("training", &data.train, &tokenizer, self)?.examples))
     }
 }
 
@@ -148,35 +168,60 @@ pub(crate) enum End {
 }
 
 pub(crate) fn run(args: &Args) -> Result<End> {
+    // What cannot be written is said before anything is loaded.
+    let mut observer = Observer::open(args)?;
     let loaded = args.model.load()?;
-    let data = Dataset::open(args.data.as_deref().context("--data is missing")?)?;
+    let data = Dataset::open_with(args.data.path()?, &args.data.columns())?;
     let train = examples("training", &data.train, &loaded.tokenizer, args)?;
     let valid = match &data.valid {
-        Some(rows) => examples("validation", rows, &loaded.tokenizer, args)?,
-        None => Vec::new(),
+        Some(rows) => Some(examples("validation", rows, &loaded.tokenizer, args)?),
+        None => None,
     };
     let decoder = Arc::new(loaded.decoder);
     let adapter =
         LoRAAdapter::new(args.lora(), decoder.modules(), args.seed, &metal_candle::Device::Cpu)?;
-    note!(
-        "adapter: {} layers, {} trainable parameters",
-        adapter.layers().len(),
-        adapter.num_trainable_parameters()
-    );
-    let mut trainer = Trainer::new(decoder, adapter, config(args))?.stop_when(on_interrupt()?);
-    if args.show_plan {
-        println!("{}", trainer.plan(&train)?);
+    let trainable = adapter.num_trainable_parameters();
+    note!("adapter: {} layers, {trainable} trainable parameters", adapter.layers().len());
+    let stop = on_interrupt()?;
+    let trainer = Trainer::new(decoder, adapter, config(args))?;
+    let mut trainer = trainer.stop_when(Arc::clone(&stop));
+    let batches = trainer.batches(&train.examples)?;
+    note!("{}", described(&batches));
+    if args.show_plan || observer.draws() {
+        let plan = trainer.plan(&train.examples)?;
+        if args.show_plan {
+            println!("{plan}");
+        }
+        let examples = [Some(&train), valid.as_ref()];
+        observer.describe(observer::summary(args, &plan, examples, &batches, trainable)?);
     }
     let bar = progress(args.iters as u64, "{bar:30} {pos}/{len} {msg} eta {eta}");
+    let valid = valid.map_or_else(Vec::new, |valid| valid.examples);
     let mut end = End::Done;
-    trainer.train(&train, &valid, |report| {
+    let trained = trainer.train(&train.examples, &valid, |report| {
         if matches!(report, Report::Stopped { .. }) {
             end = End::Interrupted;
         }
+        observer.see(&report, &stop);
         show(&bar, args, report);
-    })?;
+    });
     bar.finish_and_clear();
+    trained?;
+    observer.finish()?;
     Ok(end)
+}
+
+/// The batches of an epoch in a line.
+fn described(batches: &Batcher) -> String {
+    let widths: Vec<String> =
+        batches.shapes().iter().rev().map(|(_, width)| width.to_string()).collect();
+    format!(
+        "batches: {} an epoch, of {} x {} tokens; {:.1} % padding",
+        batches.batches_per_epoch(),
+        batches.shapes()[0].0,
+        widths.join(", "),
+        100.0 * batches.occupancy().padding()
+    )
 }
 
 /// Becomes true with the first Ctrl-C; the second one ends the program at once.
@@ -193,7 +238,7 @@ fn on_interrupt() -> Result<Arc<AtomicBool>> {
 }
 
 /// The token sequences of a file; says what was cut or left out.
-fn examples(what: &str, rows: &Rows, tokenizer: &Tokenizer, args: &Args) -> Result<Vec<Example>> {
+fn examples(what: &str, rows: &Rows, tokenizer: &Tokenizer, args: &Args) -> Result<Examples> {
     let options =
         TokenizeOptions { max_seq_length: args.max_seq_length, mask_prompt: args.mask_prompt };
     let all = tokenize(rows, tokenizer, options)?;
@@ -207,7 +252,7 @@ fn examples(what: &str, rows: &Rows, tokenizer: &Tokenizer, args: &Args) -> Resu
     if all.untrained > 0 {
         note!("{what}: {} rows left out: none of their tokens is trained", all.untrained);
     }
-    Ok(all.examples)
+    Ok(all)
 }
 
 fn targets(names: &[String]) -> TargetModules {
@@ -232,6 +277,7 @@ fn config(args: &Args) -> TrainingConfig {
         batch_size: args.batch_size,
         grad_accumulation_steps: args.grad_accumulation_steps,
         max_seq_length: args.max_seq_length,
+        packing: args.packing,
         schedule,
         optimizer: AdamWConfig { weight_decay: args.weight_decay, ..AdamWConfig::default() },
         max_gradient_norm: args.max_grad_norm,

@@ -46,8 +46,10 @@ fn call_flops(call: &LibraryCall, args: &[Operand], outs: &[Operand]) -> u64 {
             2 * len(&args[0]) * dim(&args[1], 1) + 2 * out * dim(&args[1], 1)
         }
         LibraryCall::AttentionGrad { .. } => 10 * len(&args[1]) * dim(&args[2], 1),
-        LibraryCall::LinearCrossEntropy { grad_x, .. } => {
-            2 * len(&args[0]) * dim(&args[1], 0) * (1 + u64::from(*grad_x))
+        LibraryCall::LinearCrossEntropy { attrs, grad_x, .. } => {
+            let features = args[0].layout.shape[1];
+            let classes = attrs.classes(features, &args[1].layout.shape) as u64;
+            2 * len(&args[0]) * classes * (1 + u64::from(*grad_x))
         }
         LibraryCall::LinearCrossEntropyGradWeight(_) => 4 * len(&args[1]) * dim(&args[2], 0),
         LibraryCall::Rope { .. } => 3 * out,

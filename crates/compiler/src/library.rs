@@ -12,7 +12,8 @@ pub enum LibraryCall {
     /// `out = alpha · a b`, or `out += alpha · a b` if `accumulate`. `args = [a: [.., m, k], b: [.., k, n]]`,
     /// equal leading dims; accumulates in f32 (f64 for F64).
     Gemm { alpha: f64, accumulate: bool },
-    /// See `Operation::QuantDot`. `args = [x, w: u8[bytes]]`
+    /// See `Operation::QuantDot`. `args = [x, w: u8[bytes]]`. A backend may round x to eight bits, relative to the
+    /// largest of every 32 elements, or both factors to bf16; F64 it may not round.
     QuantGemm { format: BlockFormat, rows: usize, cols: usize, transposed: bool },
     /// `args = [w: u8[bytes]]`
     Dequantize { format: BlockFormat, rows: usize, cols: usize },

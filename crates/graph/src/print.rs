@@ -87,9 +87,11 @@ fn composite(c: &Composite, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         Composite::CrossEntropy(a)
         | Composite::LinearCrossEntropy(a)
         | Composite::LinearCrossEntropyGradX(a)
-        | Composite::LinearCrossEntropyGradWeight(a) => match a.ignore_index {
-            Some(index) => write!(f, "{{ignore={index}}}"),
-            None => Ok(()),
+        | Composite::LinearCrossEntropyGradWeight(a) => match (a.ignore_index, a.blocks) {
+            (Some(index), Some(format)) => write!(f, "{{ignore={index}, {format:?}}}"),
+            (Some(index), None) => write!(f, "{{ignore={index}}}"),
+            (None, Some(format)) => write!(f, "{{{format:?}}}"),
+            (None, None) => Ok(()),
         },
     }
 }

@@ -217,8 +217,11 @@ fn cross_entropies_are_their_formula() {
         -(1.0 - smoothing) * log[label as usize] - smoothing * log.iter().sum::<f64>() / 4.0
     };
     let want: Vec<f64> = (0..3).map(loss).collect();
-    let attrs =
-        CrossEntropyAttrs { ignore_index: Some(-100), label_smoothing: f64_scalar(smoothing) };
+    let attrs = CrossEntropyAttrs {
+        ignore_index: Some(-100),
+        label_smoothing: f64_scalar(smoothing),
+        blocks: None,
+    };
     let logits = Value { ty: ty(DType::F64, &[3, 4]), data: logits };
     let got = evaluate(Composite::CrossEntropy(attrs), &[logits, labels.clone()]);
     assert_close("cross_entropy", &got, &want);
@@ -341,6 +344,7 @@ fn ill_formed_losses_are_refused() {
     let attrs = |smoothing| CrossEntropyAttrs {
         ignore_index: None,
         label_smoothing: f64_scalar(smoothing),
+        blocks: None,
     };
     let (loss, linear) =
         (Composite::CrossEntropy(attrs(0.0)), Composite::LinearCrossEntropy(attrs(0.0)));

@@ -4,6 +4,7 @@ use crate::{DType, Device, io};
 use metal_candle_graph::{Shape, TensorType};
 use std::fmt;
 use std::panic::Location;
+use std::path::PathBuf;
 
 /// An error: its kind, and the line that made the mistake.
 pub struct Error {
@@ -44,6 +45,12 @@ pub enum ErrorKind {
     ArgumentValue { index: u32 },
     #[error("a placeholder of {ty} has no value: what is recorded on it can only be planned")]
     PlaceholderValue { ty: TensorType },
+    #[error(
+        "grad: the loss is a value in memory, which has forgotten how it was made, and so whether \
+         from trainable {name}: record the gradients before the loss is evaluated, or evaluate \
+         both together with eval_all"
+    )]
+    EvaluatedLoss { name: String },
     #[error("the compiled function was given {got} arguments, but donates argument {donated}")]
     DonatedArgument { donated: usize, got: usize },
     /// An adapter's configuration that does not fit the model.
@@ -52,8 +59,23 @@ pub enum ErrorKind {
     /// Training data that cannot make a batch.
     #[error("training data: {0}")]
     Data(io::data::Problem),
+    #[error(
+        "{skipped} updates in a row were skipped, because loss or gradients were not finite (first \
+         in {culprit}): look at the rows, or take a lower learning rate"
+    )]
+    NoUpdate { skipped: usize, culprit: String },
     #[error("expected {expected} parameters, got {got}")]
     Parameters { expected: usize, got: usize },
+    #[error(
+        "the weight {tensor} has a NaN or an infinity: the model's file is damaged, or was made by a training \
+         run that diverged; get another"
+    )]
+    WeightNotFinite { tensor: String },
+    #[error(
+        "the logits are NaN, although every weight of the model is finite: is the adapter damaged? with \
+         weights in f16, load them as bf16"
+    )]
+    LogitsNotFinite,
     #[error("no adapter is called {name}: there are {known}")]
     UnknownAdapter { name: String, known: String },
     #[error("the adapter is for another base: it adapts {module}, which this model does not have")]
@@ -71,6 +93,17 @@ pub enum ErrorKind {
     Sampling { name: &'static str, expected: &'static str, got: f64 },
     #[error("a stop string is empty: it would end every text before it begins")]
     EmptyStop,
+    #[error(
+        "{}: a GGUF file is made from a GGUF base: convert the folder with llama.cpp's \
+         convert_hf_to_gguf.py first, or leave --export-gguf out for a fused folder", path.display()
+    )]
+    FuseFolderToGguf { path: PathBuf },
+    #[error("weights are written as F32, F16 or BF16, not as {got}")]
+    FuseType { got: DType },
+    #[error("{weight} merged with the adapter holds {got}: is one of them damaged?")]
+    FusedNotFinite { weight: String, got: f32 },
+    #[error("{}: {file} lies here already: choose another folder", path.display())]
+    FuseOccupied { path: PathBuf, file: &'static str },
     #[error("a cache of {dims:?} values per layer cannot be addressed")]
     CacheSize { dims: Vec<usize> },
 }
@@ -128,7 +161,9 @@ impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &*self.kind {
             // Files are the matter here, not lines of code.
-            ErrorKind::Io(_) => write!(f, "{}", self.kind),
+            ErrorKind::Io(_)
+            | ErrorKind::FuseFolderToGguf { .. }
+            | ErrorKind::FuseOccupied { .. } => write!(f, "{}", self.kind),
             kind => write!(f, "{kind} (at {}:{})", self.location.file(), self.location.line()),
         }
     }

@@ -7,9 +7,10 @@
 //! generation ─ how a model's makers mean it to be run
 //! tokenizer ── text <-> ids, from tokenizer.json or from a GGUF's metadata
 //! chat ─────── messages -> text, by the model's own Jinja template
-//! data ─────── JSONL rows -> token sequences -> padded batches
-//! peft ─────── LoRA adapters in PEFT's format
+//! data ─────── rows of JSONL or CSV -> token sequences -> padded batches
+//! adapter ──── LoRA adapters in any tool's format: peft, mlx, gguf::lora
 //! file ─────── reading, and writing without ever leaving half a file
+//! bytes ────── what a file holds, read or mapped
 //! ```
 //!
 //! Everything here is plain data (bytes, vectors, [`candle_core::Tensor`]) and knows no [lazy
@@ -17,6 +18,8 @@
 //! length before anything is allocated, and whatever is wrong comes back as an [`Error`] that
 //! names the file and carries the values.
 
+pub mod adapter;
+pub mod bytes;
 pub mod chat;
 pub mod config;
 pub mod data;
@@ -25,9 +28,12 @@ pub mod file;
 mod generation;
 pub mod gguf;
 pub mod hf;
+pub mod mlx;
 pub mod peft;
 pub mod tokenizer;
 
+pub use adapter::AdapterFormat;
+pub use bytes::Bytes;
 pub use chat::{ChatTemplate, Message};
 pub use config::{DecoderConfig, RopeLayout, RopeScaling};
 pub use error::{Error, Result};

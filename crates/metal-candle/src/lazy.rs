@@ -152,6 +152,11 @@ impl LazyTensor {
         LazyTensor(Arc::new(Node { ty, device, name: None, detached: false, state }))
     }
 
+    /// Whether both are handles to one tensor.
+    pub(crate) fn is_same(&self, other: &LazyTensor) -> bool {
+        self.key() == other.key()
+    }
+
     /// Identity of the node, for maps.
     fn key(&self) -> *const Node {
         Arc::as_ptr(&self.0)

@@ -11,6 +11,7 @@
 #![warn(missing_docs)]
 
 mod error;
+mod fnv;
 pub mod generate;
 pub mod io;
 mod lazy;

@@ -4,8 +4,10 @@ mod adapter;
 mod layers;
 mod lora;
 mod rope;
+mod weight;
 
 pub use crate::io::LoraConfig as LoRAAdapterConfig;
 pub use adapter::{AdapterRegistry, ApplyAdapter, LoRAAdapter};
-pub use layers::{Embedding, Linear, RmsNorm, Rotary, Rotation, Weight};
+pub use layers::{Embedding, Linear, RmsNorm, Rotary, Rotation};
 pub use lora::{LoRADropout, LoRALayer};
+pub use weight::Weight;

@@ -5,7 +5,7 @@
 mod counting;
 
 use counting::{Allocated, Counting, watch};
-use metal_candle::{Compiled, Device, LazyTensor, compile, grad};
+use metal_candle::{Compiled, DType, Device, LazyTensor, compile, grad};
 
 #[global_allocator]
 static COUNTING: Counting = Counting;
@@ -18,15 +18,24 @@ fn full(value: f32, dims: &[usize]) -> LazyTensor {
     LazyTensor::from_vec(vec![value; dims.iter().product()], dims, &Device::Cpu).unwrap()
 }
 
-/// What the tenth call allocates; its results are still there.
-fn tenth_call(f: &Compiled, args: impl Fn() -> Vec<LazyTensor>) -> Allocated {
+/// What a call allocates; its results are still there. The median of many, for a thread that first takes part in the
+/// work late, on a busy machine, makes its scratch memory then.
+fn repeated_call(f: &Compiled, args: impl Fn() -> Vec<LazyTensor>) -> Allocated {
     (0..9).for_each(|_| drop(f.call(args()).unwrap()));
-    let args = args();
-    // The arguments go with the call, their memory is not what it allocated.
-    let kept = args.clone();
-    let (results, allocated) = watch(|| f.call(args));
-    drop((results.unwrap(), kept));
-    allocated
+    median(|| {
+        let args = args();
+        // The arguments go with the call, their memory is not what it allocated.
+        let kept = args.clone();
+        let (results, allocated) = watch(|| f.call(args));
+        drop((results.unwrap(), kept));
+        allocated
+    })
+}
+
+fn median(mut call: impl FnMut() -> Allocated) -> Allocated {
+    let mut all: Vec<Allocated> = (0..21).map(|_| call()).collect();
+    all.sort_unstable_by_key(|a| a.bytes);
+    all[10]
 }
 
 #[track_caller]
@@ -45,7 +54,7 @@ fn a_compiled_call_allocates_its_outputs_and_nothing_else() {
     donated_state_is_updated_in_place();
     calls_leave_nothing_behind();
     evaluations_leave_nothing_behind();
-    products_allocate_what_the_gemm_crate_packs_and_give_it_back();
+    products_pack_into_memory_that_is_kept();
 }
 
 /// What threads allocate when they start is not a call's.
@@ -65,7 +74,7 @@ fn kernels_and_calls_use_the_arena() {
         });
         let args = || vec![full(0.5, &[n, n]), full(1.0, &[n])];
         assert!(f.plan(&args()).unwrap().arena_bytes >= 4 * n * n);
-        assert_only_outputs(tenth_call(&f, args), &[4 * n * n, 4 * n, 4 * n]);
+        assert_only_outputs(repeated_call(&f, args), &[4 * n * n, 4 * n, 4 * n]);
     }
 }
 
@@ -80,17 +89,17 @@ fn donated_state_is_updated_in_place() {
     })
     .donate([1, 2]);
     let x = full(0.5, &[n]);
-    let (mut w, mut m) = (full(0.1, &[n]), full(0.0, &[n]));
-    for i in 0..10 {
-        let args = vec![x.clone(), w, m];
+    let mut state = vec![full(0.1, &[n]), full(0.0, &[n])];
+    let mut call = || {
+        let args = std::iter::once(x.clone()).chain(std::mem::take(&mut state)).collect();
         let (results, allocated) = watch(|| step.call(args));
-        let mut results = results.unwrap();
-        m = results.remove(2);
-        w = results.remove(1);
-        if i > 2 {
-            assert_only_outputs(allocated, &[4]);
-        }
+        state = results.unwrap().split_off(1);
+        allocated
+    };
+    for _ in 0..9 {
+        call();
     }
+    assert_only_outputs(median(call), &[4]);
 }
 
 /// The same from call to call, and nothing is left when the results are gone.
@@ -118,15 +127,14 @@ fn evaluations_leave_nothing_behind() {
     }
 }
 
-/// The one exception: the `gemm` crate allocates the memory into which it packs operands at every
-/// call.
-fn products_allocate_what_the_gemm_crate_packs_and_give_it_back() {
+/// Operands are packed into memory that threads keep.
+fn products_pack_into_memory_that_is_kept() {
     let n = 300;
-    let f = compile(|x: &[LazyTensor]| Ok(vec![x[0].matmul(&x[1])?.tanh()?]));
-    let args = || vec![full(0.5, &[n, n]), full(0.25, &[n, n])];
-    let allocated = tenth_call(&f, args);
-    let output = 4 * n * n;
-    let packed = 2 * output;
-    assert!(allocated.bytes <= output + packed + HANDLES_BYTES, "{allocated:?}");
-    assert!(allocated.live_bytes <= (output + HANDLES_BYTES) as isize, "{allocated:?}");
+    for dtype in [DType::F32, DType::BF16] {
+        let f = compile(|x: &[LazyTensor]| Ok(vec![x[0].matmul(&x[1])?.tanh()?]));
+        let square = |value| full(value, &[n, n]).to_dtype(dtype).unwrap().eval().unwrap();
+        let (a, b) = (square(0.5), square(0.25));
+        let args = || [&a, &b].map(|x| LazyTensor::from_tensor(x).unwrap()).into();
+        assert_only_outputs(repeated_call(&f, args), &[dtype.size_bytes() * n * n]);
+    }
 }

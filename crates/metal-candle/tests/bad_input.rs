@@ -98,6 +98,15 @@ fn dtypes_that_do_not_fit() {
     refused!(grad(&x, &[&x]), "expected a scalar loss of a float dtype, got f32[2, 3]");
     let loss = x.mul(&n.to_dtype(DType::F32).unwrap()).unwrap().sum_all().unwrap();
     refused!(grad(&loss, &[&n.named("n")]), "trainable n");
+    let loss = x.sqr().unwrap().sum_all().unwrap();
+    loss.eval().unwrap();
+    refused!(
+        grad(&loss, &[&x]),
+        "forgotten how it was made, and so whether from trainable #0: record the gradients before \
+         the loss is evaluated, or evaluate both together with eval_all"
+    );
+    // A value by itself still has a gradient.
+    assert_eq!(grad(&loss, &[&loss]).unwrap()[0].to_vec::<f32>().unwrap(), [1.0]);
 }
 
 #[test]

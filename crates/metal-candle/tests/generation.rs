@@ -11,6 +11,7 @@ use metal_candle::generate::{
     Finish, Generated, Generator, GeneratorConfig, Sampling, SamplingStrategy, Session, StreamToken,
 };
 use metal_candle::models::{BaseWeights, load_decoder};
+use metal_candle::nn::ApplyAdapter;
 use metal_candle::{Device, ErrorKind};
 use std::pin::pin;
 use std::sync::Arc;
@@ -243,6 +244,39 @@ fn a_session_takes_in_only_what_is_new_and_answers_as_from_scratch() {
     assert_eq!(g.generate_in(&mut session, "Help", &config(), |_| {}).unwrap().cached_tokens, 3);
     g.generate_in(&mut session, "", &config(), |_| {}).unwrap_err();
     assert!(g.generate_in(&mut session, "Help", &config(), |_| {}).is_ok());
+}
+
+#[test]
+fn a_session_begins_anew_with_another_adapter() {
+    let mut g = generator();
+    let mut session = Session::default();
+    g.generate_in(&mut session, "Hello", &config(), |_| {}).unwrap();
+    assert!(!session.is_empty());
+    g.apply_adapter(tiny::adapter(&["self_attn.k_proj", "self_attn.v_proj"])).unwrap();
+    let got = g.generate_in(&mut session, "Hello", &config(), |_| {}).unwrap();
+    assert_eq!(got.cached_tokens, 0);
+    assert_eq!(got.ids, g.generate("Hello", &config(), |_| {}).unwrap().ids);
+    g.remove_adapter();
+    assert_eq!(g.generate_in(&mut session, "Hello", &config(), |_| {}).unwrap().cached_tokens, 0);
+}
+
+#[test]
+fn an_adapter_is_swapped_under_a_batch_too() {
+    let mut g = generator();
+    let prompts = ["Hello", "Help me"];
+    let ids = |g: &Generator| -> Vec<Vec<u32>> {
+        let batch = g.generate_batch(&prompts, &config(), |_, _| {}).unwrap();
+        batch.into_iter().map(|generated| generated.ids).collect()
+    };
+    let base = ids(&g);
+    g.apply_adapter(tiny::adapter(&["self_attn.k_proj", "self_attn.v_proj"])).unwrap();
+    let adapted = ids(&g);
+    for (prompt, ids) in prompts.iter().zip(&adapted) {
+        assert_eq!(*ids, g.generate(prompt, &config(), |_| {}).unwrap().ids);
+    }
+    assert_ne!(base, adapted);
+    g.remove_adapter();
+    assert_eq!(ids(&g), base);
 }
 
 /// The tiny model's context is smaller than the smallest cache.

@@ -9,7 +9,7 @@ mod tiny;
 
 use metal_candle::generate::{DecodeShape, Generator};
 use metal_candle::io::LoraConfig;
-use metal_candle::io::data::{Batch, Example};
+use metal_candle::io::data::{Batch, Documents, Example};
 use metal_candle::io::peft::TargetModules;
 use metal_candle::models::{BaseWeights, Decoder, load_decoder, load_outline};
 use metal_candle::nn::LoRAAdapter;
@@ -42,6 +42,17 @@ fn outlined(path: &Path) -> Arc<Decoder> {
     Arc::new(load_outline(path, BASE, &Device::Cpu).unwrap())
 }
 
+/// A batch of 2 x 16 tokens; packed, of two documents a row.
+fn batch(packed: bool) -> Batch {
+    let ids: Vec<u32> = (0..32).map(|i| i % 90).collect();
+    let labels = ids.iter().map(|id| i64::from(*id)).collect();
+    let documents = packed.then(|| Documents {
+        segments: (0..32).map(|i| 1 + i % 16 / 8).collect(),
+        positions: (0..32).map(|i| i % 8).collect(),
+    });
+    Batch { ids, labels, batch: 2, seq: 16, trained: 32, documents }
+}
+
 /// One of the committed folders, by its name.
 fn folder(case: &str) -> std::path::PathBuf {
     support::data_folder().join("models").join(case)
@@ -53,8 +64,8 @@ fn a_training_step_planned_from_headers_is_the_one_that_runs() {
     let gguf = Tiny::new().write(scratch.path());
     let optimizer = AdamWConfig::default();
     for path in [gguf, folder("llama"), folder("qwen3"), folder("mistral")] {
-        for accumulated in [1, 3] {
-            let shape = StepShape { batch: 2, seq: 16, accumulated };
+        for (accumulated, packed) in [(1, false), (3, false), (1, true), (2, true)] {
+            let shape = StepShape { batch: 2, seq: 16, accumulated, packed };
             let decoder = outlined(&path);
             let lora = adapter(&decoder);
             let outline = TrainStep::outline(decoder, &lora, optimizer, 1.0, shape).unwrap();
@@ -68,12 +79,25 @@ fn a_training_step_planned_from_headers_is_the_one_that_runs() {
 
             // And it is what is allocated.
             assert_eq!(step.allocated_arena_bytes(), 0);
-            let ids: Vec<u32> = (0..32).map(|i| i % 90).collect();
-            let labels = ids.iter().map(|id| i64::from(*id)).collect();
-            let batch = Batch { ids, labels, batch: 2, seq: 16, trained: 32 };
-            step.run_accumulated(&vec![batch; accumulated], 1e-3).unwrap();
+            step.run_accumulated(&vec![batch(packed); accumulated], 1e-3).unwrap();
             assert_eq!(step.allocated_arena_bytes(), outline.plan.arena_bytes);
             assert!(outline.plan.arena_bytes > 0);
+        }
+    }
+}
+
+#[test]
+fn weights_are_outlined_as_they_would_be_held() {
+    let scratch = tempfile::tempdir().unwrap();
+    let gguf = Tiny::new().write(scratch.path());
+    let shape = DecodeShape { batch: 1, tokens: 1, capacity: 64 };
+    for path in [gguf, support::data_folder().join("adapters/base.gguf"), folder("llama")] {
+        for base in [BASE, BaseWeights::F32, BaseWeights::BF16, BaseWeights::F16] {
+            let real = load_decoder(&path, base, &Device::Cpu).unwrap();
+            let outlined = load_outline(&path, base, &Device::Cpu).unwrap();
+            let planned = Generator::outline(Arc::new(outlined), shape).unwrap();
+            let run = Generator::outline(Arc::new(real), shape).unwrap();
+            assert_eq!(planned, run, "{} as {base:?}", path.display());
         }
     }
 }
@@ -91,8 +115,15 @@ fn a_decode_step_planned_from_headers_is_the_one_that_runs() {
 
 #[test]
 fn the_trainer_plans_the_largest_batch_of_the_data_or_of_the_settings() {
+    for packing in [false, true] {
+        plans_the_largest_batch(packing);
+    }
+}
+
+fn plans_the_largest_batch(packing: bool) {
     let path = folder("llama");
-    let config = TrainingConfig { batch_size: 2, max_seq_length: 96, ..TrainingConfig::default() };
+    let sizes = TrainingConfig { batch_size: 2, max_seq_length: 96, ..TrainingConfig::default() };
+    let config = TrainingConfig { packing, ..sizes };
     let examples: Vec<Example> =
         [5, 40, 9].map(|n| Example { ids: vec![1; n], trained: vec![true; n] }).to_vec();
     let (decoder, model) = (outlined(&path), real(&path));

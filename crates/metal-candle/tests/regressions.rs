@@ -1,5 +1,7 @@
 //! What the first metal-candle got wrong, each as the law that it broke.
 
+#[path = "regressions/adapters.rs"]
+mod adapters;
 #[path = "regressions/graph.rs"]
 mod graph;
 #[path = "regressions/inference.rs"]

@@ -10,7 +10,7 @@ mod tiny;
 
 use metal_candle::Device;
 use metal_candle::io::LoraConfig;
-use metal_candle::io::data::{Batch, Example};
+use metal_candle::io::data::{Batch, BatchOptions, Batcher, Example, Order};
 use metal_candle::io::peft::TargetModules;
 use metal_candle::nn::LoRAAdapter;
 use metal_candle::train::TrainingConfig;
@@ -86,6 +86,17 @@ fn adapter_file(folder: &Path) -> Vec<u8> {
 
 #[test]
 fn a_run_that_goes_on_equals_one_that_never_stopped_to_the_last_bit() {
+    goes_on_to_the_last_bit(config);
+}
+
+#[test]
+fn a_packed_run_goes_on_to_the_last_bit_too() {
+    let packed =
+        |folder: &Path| TrainingConfig { packing: true, max_seq_length: 64, ..config(folder) };
+    goes_on_to_the_last_bit(packed);
+}
+
+fn goes_on_to_the_last_bit(config: impl Fn(&Path) -> TrainingConfig) {
     let whole = tempfile::tempdir().unwrap();
     let mut losses = Vec::new();
     train(config(whole.path()), |report| {
@@ -140,13 +151,65 @@ fn a_checkpoint_of_another_run_is_refused_with_what_differs() {
     }
 }
 
+#[test]
+fn another_adapter_or_base_is_refused_with_what_differs() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = TrainingConfig { iters: 2, resume: true, ..config(folder.path()) };
+    let run = |tiny: &Tiny, adapter: LoraConfig| {
+        let decoder = Arc::new(tiny.decoder());
+        let adapter = LoRAAdapter::new(adapter, decoder.modules(), 1, &Device::Cpu).unwrap();
+        let mut trainer = Trainer::new(decoder, adapter, config.clone()).unwrap();
+        trainer.train(&examples(20, 0), &[], |_| {}).map(|_| ()).map_err(|e| e.to_string())
+    };
+    let names = |names: &[&str]| {
+        TargetModules::Names(names.iter().map(|name| (*name).to_owned()).collect())
+    };
+    let lora = LoraConfig { r: 4, target_modules: names(&["q_proj"]), ..LoraConfig::default() };
+    run(&Tiny::new(), lora.clone()).unwrap();
+    let adapters = [
+        ("adapter r 4, this one has 3", LoraConfig { r: 3, ..lora.clone() }),
+        ("adapter lora_alpha 8, this one has 9", LoraConfig { lora_alpha: 9.0, ..lora.clone() }),
+        ("adapter lora_dropout 0.0", LoraConfig { lora_dropout: 0.5, ..lora.clone() }),
+        ("adapter use_rslora false", LoraConfig { use_rslora: true, ..lora.clone() }),
+        (
+            r#"adapter target_modules ["q_proj"], this one has ["q_proj","v_proj"]"#,
+            LoraConfig { target_modules: names(&["q_proj", "v_proj"]), ..lora.clone() },
+        ),
+        (
+            r#"adapter rank_pattern {}, this one has {"q_proj":2}"#,
+            LoraConfig { rank_pattern: [("q_proj".to_owned(), 2)].into(), ..lora.clone() },
+        ),
+    ];
+    for (expected, adapter) in adapters {
+        let refused = run(&Tiny::new(), adapter).unwrap_err();
+        assert!(refused.contains(expected) && refused.contains("training_state"), "{refused}");
+    }
+    // One weight of one matrix, as a merged adapter would change it.
+    let mut merged = Tiny::new();
+    merged.weights.get_mut("model.layers.1.self_attn.v_proj.weight").unwrap().1[3] += 0.01;
+    for other in [merged, Tiny { window: Some(9), ..Tiny::new() }] {
+        let refused = run(&other, lora.clone()).unwrap_err();
+        assert!(refused.contains("base model \"qwen2, 2 layers of 16, held as f32"), "{refused}");
+    }
+    // What the base is called is no difference.
+    let renamed = LoraConfig { base_model_name_or_path: Some("other".to_owned()), ..lora };
+    run(&Tiny::new(), renamed).unwrap();
+}
+
 /// Rows of `batch` one by one.
 fn rows(batch: &Batch) -> Vec<Batch> {
     let row = |i: usize| {
         let at = i * batch.seq..(i + 1) * batch.seq;
         let labels = batch.labels[at.clone()].to_vec();
         let trained = labels.iter().filter(|label| **label >= 0).count();
-        Batch { ids: batch.ids[at].to_vec(), labels, batch: 1, seq: batch.seq, trained }
+        Batch {
+            ids: batch.ids[at].to_vec(),
+            labels,
+            batch: 1,
+            seq: batch.seq,
+            trained,
+            documents: None,
+        }
     };
     (0..batch.batch).map(row).collect()
 }
@@ -157,7 +220,7 @@ fn batch() -> Batch {
     let mut labels: Vec<i64> = ids.iter().map(|id| i64::from(id + 1)).collect();
     // Rows count differently: a mean of means would be another number.
     labels[..9].fill(-100);
-    Batch { ids, labels, batch, seq, trained: batch * seq - 9 }
+    Batch { ids, labels, batch, seq, trained: batch * seq - 9, documents: None }
 }
 
 fn step(max_norm: f64) -> TrainStep {
@@ -177,9 +240,57 @@ fn accumulated_batches_equal_one_batch_of_all_their_rows_in_less_memory() {
         assert!((a - b).abs() < 1e-4 * a, "{a} {b}");
     }
     let Batch { batch, seq, .. } = batch();
-    let whole = whole.plan(StepShape { batch, seq, accumulated: 1 }).unwrap();
-    let parts = parts.plan(StepShape { batch: 1, seq, accumulated: batch }).unwrap();
+    let whole = whole.plan(StepShape { batch, seq, accumulated: 1, packed: false }).unwrap();
+    let parts = parts.plan(StepShape { batch: 1, seq, accumulated: batch, packed: false }).unwrap();
     assert!(parts.arena_bytes < whole.arena_bytes, "{} {}", parts.arena_bytes, whole.arena_bytes);
+}
+
+/// The gradients, as the first step's means show them: clipping and the rate leave no trace there.
+fn gradients(step: &TrainStep) -> Vec<(String, Vec<f32>)> {
+    let means = step.state().filter(|(name, _)| name.starts_with("mean."));
+    means.map(|(name, tensor)| (name, tensor.to_vec().unwrap())).collect()
+}
+
+#[test]
+fn packed_documents_train_as_they_do_in_rows_of_their_own() {
+    let options = BatchOptions { batch_size: 3, max_seq_length: 64, order: Order::File };
+    let mut packed = Batcher::packed(examples(8, 3), options).unwrap();
+    assert_eq!(packed.batches_per_epoch(), 1);
+    let packed = packed.next_batch();
+    assert!(packed.documents.as_ref().unwrap().segments.iter().any(|segment| *segment >= 3));
+    let apart = BatchOptions { batch_size: 8, ..options };
+    let apart = Batcher::new(examples(8, 3), apart).unwrap().next_batch();
+    assert_eq!(packed.trained, apart.trained);
+    assert!(2 * packed.ids.len() < apart.ids.len());
+
+    for window in [None, Some(7)] {
+        let decoder = Arc::new(Tiny { window, ..Tiny::new() }.decoder());
+        let step = || {
+            let (decoder, optimizer) = (Arc::clone(&decoder), AdamWConfig::default());
+            TrainStep::new(decoder, fresh_adapter(0.0), optimizer, 1e9, 0, &Device::Cpu).unwrap()
+        };
+        let (mut a, mut b) = (step(), step());
+        let (of_a, of_b) = (a.evaluate(&packed).unwrap(), b.evaluate(&apart).unwrap());
+        assert!((of_a - of_b).abs() < 1e-6 * of_b, "{of_a} {of_b}");
+        for _ in 0..3 {
+            let (of_a, of_b) = (a.run(&packed, 1e-2).unwrap(), b.run(&apart, 1e-2).unwrap());
+            assert!((of_a.loss - of_b.loss).abs() < 2e-6 * of_b.loss, "{of_a:?} {of_b:?}");
+            for ((name, a), (_, b)) in gradients(&a).iter().zip(gradients(&b)) {
+                let scale = b.iter().fold(0f32, |m, x| m.max(x.abs()));
+                let error = a.iter().zip(&b).fold(0f32, |m, (a, b)| m.max((a - b).abs()));
+                assert!(error <= 2e-5 * scale, "{name}: {error} of {scale}");
+            }
+        }
+        // Accumulated micro-batches carry their documents too.
+        let halves = BatchOptions { batch_size: 2, ..options };
+        let mut halves = Batcher::packed(examples(8, 3), halves).unwrap();
+        let halves = [halves.next_batch(), halves.next_batch()];
+        let (of_a, of_b) = (step().run_accumulated(&halves, 1e-2), step().run(&apart, 1e-2));
+        let (of_a, of_b) = (of_a.unwrap(), of_b.unwrap());
+        assert!((of_a.loss - of_b.loss).abs() < 2e-6 * of_b.loss, "{of_a:?} {of_b:?}");
+        let (of_a, of_b) = (of_a.gradient_norm, of_b.gradient_norm);
+        assert!((of_a - of_b).abs() < 2e-5 * of_b, "{of_a} {of_b}");
+    }
 }
 
 #[test]
@@ -207,6 +318,33 @@ fn a_step_that_is_not_finite_changes_nothing_and_names_the_parameter() {
         assert_eq!(&after.to_vec::<f32>().unwrap(), before, "{name}");
     }
     assert!(step.diagnose(&[batch()]).unwrap().is_some());
+}
+
+#[test]
+fn a_loss_that_alone_is_not_finite_changes_nothing_and_blames_no_parameter() {
+    // Logits of 1e37 are finite, and so is what flows back from them; the sum over the tokens is not.
+    let mut tiny = Tiny::new().untied();
+    tiny.weights.get_mut("lm_head.weight").unwrap().1.iter_mut().for_each(|w| *w *= 1e37);
+    let decoder = Arc::new(tiny.decoder());
+    let config = LoraConfig {
+        r: 2,
+        lora_alpha: 1e-30,
+        target_modules: TargetModules::Regex(r".*\.1\.mlp\.down_proj".to_owned()),
+        ..LoraConfig::default()
+    };
+    let adapter = LoRAAdapter::new(config, decoder.modules(), 1, &Device::Cpu).unwrap();
+    let optimizer = AdamWConfig::default();
+    let mut step = TrainStep::new(decoder, adapter, optimizer, 1.0, 0, &Device::Cpu).unwrap();
+    let values = |step: &TrainStep| -> Vec<Vec<f32>> {
+        step.state().map(|(_, tensor)| tensor.to_vec().unwrap()).collect()
+    };
+    let before = values(&step);
+    let metrics = step.run(&batch(), 1e-2).unwrap();
+    assert!(!metrics.loss.is_finite() && metrics.gradient_norm.is_finite(), "{metrics:?}");
+    assert!(!metrics.applied && metrics.gradient_norm > 0.0, "{metrics:?}");
+    assert_eq!(values(&step), before);
+    assert_eq!((step.count().updates, step.count().steps), (0, 1));
+    assert_eq!(step.diagnose(&[batch()]).unwrap(), None);
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use crate::candle::Shared;
 use crate::element::{Data, Element};
+use crate::mapped::{self, Mapped, MappedBytes};
 use crate::{Device, Error, Result};
 use candle_core::Tensor;
 use metal_candle_graph::{DType, Shape};
@@ -10,8 +11,8 @@ use std::sync::Arc;
 
 /// Dense row-major elements of one dtype on a device.
 ///
-/// A handle: cloning it copies nothing. The memory is the buffer's own, or that of a Candle tensor which
-/// it then keeps alive.
+/// A handle: cloning it copies nothing. The memory is the buffer's own, or that of a Candle tensor or a
+/// mapped file, which it then keeps alive.
 #[derive(Clone)]
 pub struct Buffer {
     memory: Arc<Memory>,
@@ -20,6 +21,7 @@ pub struct Buffer {
 pub(crate) enum Memory {
     Owned(Data),
     Shared(Shared),
+    Mapped(Mapped),
 }
 
 impl Buffer {
@@ -47,6 +49,29 @@ impl Buffer {
         Ok(Buffer { memory: Arc::new(Memory::Shared(shared)) })
     }
 
+    /// Little-endian elements. Bytes are taken over as they are, others copied; what makes no whole element is
+    /// left out.
+    pub fn from_bytes(bytes: Vec<u8>, dtype: DType) -> Buffer {
+        match dtype {
+            DType::U8 => Buffer::from_vec(bytes),
+            dtype => Buffer::from_data(mapped::copy(&bytes, dtype)),
+        }
+    }
+
+    /// Elements that lie in a file, little-endian; bytes that make no whole element are left out. They are
+    /// read where they lie if their address is a multiple of their size, else copied.
+    pub fn from_mapped(bytes: MappedBytes, dtype: DType) -> Buffer {
+        match Mapped::new(bytes, dtype) {
+            Ok(mapped) => Buffer { memory: Arc::new(Memory::Mapped(mapped)) },
+            Err(bytes) => Buffer::from_data(mapped::copy(&bytes, dtype)),
+        }
+    }
+
+    /// Whether its elements are read where they lie in a file.
+    pub fn is_mapped(&self) -> bool {
+        matches!(&*self.memory, Memory::Mapped(_))
+    }
+
     pub(crate) fn from_data(data: Data) -> Buffer {
         Buffer { memory: Arc::new(Memory::Owned(data)) }
     }
@@ -59,6 +84,7 @@ impl Buffer {
         match &*self.memory {
             Memory::Owned(data) => data.dtype(),
             Memory::Shared(shared) => shared.dtype(),
+            Memory::Mapped(mapped) => mapped.dtype(),
         }
     }
 
@@ -67,6 +93,7 @@ impl Buffer {
         match &*self.memory {
             Memory::Owned(data) => data.len(),
             Memory::Shared(shared) => shared.len(),
+            Memory::Mapped(mapped) => mapped.len(),
         }
     }
 
@@ -75,7 +102,7 @@ impl Buffer {
     }
 
     /// Whether this is the only handle to memory of its own, so that it may be donated. Memory that came
-    /// from Candle is never unique: tensors may see it.
+    /// from Candle is never unique, as tensors may see it; that of a file is read only.
     pub fn is_unique(&self) -> bool {
         matches!(&*self.memory, Memory::Owned(_)) && Arc::strong_count(&self.memory) == 1
     }
@@ -91,6 +118,7 @@ impl Buffer {
         let data = match &*self.memory {
             Memory::Owned(data) => data.copied(),
             Memory::Shared(shared) => shared.to_data()?,
+            Memory::Mapped(mapped) => mapped.to_data(),
         };
         Ok(Buffer::from_data(data))
     }
@@ -103,11 +131,12 @@ impl Buffer {
         match &*self.memory {
             Memory::Owned(data) => Ok(data.as_slice()?.to_vec()),
             Memory::Shared(shared) => Ok(shared.to_data()?.as_slice()?.to_vec()),
+            Memory::Mapped(mapped) => Ok(mapped.to_data().as_slice()?.to_vec()),
         }
     }
 
-    /// A tensor of `shape`. Copies only where another handle to memory of our own exists; what came from Candle
-    /// goes back as the same storage.
+    /// A tensor of `shape`. Copies only where another handle to memory of our own exists, or what lies in a
+    /// file; what came from Candle goes back as the same storage.
     ///
     /// # Errors
     /// [`Error::Len`] if the shape has another number of elements; [`Error::Candle`].
@@ -119,9 +148,11 @@ impl Buffer {
         match Arc::try_unwrap(self.memory) {
             Ok(Memory::Owned(data)) => data.into_tensor(shape),
             Ok(Memory::Shared(shared)) => shared.to_tensor(shape),
+            Ok(Memory::Mapped(mapped)) => mapped.to_data().into_tensor(shape),
             Err(memory) => match &*memory {
                 Memory::Owned(data) => data.copied().into_tensor(shape),
                 Memory::Shared(shared) => shared.to_tensor(shape),
+                Memory::Mapped(mapped) => mapped.to_data().into_tensor(shape),
             },
         }
     }
@@ -134,7 +165,7 @@ impl Buffer {
     pub(crate) fn unique_mut(&mut self) -> Option<&mut Data> {
         match Arc::get_mut(&mut self.memory)? {
             Memory::Owned(data) => Some(data),
-            Memory::Shared(_) => None,
+            Memory::Shared(_) | Memory::Mapped(_) => None,
         }
     }
 }

@@ -179,6 +179,7 @@ impl Executable {
                 Some(data) => data.as_mut_ptr(),
                 None => match buffer.memory() {
                     Memory::Owned(data) => data.as_ptr().cast_mut(),
+                    Memory::Mapped(mapped) => mapped.as_ptr().cast_mut(),
                     Memory::Shared(storage) => {
                         shared.push((storage.key(), i as u32));
                         std::ptr::null_mut()

@@ -6,7 +6,8 @@
 //!                 PlanCache
 //! ```
 //!
-//! [`Buffer`]s go in and come out; Candle tensors become buffers, and buffers tensors, without a copy.
+//! [`Buffer`]s go in and come out; Candle tensors become buffers, and buffers tensors, without a copy, and so
+//! do [`MappedBytes`] of a file become buffers.
 
 mod arena;
 mod buffer;
@@ -18,6 +19,7 @@ mod element;
 mod error;
 mod executable;
 mod executor;
+mod mapped;
 mod pages;
 mod pending;
 mod verify;
@@ -30,4 +32,5 @@ pub use element::Element;
 pub use error::{Error, PlanFault, Result};
 pub use executable::Executable;
 pub use executor::AsyncGraphExecutor;
+pub use mapped::MappedBytes;
 pub use pending::Pending;

@@ -51,6 +51,14 @@ fn the_command_line_wins() {
     let file = write(folder.path(), "a.yaml", other.as_bytes());
     let args = [&["--config", &file][..], &FLAGS].concat();
     assert_eq!(plan(&model, &args), plan(&model, &FLAGS));
+    // The opposite of a flag is a flag's value.
+    let file_of_pairs = write(folder.path(), "n.yaml", b"packing: true\ndtype: bf16\n");
+    let packed = plan(&model, &["--packing", "--dtype", "bf16"]);
+    assert_eq!(plan(&model, &["-c", &file_of_pairs]), packed);
+    let unpacked = plan(&model, &["--dtype", "f32"]);
+    let args = ["-c", &file_of_pairs, "--no-packing", "--dtype", "f32"];
+    assert_eq!(plan(&model, &args), unpacked);
+    assert_ne!(packed, unpacked);
     // What the command line excludes is not there, either.
     let prompts = write(folder.path(), "p.jsonl", b"{\"prompt\": \"a\"}\n");
     let file = write(folder.path(), "g.yaml", b"prompt: [b, c]\nmax_tokens: 2\n");

@@ -201,6 +201,50 @@ fn a_folder_comes_with_its_shards_and_of_several_gguf_files_one_is_named() {
 }
 
 #[test]
+fn whatever_takes_a_model_takes_its_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let shared = Path::new(env!("CARGO_MANIFEST_DIR")).join("../metal-candle/tests/data/adapters");
+    let (base, adapter) = (shared.join("base.gguf"), shared.join("peft"));
+    let hub = Hub::serve([("base.gguf", std::fs::read(&base).unwrap())].into(), None);
+    let home = folder.path().join("home");
+    let (base, adapter) = (base.to_str().unwrap(), adapter.to_str().unwrap());
+    let rows = write(folder.path(), "train.jsonl", b"{\"text\": \"12 34\"}\n");
+    let convert = ["adapter", "convert", "--to", "gguf", "--adapter-path", adapter];
+    let fuse = ["fuse", "--export-gguf", "--adapter-path", adapter];
+    for (args, made) in [(&convert[..], ""), (&fuse, "ggml-model.gguf")] {
+        let to = |name: &str| folder.path().join(format!("{}-{name}", args[0]));
+        let make = |name: &str, model: &str| {
+            let to = to(name);
+            let more = ["--save-path", to.to_str().unwrap(), "--model", model];
+            succeeded(with(&[args, &more].concat(), &home, &hub.endpoint).output().unwrap());
+            std::fs::read(if made.is_empty() { to } else { to.join(made) }).unwrap()
+        };
+        assert_eq!(make("hub", "owner/name"), make("here", base), "{args:?}");
+    }
+    let inspect = |model: &str| {
+        let args = ["data", "inspect", "--data", &rows, "--model", model];
+        let output = with(&args, &home, &hub.endpoint).output().unwrap();
+        (output.status.code(), text(&output.stdout))
+    };
+    assert_eq!(inspect("owner/name"), inspect(base));
+    let mut info = with(&["info", "owner/name"], &home, &hub.endpoint);
+    assert!(succeeded(info.output().unwrap()).0.contains("a GGUF model of"));
+}
+
+#[test]
+fn a_base_that_is_left_out_or_half_said() {
+    let shared = Path::new(env!("CARGO_MANIFEST_DIR")).join("../metal-candle/tests/data/adapters");
+    let folder = tempfile::tempdir().unwrap();
+    let (adapter, to) = (shared.join("peft"), folder.path().join("mlx"));
+    let paths = ["--adapter-path", adapter.to_str().unwrap(), "--save-path", to.to_str().unwrap()];
+    let args = [&["adapter", "convert", "--to", "mlx"][..], &paths].concat();
+    succeeded(command(&args).output().unwrap());
+    let output = command(&[&args[..], &["--revision", "v1"]].concat()).output().unwrap();
+    assert_eq!(output.status.code(), Some(2), "{}", text(&output.stderr));
+    assert!(text(&output.stderr).contains("--model"), "{}", text(&output.stderr));
+}
+
+#[test]
 fn what_is_neither_here_nor_there_says_so() {
     let folder = tempfile::tempdir().unwrap();
     let hub = Hub::serve([("tiny.gguf", vec![1, 2, 3])].into(), Some("secret"));

@@ -96,7 +96,7 @@ fn write(folder: &Path, name: &str, content: &[u8]) -> String {
 fn model(folder: &Path) -> String {
     let template = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}\
                     {% if add_generation_prompt %}assistant:{% endif %}";
-    let model = tiny::Tiny { chat_template: Some(template.to_owned()), ..tiny::Tiny::new() };
+    let model = tiny::Tiny { template: Some(template), ..tiny::Tiny::new() };
     let path = folder.join("tiny.gguf");
     std::fs::rename(model.write(folder), &path).unwrap();
     path.to_str().unwrap().to_owned()

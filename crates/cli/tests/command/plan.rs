@@ -12,9 +12,12 @@ fn the_plan_of_a_training_is_the_one_that_it_makes() {
     let more = ["--target-modules", "all-linear", "--iters", "1", "--max-seq-length", "64"];
     let more = [&more[..], &["--grad-accumulation-steps", "2", "--adapter-path", adapter]].concat();
     let flags = [&flags[..], &more].concat();
-    let trained = succeeds(&[&["train", "--show-plan"][..], &flags].concat());
-    let planned = succeeds(&[&["plan", "--full"][..], &flags].concat());
-    assert!(planned.lines().count() > 20 && trained.starts_with(&planned), "{planned}\n{trained}");
+    for held in [&[][..], &["--packing"], &["--packing", "--dtype", "bf16"]] {
+        let trained = succeeds(&[&["train", "--show-plan"][..], &flags, held].concat());
+        let planned = succeeds(&[&["plan", "--full"][..], &flags, held].concat());
+        let is_same = planned.lines().count() > 20 && trained.starts_with(&planned);
+        assert!(is_same, "{held:?}:\n{planned}\n{trained}");
+    }
 }
 
 /// The number before `unit` in the line that begins with `name`.

@@ -111,6 +111,7 @@ pub(crate) fn swiglu_with_loss() -> ComputationGraph {
     let attrs = CrossEntropyAttrs {
         ignore_index: Some(-100),
         label_smoothing: Scalar::from_f64(DType::F64, 0.0),
+        blocks: None,
     };
     let losses = composite(&mut g, Composite::CrossEntropy(attrs), &[logits, labels]);
     let loss = total(&mut g, losses);

@@ -7,8 +7,8 @@ use super::softmax::{add_logsumexp, probabilities};
 use super::{Composite, accumulator, check_arity, widen};
 use crate::infer::{check_dtype, check_float, check_index, check_rank, check_shape, require};
 use crate::{
-    BinaryOp, ComputationGraph, DType, Dims, Error, NodeId, Operation, Result, Scalar, Shape,
-    TensorType,
+    BinaryOp, BlockFormat, ComputationGraph, DType, Dims, Error, NodeId, Operation, Result, Scalar,
+    Shape, TensorType,
 };
 
 /// How rows are weighed.
@@ -18,6 +18,17 @@ pub struct CrossEntropyAttrs {
     pub ignore_index: Option<i64>,
     /// `ε` of `(1 - ε) nll + ε mean over classes` (Szegedy et al. 2016); an f64 scalar in `[0, 1]`.
     pub label_smoothing: Scalar,
+    /// How the weight before the loss is stored, where it is in blocks: `u8[bytes]`, class after class, each a whole
+    /// number of blocks. Such a weight is frozen. `None` without a weight.
+    pub blocks: Option<BlockFormat>,
+}
+
+impl CrossEntropyAttrs {
+    /// The number of classes of a weight for so many features.
+    pub fn classes(&self, features: usize, weight: &Shape) -> usize {
+        let Some(format) = self.blocks else { return weight[0] };
+        format.bytes_for(features).map_or(0, |bytes| weight[0] / bytes.max(1))
+    }
 }
 
 pub(super) fn infer(attrs: &CrossEntropyAttrs, inputs: &[TensorType]) -> Result<TensorType> {
@@ -25,6 +36,12 @@ pub(super) fn infer(attrs: &CrossEntropyAttrs, inputs: &[TensorType]) -> Result<
     let [logits, labels] = check_arity(op, inputs)?;
     check_attrs(op, attrs)?;
     check_float(op, &logits)?;
+    require(attrs.blocks.is_none(), || Error::Attribute {
+        op,
+        what: "blocks",
+        expected: "none, for there is no weight",
+        got: format!("{:?}", attrs.blocks),
+    })?;
     check_rank(op, "2 (rows, classes)", 2, &logits.shape)?;
     check_labels(op, logits.shape[0], &labels)?;
     Ok(TensorType::new(accumulator(logits.dtype), labels.shape))
@@ -46,6 +63,7 @@ pub(super) fn infer_linear(composite: &Composite, inputs: &[TensorType]) -> Resu
         Composite::LinearCrossEntropyGradWeight(attrs) => {
             let [dy, x, weight, labels] = check_arity(op, inputs)?;
             check_linear(op, attrs, &x, &weight, &labels)?;
+            check_float(op, &weight)?;
             check_shape(op, labels.shape, dy.shape)?;
             check_dtype(op, &TensorType::new(accumulator(x.dtype), dy.shape), &dy)?;
             Ok(weight)
@@ -63,11 +81,34 @@ fn check_linear(
 ) -> Result<()> {
     check_attrs(op, attrs)?;
     check_float(op, x)?;
-    check_dtype(op, x, weight)?;
     check_rank(op, "2 (rows, features)", 2, &x.shape)?;
-    check_rank(op, "2 for the weight (classes, features)", 2, &weight.shape)?;
-    check_shape(op, Shape::new(&[weight.shape[0], x.shape[1]])?, weight.shape)?;
+    if let Some(format) = attrs.blocks {
+        check_blocks(op, format, x.shape[1], weight)?;
+    } else {
+        check_dtype(op, x, weight)?;
+        check_rank(op, "2 for the weight (classes, features)", 2, &weight.shape)?;
+        check_shape(op, Shape::new(&[weight.shape[0], x.shape[1]])?, weight.shape)?;
+    }
     check_labels(op, x.shape[0], labels)
+}
+
+/// Whether these are the blocks of whole classes of `features` weights.
+fn check_blocks(
+    op: &'static str,
+    format: BlockFormat,
+    features: usize,
+    weight: &TensorType,
+) -> Result<()> {
+    check_dtype(op, &TensorType::new(DType::U8, weight.shape), weight)?;
+    check_rank(op, "1 for the blocks of the weight", 1, &weight.shape)?;
+    let row_bytes = format.bytes_for(features).filter(|bytes| *bytes != 0);
+    let whole = row_bytes.is_some_and(|bytes| weight.shape[0].is_multiple_of(bytes));
+    require(whole, || Error::Attribute {
+        op,
+        what: "blocks",
+        expected: "whole classes of blocks, each of as many weights as x has features",
+        got: format!("{} bytes of {format:?} for {features} features", weight.shape[0]),
+    })
 }
 
 fn check_attrs(op: &'static str, attrs: &CrossEntropyAttrs) -> Result<()> {
@@ -125,7 +166,7 @@ pub(super) fn linear_grad_x(
 ) -> Result<NodeId> {
     let rows = linear_rows(g, attrs, inputs)?;
     let dlogits = rows.dlogits(g, None)?;
-    let weight = widen(g, inputs[1])?;
+    let weight = wide_weight(g, attrs, inputs)?;
     g.add(Operation::Dot, &[dlogits, weight])
 }
 
@@ -156,6 +197,9 @@ pub(super) fn linear_vjp(
     let dy_column = column(g, dy)?;
     let dx = g.binary(BinaryOp::Mul, rows, dy_column)?;
     let dx = g.cast(dx, g.ty(*x).dtype)?;
+    if attrs.blocks.is_some() {
+        return Ok(vec![Some(dx), None, None]);
+    }
     let dw = Composite::LinearCrossEntropyGradWeight(*attrs);
     let dw = g.add(Operation::Composite(dw), &[dy, *x, *weight, *labels])?;
     Ok(vec![Some(dx), Some(dw), None])
@@ -167,10 +211,24 @@ fn linear_rows<'a>(
     attrs: &'a CrossEntropyAttrs,
     inputs: &[NodeId],
 ) -> Result<Rows<'a>> {
-    let (x, weight) = (widen(g, inputs[0])?, widen(g, inputs[1])?);
+    let (x, weight) = (widen(g, inputs[0])?, wide_weight(g, attrs, inputs)?);
     let weight = g.transpose(weight)?;
     let logits = g.add(Operation::Dot, &[x, weight])?;
     Rows::new(g, attrs, logits, inputs[2])
+}
+
+/// The weight in the dtype of the loss, `[classes, features]`.
+fn wide_weight(
+    g: &mut ComputationGraph,
+    attrs: &CrossEntropyAttrs,
+    inputs: &[NodeId],
+) -> Result<NodeId> {
+    let Some(format) = attrs.blocks else { return widen(g, inputs[1]) };
+    let x = g.ty(inputs[0]);
+    let cols = x.shape[1];
+    let rows = attrs.classes(cols, &g.shape(inputs[1]));
+    let weight = g.add(Operation::Dequantize { format, rows, cols }, &inputs[1..2])?;
+    g.cast(weight, accumulator(x.dtype))
 }
 
 /// What the loss and its gradient share.

@@ -188,6 +188,7 @@ fn cross_entropies() -> Vec<(CrossEntropyAttrs, Arg)> {
     let attrs = |label_smoothing, ignore_index| CrossEntropyAttrs {
         ignore_index,
         label_smoothing: f64_scalar(label_smoothing),
+        blocks: None,
     };
     let long = |data: &[i64]| integers(DType::I64, &[data.len()], data);
     let u32s = |data: &[i64]| integers(DType::U32, &[data.len()], data);

@@ -231,6 +231,7 @@ fn row_statistics_are_shared() {
     let losses = CrossEntropyAttrs {
         ignore_index: None,
         label_smoothing: Scalar::from_f64(DType::F64, 0.0),
+        blocks: None,
     };
     for dtype in [DType::F32, DType::BF16] {
         let (x, w) = (ty(dtype, &[3, 4]), ty(dtype, &[4]));
@@ -318,7 +319,7 @@ fn composites(dtype: DType) -> Vec<(Composite, Vec<TensorType>)> {
     let x = |dims: &[usize]| ty(dtype, dims);
     let labels = ty(DType::I64, &[3]);
     let half = Scalar::from_f64(DType::F64, 0.5);
-    let loss = CrossEntropyAttrs { ignore_index: Some(-1), label_smoothing: half };
+    let loss = CrossEntropyAttrs { ignore_index: Some(-1), label_smoothing: half, blocks: None };
     let attention = AttentionAttrs {
         scale: half,
         causal: true,

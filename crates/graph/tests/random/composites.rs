@@ -117,6 +117,7 @@ impl Gen {
         CrossEntropyAttrs {
             ignore_index: self.rng.pick(&[None, Some(-100), Some(1)]),
             label_smoothing: scalar(self.rng.clone().pick(&[0.0, 0.1])),
+            blocks: None,
         }
     }
 

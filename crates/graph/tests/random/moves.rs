@@ -246,6 +246,11 @@ impl Gen {
         let op = Operation::QuantDot { format, rows, cols, transposed };
         let y = self.g.add(op, &[x.id, w.id]).unwrap();
         let y = self.g.binary_scalar(BinaryOp::Mul, y, 1.0 / from as f64).unwrap();
-        self.keep(y, &[x, w]);
+        let mut v = self.derived(y, &[x, w], false);
+        // Fast kernels round its factors: see `LibraryCall::QuantGemm`.
+        if dtype != DType::F64 {
+            v.coarsest = DType::BF16;
+        }
+        self.push(v);
     }
 }

@@ -93,7 +93,7 @@ impl Rows {
             ids.extend(row);
             for at in start..start + t {
                 // A row that is done may go beyond the table of positions.
-                positions.push(at.saturating_sub(*pad).min(self.context - 1) as i64);
+                positions.push(at.saturating_sub(*pad).min(self.context - 1) as u32);
                 queries.push(u8::from(at >= *pad));
             }
         }

@@ -6,10 +6,12 @@ use super::{Generated, GeneratorConfig, KVCache, Session, StreamToken, TokenStre
 use crate::error::ErrorKind;
 use crate::io::tokenizer::Tokenizer;
 use crate::models::Decoder;
+use crate::nn::{ApplyAdapter, LoRAAdapter};
 use crate::{Compiled, LazyTensor, Outline, Result};
 use std::sync::Arc;
 
-/// Generates text with a decoder and the adapter that is on it.
+/// Generates text with a decoder and the adapter that is on it. Another one is put on by
+/// [`ApplyAdapter`], from an [`AdapterRegistry`](crate::nn::AdapterRegistry) if there are several.
 #[derive(Debug)]
 pub struct Generator {
     decoder: Arc<Decoder>,
@@ -25,7 +27,7 @@ impl Generator {
     /// # Errors
     /// Never; a step is traced when it first runs.
     pub fn new(decoder: Arc<Decoder>, tokenizer: Arc<Tokenizer>) -> Result<Generator> {
-        let (one, many) = (step::one(Arc::clone(&decoder)), step::many(Arc::clone(&decoder)));
+        let (one, many) = steps(&decoder);
         Ok(Generator { decoder, tokenizer, one, many })
     }
 
@@ -36,6 +38,15 @@ impl Generator {
     /// Where the adapter on it does not fit, or there are more tokens than positions.
     pub fn outline(decoder: Arc<Decoder>, shape: DecodeShape) -> Result<Outline> {
         step::outline(decoder, shape)
+    }
+
+    /// The same base, without a copy, with what `change` does to its adapter.
+    fn change<T>(&mut self, change: impl FnOnce(&mut Decoder) -> Result<T>) -> Result<T> {
+        let mut decoder = Decoder::clone(&self.decoder);
+        let changed = change(&mut decoder)?;
+        self.decoder = Arc::new(decoder);
+        (self.one, self.many) = steps(&self.decoder);
+        Ok(changed)
     }
 
     /// Generates from a prompt, to which nothing is added: the caller applies the chat template.
@@ -72,7 +83,7 @@ impl Generator {
             }
             next = vec![run.last()];
         }
-        session.keep(run.seen(), cache);
+        session.keep(&self.decoder, run.seen(), cache);
         Ok(run.into_generated())
     }
 
@@ -116,7 +127,7 @@ impl Generator {
         // However many tokens are asked for, the context ends them.
         let most = ids.len().saturating_add(config.max_tokens).min(context);
         let capacity = most.next_multiple_of(CACHE_BUCKET).min(context);
-        let cache = session.take(&self.decoder.config, &ids, capacity)?;
+        let cache = session.take(&self.decoder, &ids, capacity)?;
         let next = ids[cache.len()..].to_vec();
         Ok((Run::new(&self.tokenizer, config, ids, cache.len()), cache, next))
     }
@@ -152,6 +163,32 @@ impl Generator {
         cache.values = results.split_off(1 + self.decoder.config.num_layers);
         cache.keys = results.split_off(1);
         cache.advance(tokens);
-        results[0].to_vec::<f32>()
+        let logits = results[0].to_vec::<f32>()?;
+        if logits.iter().any(|logit| logit.is_nan()) {
+            self.decoder.check_weights()?;
+            return Err(ErrorKind::LogitsNotFinite.into());
+        }
+        Ok(logits)
     }
+}
+
+/// Swaps adapters between generations; the base stays where it is.
+impl ApplyAdapter for Generator {
+    fn apply_adapter(&mut self, adapter: LoRAAdapter) -> Result<Option<LoRAAdapter>> {
+        self.change(|decoder| decoder.apply_adapter(adapter))
+    }
+
+    fn remove_adapter(&mut self) -> Option<LoRAAdapter> {
+        let removed = self.change(|decoder| Ok(decoder.remove_adapter()));
+        removed.expect("metal-candle bug: an adapter cannot be taken off")
+    }
+
+    fn adapter(&self) -> Option<&LoRAAdapter> {
+        self.decoder.adapter()
+    }
+}
+
+/// The compiled steps of a decoder with its adapter, over one text and over several.
+fn steps(decoder: &Arc<Decoder>) -> (Compiled, Compiled) {
+    (step::one(Arc::clone(decoder)), step::many(Arc::clone(decoder)))
 }

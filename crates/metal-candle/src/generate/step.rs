@@ -70,7 +70,7 @@ pub(super) fn outline(decoder: Arc<Decoder>, shape: DecodeShape) -> Result<Outli
         1 => vec![ids, position.clone(), position],
         _ => {
             let [row, all] =
-                [hold(&[batch, tokens], DType::I64)?, hold(&[batch, capacity], DType::U8)?];
+                [hold(&[batch, tokens], DType::U32)?, hold(&[batch, capacity], DType::U8)?];
             vec![ids, position, row, hold(&[batch, tokens], DType::U8)?, all]
         }
     };

@@ -1,5 +1,7 @@
 //! The shape of a decoder, whatever file it came from.
 
+use std::collections::BTreeMap;
+
 pub use metal_candle_graph::composite::RopeLayout;
 
 /// A Llama-like decoder: grouped-query attention, RMS norm, SwiGLU, rotary embedding.
@@ -49,6 +51,23 @@ pub struct DecoderConfig {
 impl DecoderConfig {
     /// The longest context that is accepted: every position has a row in the rotary tables.
     pub const MAX_POSITIONS: usize = 1 << 21;
+
+    /// The linear modules that an adapter may target, with `[out, in]`, without loading the model.
+    pub fn modules(&self) -> BTreeMap<String, [usize; 2]> {
+        let [q, kv] = [self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim];
+        let (hidden, inner) = (self.hidden_size, self.intermediate_size);
+        let of_layer = [
+            ("self_attn.q_proj", [q, hidden]),
+            ("self_attn.k_proj", [kv, hidden]),
+            ("self_attn.v_proj", [kv, hidden]),
+            ("self_attn.o_proj", [hidden, q]),
+            ("mlp.gate_proj", [inner, hidden]),
+            ("mlp.up_proj", [inner, hidden]),
+            ("mlp.down_proj", [hidden, inner]),
+        ];
+        let layer = |i| of_layer.map(|(module, dims)| (format!("model.layers.{i}.{module}"), dims));
+        (0..self.num_layers).flat_map(layer).collect()
+    }
 }
 
 /// What is done to the rotary frequencies `f_i = theta^(-2i / head_dim)`; `L` is the context of the

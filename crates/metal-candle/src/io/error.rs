@@ -24,6 +24,12 @@ pub enum Error {
     /// A weight that does not fit the model's configuration.
     #[error("{}: tensor {tensor:?} has shape {got:?}: expected {expected:?}", path.display())]
     WeightShape { path: PathBuf, tensor: String, expected: Vec<usize>, got: Vec<usize> },
+    /// A weight with a number that the dtype asked for does not hold.
+    #[error(
+        "{}: tensor {tensor:?} has the number {value:e}, which f16 does not hold: load it as bf16",
+        path.display()
+    )]
+    WeightRange { path: PathBuf, tensor: String, value: f32 },
     /// Nothing there to load.
     #[error(
         "{}: no such file or folder: expected a GGUF file, or a folder with config.json, \

@@ -9,16 +9,17 @@
 
 mod decoder;
 mod header;
+pub mod lora;
 mod names;
 mod problem;
 mod rope;
 mod stored;
+mod write;
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 
 use candle_core::Tensor;
 use candle_core::quantized::GgmlDType;
@@ -28,6 +29,8 @@ use metal_candle_graph::{BlockFormat, DType};
 pub use self::names::{gguf_name, hf_name};
 pub use self::problem::Problem;
 pub use self::stored::StoredTensor;
+pub use self::write::GgufWriter;
+use super::bytes::{Bytes, MappedBytes};
 use super::{Error, Result};
 
 /// How the bytes of a stored tensor spell its elements.
@@ -54,19 +57,22 @@ pub struct TensorInfo {
     pub len_bytes: usize,
 }
 
-/// An open GGUF file: its header in memory, its tensors on disk.
+/// An open GGUF file: its header in memory, its tensors mapped.
 #[derive(Debug)]
 pub struct GgufFile {
     path: PathBuf,
-    /// Behind a lock because a read moves the position.
-    file: Mutex<File>,
+    map: MappedBytes,
     metadata: HashMap<String, Value>,
+    /// Where the metadata lie in the file, from its start.
+    metadata_bytes: Range<u64>,
+    alignment_bytes: u64,
     tensors: Vec<TensorInfo>,
     index: HashMap<String, usize>,
 }
 
 impl GgufFile {
-    /// Reads and checks the header; no tensor is read.
+    /// Reads and checks the header, and maps the file: no tensor is read before it is used. See
+    /// [`MappedBytes`] for what must not happen to a mapped file.
     ///
     /// # Errors
     /// [`Error::File`]; [`Error::Gguf`] for whatever contradicts the format or the file's length.
@@ -76,11 +82,17 @@ impl GgufFile {
         let len = file.metadata().map_err(Error::file(&path))?.len();
         let header = header::read(&mut file, len)
             .map_err(|problem| Error::Gguf { path: path.clone(), problem })?;
+        // The header's offsets have been held against this length.
+        let too_long = |_| Error::file(&path)(std::io::ErrorKind::FileTooLarge.into());
+        let len = usize::try_from(len).map_err(too_long)?;
+        let map = MappedBytes::map(&file, len).map_err(Error::file(&path))?;
         let index = header.tensors.iter().enumerate().map(|(i, t)| (t.name.clone(), i)).collect();
         Ok(Self {
             path,
-            file: Mutex::new(file),
+            map,
             metadata: header.metadata,
+            metadata_bytes: header.metadata_bytes,
+            alignment_bytes: header.alignment_bytes,
             tensors: header.tensors,
             index,
         })
@@ -117,18 +129,15 @@ impl GgufFile {
         self.index.contains_key(name)
     }
 
-    /// One tensor's bytes, by its name in the file; nothing else is read.
+    /// One tensor's bytes, where they lie in the file, by its name there.
     ///
     /// # Errors
-    /// [`Problem::NoTensor`]; [`Error::File`].
+    /// [`Problem::NoTensor`].
     pub fn tensor_bytes(&self, name: &str) -> Result<StoredTensor> {
         let info = self.tensor(name)?;
-        let mut bytes = vec![0; info.len_bytes];
-        // A panic of another reader cannot have left anything behind but the position.
-        let mut file = self.file.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        file.seek(SeekFrom::Start(info.offset_bytes))
-            .and_then(|_| file.read_exact(&mut bytes))
-            .map_err(Error::file(&self.path))?;
+        // No truncation: the tensor ends within the map.
+        let start = info.offset_bytes as usize;
+        let bytes = Bytes::Mapped(self.map.slice(start..start + info.len_bytes));
         Ok(StoredTensor { encoding: info.encoding, shape: info.shape.clone(), bytes })
     }
 
@@ -276,8 +285,16 @@ impl Encoding {
     }
 
     fn ggml(self) -> GgmlDType {
+        self.row().1
+    }
+
+    fn id(self) -> u32 {
+        self.row().0
+    }
+
+    fn row(self) -> (u32, GgmlDType, Encoding) {
         let row = Self::TABLE.iter().find(|(.., encoding)| *encoding == self);
-        row.expect("metal-candle bug: an encoding that no GGUF type id leads to").1
+        *row.expect("metal-candle bug: an encoding that no GGUF type id leads to")
     }
 }
 

@@ -1,14 +1,16 @@
 //! A Hugging Face model folder: `config.json`, and the weights in `model.safetensors` or in the
 //! shards that `model.safetensors.index.json` lists.
 //!
-//! Headers are read and checked when the folder is opened, tensors one by one when asked for, so
-//! that a model is in memory once. Nothing is mapped: a file that another program cuts short is an
-//! error here, where a mapping would end the process.
+//! Headers are read and checked against the files' lengths when the folder is opened; then the files
+//! are mapped, so that weights are in memory once at most, and shared by all who run them. See
+//! [`MappedBytes`](super::bytes::MappedBytes) for what must not happen to a mapped file.
 
 mod config;
+mod config_json;
 mod problem;
 mod rope;
 mod shard;
+mod write;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -16,8 +18,10 @@ use std::path::{Path, PathBuf};
 use metal_candle_graph::DType;
 use serde::Deserialize;
 
+pub(crate) use self::config_json::config_json;
 pub use self::problem::Problem;
 use self::shard::Shard;
+pub(crate) use self::write::SafetensorsWriter;
 use super::gguf::StoredTensor;
 use super::{DecoderConfig, Error, Result, file};
 
@@ -25,7 +29,7 @@ const CONFIG: &str = "config.json";
 const WEIGHTS: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 
-/// An open model folder: its config and the headers of its weights in memory, the weights on disk.
+/// An open model folder: its config and the headers of its weights in memory, the weights mapped.
 #[derive(Debug)]
 pub struct HfFolder {
     path: PathBuf,
@@ -81,7 +85,7 @@ impl HfFolder {
         Ok((shard.path(), shard.shape(name)?))
     }
 
-    /// How a weight's elements are stored.
+    /// How a weight's elements are stored, without reading it.
     ///
     /// # Errors
     /// [`Problem::NoTensor`], [`Problem::DType`].
@@ -97,10 +101,10 @@ impl HfFolder {
         self.shard(name)?.len_bytes(name)
     }
 
-    /// One weight; nothing else is read.
+    /// One weight, where it lies in its file.
     ///
     /// # Errors
-    /// [`Problem::NoTensor`], [`Problem::DType`]; [`Error::File`].
+    /// [`Problem::NoTensor`], [`Problem::DType`].
     pub fn weight(&self, name: &str) -> Result<StoredTensor> {
         self.shard(name)?.read(name)
     }
@@ -110,7 +114,11 @@ impl HfFolder {
             Some(&shard) => Ok(&self.shards[shard]),
             None => {
                 let problem = Problem::NoTensor { tensor: name.to_owned() };
-                Err(Error::Model { path: self.path.clone(), problem })
+                let path = match &self.shards[..] {
+                    [one] => one.path().to_owned(),
+                    _ => self.path.join(INDEX),
+                };
+                Err(Error::Model { path, problem })
             }
         }
     }

@@ -6,10 +6,14 @@
 
 mod adapter;
 mod config;
+mod describe;
+pub(crate) mod pair;
 mod select;
 
-pub use self::adapter::{LoraPair, PeftAdapter};
+pub use self::adapter::PeftAdapter;
+pub(crate) use self::adapter::{CONFIG, WEIGHTS};
 pub use self::config::{Bias, InitLoraWeights, LoraConfig, OneOrMany, TargetModules};
+pub use self::pair::LoraPair;
 pub use self::select::Target;
 
 /// What can be wrong with an adapter or its configuration.
@@ -37,11 +41,13 @@ pub enum Problem {
     DType { key: String, dtype: String },
     #[error("{module} has {has} and lacks {lacks}")]
     HalfPair { module: String, has: &'static str, lacks: &'static str },
-    #[error(
-        "{module}: lora_A of shape {a:?} and lora_B of shape {b:?}: expected [r, in], [out, r]"
-    )]
-    PairShape { module: String, a: Vec<usize>, b: Vec<usize> },
-    #[error("{module}: rank {got} in the file, {expected} by adapter_config.json")]
+    #[error("{module}: A of shape {a:?} and B of shape {b:?}: expected {expected}")]
+    PairShape { module: String, a: Vec<usize>, b: Vec<usize>, expected: &'static str },
+    #[error("{module}: {a} and {b} numbers in A and B of rank {rank} for [{outputs}, {inputs}]")]
+    PairLength { module: String, a: usize, b: usize, rank: usize, inputs: usize, outputs: usize },
+    #[error("it adapts nothing: there is no pair of A and B in it")]
+    NoPairs,
+    #[error("{module}: rank {got} in the file, {expected} by its configuration")]
     Rank { module: String, expected: usize, got: usize },
     #[error(
         "the adapter lacks {modules:?}, which its target_modules name: \
@@ -55,4 +61,45 @@ pub enum Problem {
          it is for another base"
     )]
     BaseShape { module: String, expected: [usize; 2], got: [usize; 2] },
+    #[error("{problem} (it says that it is for {base:?})")]
+    OtherBase { problem: Box<Problem>, base: String },
+    #[error(
+        "no adapter in it: expected adapter_config.json beside adapter_model.safetensors (PEFT) or \
+         adapters.safetensors (mlx-lm), or the path of a GGUF file"
+    )]
+    NoAdapter,
+    #[error("{name} is not read: save the adapter anew as safetensors")]
+    Pickle { name: &'static str },
+    #[error(
+        "{first} has {what} {first_value} and {other} has {other_value}, but {format} holds one \
+         {what} for all modules: keep the adapter in PEFT's format"
+    )]
+    Varies {
+        what: &'static str,
+        first: String,
+        first_value: f64,
+        other: String,
+        other_value: f64,
+        format: &'static str,
+    },
+    #[error("a scale of {scale} (alpha 0) cannot be written: llama.cpp takes alpha 0 for scale 1")]
+    NoScale { scale: f64 },
+    #[error("{module} has no name in a GGUF file of architecture {architecture:?}")]
+    GgufName { module: String, architecture: String },
+    #[error(
+        "the adapter is for architecture {got:?}, the base is {base:?}: it is for another base"
+    )]
+    Architecture { got: String, base: String },
+    #[error(
+        "llama.cpp permutes the rows of q and k by heads, which only the base counts: \
+         name the base too (--model)"
+    )]
+    NeedsBase,
+    #[error("{module}: {outputs} rows do not split into {heads} heads: it is for another base")]
+    Heads { module: String, outputs: usize, heads: usize },
+    #[error(
+        "{file} of another adapter lies here, and would share adapter_config.json: \
+         choose another folder"
+    )]
+    Occupied { file: &'static str },
 }

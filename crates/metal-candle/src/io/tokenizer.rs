@@ -36,8 +36,14 @@ pub enum Problem {
     MergeToken { index: usize, token: String },
     #[error("{key} is {id}, but the vocabulary has {tokens} tokens")]
     SpecialId { key: &'static str, id: u32, tokens: usize },
+    #[error(
+        "token {token:?} has id {id}, but the model has {rows} tokens: is it another model's tokenizer?"
+    )]
+    Vocabulary { token: String, id: u32, rows: usize },
     #[error("{key} is {token:?}, which the vocabulary lacks")]
     SpecialToken { key: &'static str, token: String },
+    #[error("chat template: {cause}")]
+    Template { cause: super::chat::Problem },
     #[error("{cause}")]
     Library { cause: tokenizers::Error },
 }
@@ -80,7 +86,7 @@ impl Tokenizer {
     /// and `chat_template.jinja` beside it, where they exist.
     ///
     /// # Errors
-    /// [`Error::File`], [`Error::Json`], [`Error::Tokenizer`], [`Error::Chat`].
+    /// [`Error::File`], [`Error::Json`], [`Error::Tokenizer`].
     pub fn from_file(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let bytes = file::read(path)?;
@@ -93,7 +99,7 @@ impl Tokenizer {
         let template = path.with_file_name("chat_template.jinja");
         if template.exists() {
             let source = String::from_utf8_lossy(&file::read(&template)?).into_owned();
-            tokenizer.chat_template = Some(tokenizer.template(source)?);
+            tokenizer.chat_template = Some(tokenizer.template(&template, source)?);
         }
         Ok(tokenizer)
     }
@@ -101,15 +107,40 @@ impl Tokenizer {
     /// From the metadata of a GGUF file (`tokenizer.ggml.*`, `tokenizer.chat_template`).
     ///
     /// # Errors
-    /// [`Error::Gguf`] for keys that are missing or of another type; [`Error::Tokenizer`],
-    /// [`Error::Chat`].
+    /// [`Error::Gguf`] for keys that are missing or of another type; [`Error::Tokenizer`].
     pub fn from_gguf(gguf: &GgufFile) -> Result<Self> {
         let (inner, special) = gguf::build(gguf)?;
         let mut tokenizer = Self { special, ..Self::new(gguf.path(), inner) };
         if let Some(source) = gguf.str_opt("tokenizer.chat_template")? {
-            tokenizer.chat_template = Some(tokenizer.template(source.to_owned())?);
+            tokenizer.chat_template = Some(tokenizer.template(gguf.path(), source.to_owned())?);
         }
         Ok(tokenizer)
+    }
+
+    /// Writes `tokenizer.json` and `tokenizer_config.json` into a folder, each in one step.
+    ///
+    /// # Errors
+    /// [`Error::File`]; [`Problem::Library`].
+    pub fn save(&self, folder: impl AsRef<Path>) -> Result<()> {
+        let folder = folder.as_ref();
+        let json = self.inner.to_string(true).map_err(self.library())?;
+        file::write_atomic(&folder.join("tokenizer.json"), json.as_bytes())?;
+        let mut config = serde_json::Map::new();
+        config.insert("tokenizer_class".to_owned(), "PreTrainedTokenizerFast".into());
+        let SpecialIds { bos, eos, pad, unk, .. } = self.special;
+        for (key, id) in
+            [("bos_token", bos), ("eos_token", eos), ("pad_token", pad), ("unk_token", unk)]
+        {
+            if let Some(token) = id.and_then(|id| self.inner.id_to_token(id)) {
+                config.insert(key.to_owned(), token.into());
+            }
+        }
+        if let Some(template) = &self.chat_template {
+            config.insert("chat_template".to_owned(), template.source().into());
+        }
+        let config = serde_json::to_string_pretty(&config)
+            .expect("metal-candle bug: a JSON object cannot be printed");
+        file::write_atomic(&folder.join("tokenizer_config.json"), config.as_bytes())
     }
 
     /// The ids of `text`. Special tokens spelled out in it are recognised; with `add_special` the
@@ -166,6 +197,22 @@ impl Tokenizer {
         self.inner.get_vocab_size(true)
     }
 
+    /// Holds the vocabulary against a model's embedding of so many rows, of which it may leave some unused.
+    ///
+    /// # Errors
+    /// [`Problem::Vocabulary`] for an id that is no row.
+    pub fn check_vocabulary(&self, rows: usize) -> Result<()> {
+        let vocabulary = self.inner.get_vocab(true);
+        let largest = vocabulary.into_iter().max_by_key(|(_, id)| *id);
+        match largest {
+            Some((token, id)) if id as usize >= rows => Err(Error::Tokenizer {
+                path: self.path.clone(),
+                problem: Problem::Vocabulary { token, id, rows },
+            }),
+            _ => Ok(()),
+        }
+    }
+
     /// The model's chat template, where it has one.
     pub fn chat_template(&self) -> Option<&ChatTemplate> {
         self.chat_template.as_ref()
@@ -197,7 +244,7 @@ impl Tokenizer {
                 all.into_iter().find(|named| named.name == "default").map(|named| named.template)
             }
         };
-        self.chat_template = template.map(|source| self.template(source)).transpose()?;
+        self.chat_template = template.map(|source| self.template(path, source)).transpose()?;
         Ok(())
     }
 
@@ -219,14 +266,15 @@ impl Tokenizer {
         }
     }
 
-    /// A template that knows how this vocabulary spells its special tokens.
-    fn template(&self, source: String) -> Result<ChatTemplate> {
+    /// A template of this file that knows how this vocabulary spells its special tokens.
+    fn template(&self, path: &Path, source: String) -> Result<ChatTemplate> {
         let spell = |id: Option<u32>| id.and_then(|id| self.inner.id_to_token(id));
         let SpecialIds { bos, eos, pad, unk, .. } = self.special;
         let tokens =
             [("bos_token", bos), ("eos_token", eos), ("pad_token", pad), ("unk_token", unk)];
         let tokens = tokens.into_iter().filter_map(|(name, id)| Some((name, spell(id)?)));
-        Ok(ChatTemplate::new(source, tokens)?)
+        ChatTemplate::new(source, tokens)
+            .map_err(|cause| in_file(path)(Problem::Template { cause }))
     }
 
     fn library(&self) -> impl FnOnce(tokenizers::Error) -> Error + '_ {
@@ -292,6 +340,9 @@ enum JsonMerge {
 /// Holds the merges of a BPE `tokenizer.json` against its vocabulary, before the library does.
 fn check_json(path: &Path, bytes: &[u8]) -> Result<()> {
     let json: Json = serde_json::from_slice(bytes)
+        .map_err(|cause| Error::Json { path: path.to_owned(), cause })?;
+    // The library unwraps what it takes for JSON that was looked at, also where the above skips it.
+    serde_json::from_slice::<serde_json::Value>(bytes)
         .map_err(|cause| Error::Json { path: path.to_owned(), cause })?;
     let model = json.model;
     let Some(vocab) = model.vocab.as_object() else { return Ok(()) };

@@ -2,6 +2,7 @@
 
 use super::{LazyTensor, State};
 use crate::error::{AtCaller, ErrorKind};
+use crate::io::Bytes;
 use crate::{DType, Device, Error, Result};
 use metal_candle_graph::{Distribution, Operation, Scalar, Shape, TensorType};
 use metal_candle_runtime::{Buffer, Element};
@@ -39,6 +40,37 @@ impl LazyTensor {
             return Err(Error::from(ErrorKind::DataLength { dtype, shape, expected, got }));
         }
         Ok(LazyTensor::ready(buffer, TensorType::new(dtype, shape)))
+    }
+
+    /// Little-endian elements of a file, in row-major order: read where they lie in it, if it is mapped and
+    /// they lie at multiples of their size, else copied.
+    ///
+    /// # Errors
+    /// Where `bytes` has not the elements of `dims`.
+    #[track_caller]
+    pub fn from_bytes(
+        bytes: Bytes,
+        dtype: DType,
+        dims: &[usize],
+        device: &Device,
+    ) -> Result<LazyTensor> {
+        let shape = Shape::new(dims).at_caller()?;
+        let Device::Cpu = device else { return unsupported(*device) };
+        let (expected, size) = (shape.len(), dtype.size_bytes());
+        if Some(bytes.len()) != expected.checked_mul(size) {
+            let got = bytes.len() / size;
+            return Err(Error::from(ErrorKind::DataLength { dtype, shape, expected, got }));
+        }
+        let buffer = match bytes {
+            Bytes::Owned(bytes) => Buffer::from_bytes(bytes, dtype),
+            Bytes::Mapped(bytes) => Buffer::from_mapped(bytes, dtype),
+        };
+        Ok(LazyTensor::ready(buffer, TensorType::new(dtype, shape)))
+    }
+
+    /// Whether its elements are in memory only as far as the system keeps a mapped file there.
+    pub fn is_mapped(&self) -> bool {
+        matches!(self.0.read(), State::Ready(buffer) if buffer.is_mapped())
     }
 
     /// A copy of `data`, in row-major order.

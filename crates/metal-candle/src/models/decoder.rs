@@ -2,7 +2,7 @@
 
 use crate::error::ErrorKind;
 use crate::io::DecoderConfig;
-use crate::nn::{ApplyAdapter, Embedding, Linear, LoRAAdapter, RmsNorm, Rotary, Rotation};
+use crate::nn::{ApplyAdapter, Embedding, Linear, LoRAAdapter, RmsNorm, Rotary, Rotation, Weight};
 use crate::{Attention, CrossEntropy, LazyTensor, Result};
 
 /// One block: attention and a gated feed-forward, each after a norm and added to the residual.
@@ -23,7 +23,7 @@ pub struct DecoderLayer {
 }
 
 impl DecoderLayer {
-    fn linears(&self) -> [&Linear; 7] {
+    pub(super) fn linears(&self) -> [&Linear; 7] {
         [
             &self.q_proj,
             &self.k_proj,
@@ -45,7 +45,7 @@ pub struct Decoder {
     pub(crate) layers: Vec<DecoderLayer>,
     pub(crate) norm: RmsNorm,
     /// `[vocabulary, hidden]`; the embedding itself where they are tied.
-    pub(crate) output: LazyTensor,
+    pub(crate) output: Weight,
     pub(crate) rotary: Rotary,
     pub(crate) adapter: Option<LoRAAdapter>,
 }
@@ -65,12 +65,21 @@ pub struct CacheInput<'a> {
 /// Texts of different lengths in one batch, padded on the left.
 #[derive(Clone, Copy, Debug)]
 pub struct PaddedRows<'a> {
-    /// The position of every new token in its own text, `i64 [b, t]`; any for padding.
+    /// The position of every new token in its own text, `u32 [b, t]`; any for padding.
     pub positions: &'a LazyTensor,
     /// 1 where a new token is one, 0 where it is padding, `u8 [b, t]`.
     pub queries: &'a LazyTensor,
     /// The same for the whole cache, `u8 [b, capacity]`.
     pub keys: &'a LazyTensor,
+}
+
+/// Rows that hold several documents, which do not see each other.
+#[derive(Clone, Copy, Debug)]
+pub struct PackedInput<'a> {
+    /// `u32 [b, t]`: equal for the tokens of one document.
+    pub segments: &'a LazyTensor,
+    /// `u32 [b, t]`: where in its document a token stands.
+    pub positions: &'a LazyTensor,
 }
 
 impl Decoder {
@@ -88,10 +97,27 @@ impl Decoder {
     /// # Errors
     /// Where `t` exceeds the model's context.
     pub fn hidden(&self, ids: &LazyTensor, adapter: Option<&LoRAAdapter>) -> Result<LazyTensor> {
-        let rotation = self.rotary.at(None, ids.dims()[1])?;
+        self.hidden_packed(ids, None, adapter)
+    }
+
+    /// [`Decoder::hidden`] of rows that may hold several documents, each as if it were alone.
+    fn hidden_packed(
+        &self,
+        ids: &LazyTensor,
+        packed: Option<PackedInput<'_>>,
+        adapter: Option<&LoRAAdapter>,
+    ) -> Result<LazyTensor> {
+        let rotation = match packed {
+            Some(PackedInput { positions, .. }) => self.rotary.at_each(positions)?,
+            None => self.rotary.at(None, ids.dims()[1])?,
+        };
+        let attention = match packed {
+            Some(PackedInput { segments, .. }) => self.attention().segments(segments, segments),
+            None => self.attention(),
+        };
         let mut x = self.embed.forward(ids)?;
         for layer in &self.layers {
-            let keep = |k: LazyTensor, v: LazyTensor| Ok((k, v, self.attention()));
+            let keep = |k: LazyTensor, v: LazyTensor| Ok((k, v, attention));
             x = self.layer(layer, &x, &rotation, adapter, keep)?;
         }
         self.norm.forward(&x)
@@ -124,7 +150,7 @@ impl Decoder {
         rows: PaddedRows<'_>,
         adapter: Option<&LoRAAdapter>,
     ) -> Result<(LazyTensor, Vec<LazyTensor>, Vec<LazyTensor>)> {
-        let rotation = self.rotary.rows(rows.positions)?;
+        let rotation = self.rotary.at_each(rows.positions)?;
         let attention = self.attention().offset(cache.position).segments(rows.queries, rows.keys);
         self.cached(ids, cache, &rotation, attention, adapter)
     }
@@ -157,7 +183,7 @@ impl Decoder {
     /// # Errors
     /// Where the last dim is not the hidden size.
     pub fn logits(&self, hidden: &LazyTensor) -> Result<LazyTensor> {
-        hidden.matmul(&self.output.t()?)
+        self.output.product(hidden)
     }
 
     /// The mean loss of the next token over the labels that count (not -100).
@@ -173,11 +199,25 @@ impl Decoder {
         labels: &LazyTensor,
         adapter: Option<&LoRAAdapter>,
     ) -> Result<LazyTensor> {
-        let hidden = self.hidden(ids, adapter)?;
+        self.loss_packed(ids, labels, None, adapter)
+    }
+
+    /// [`Decoder::loss`] of rows that may hold several documents, each as if it were alone.
+    ///
+    /// # Errors
+    /// As [`Decoder::loss`]; where a position exceeds the model's context (when it runs).
+    pub fn loss_packed(
+        &self,
+        ids: &LazyTensor,
+        labels: &LazyTensor,
+        packed: Option<PackedInput<'_>>,
+        adapter: Option<&LoRAAdapter>,
+    ) -> Result<LazyTensor> {
+        let hidden = self.hidden_packed(ids, packed, adapter)?;
         let rows = ids.dims()[0] * ids.dims()[1];
         let hidden = hidden.reshape(&[rows, self.config.hidden_size])?;
         let labels = labels.reshape(&[rows])?;
-        hidden.linear_cross_entropy(&self.output, &labels, CrossEntropy::default())
+        self.output.cross_entropy(&hidden, &labels, CrossEntropy::default())
     }
 
     /// How every layer attends.

@@ -11,7 +11,12 @@ use crate::nn::{Embedding, Linear, RmsNorm, Rotary, Weight};
 use crate::{DType, Device, LazyTensor, Result};
 use std::path::Path;
 
-/// How the frozen weights of the linear layers are held.
+/// How the frozen matrices are held: those of the linear layers, the embedding and the output layer.
+/// What is in a file as it is asked for stays there, mapped. Norms and biases are f32 in any case.
+///
+/// In bf16 and f16 a matrix takes half the memory. Products then round their operands and results to
+/// that type and sum in f32; between them, in the residual stream, the norms, attention, an adapter's
+/// branch and the loss, all is f32.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum BaseWeights {
     /// Quantised blocks stay quantised; floats of any width are f32.
@@ -19,6 +24,21 @@ pub enum BaseWeights {
     AsStored,
     /// As f32.
     F32,
+    /// As bf16.
+    BF16,
+    /// As f16, if they fit.
+    F16,
+}
+
+impl BaseWeights {
+    /// Of what is not kept in blocks.
+    fn dtype(self) -> DType {
+        match self {
+            BaseWeights::AsStored | BaseWeights::F32 => DType::F32,
+            BaseWeights::BF16 => DType::BF16,
+            BaseWeights::F16 => DType::F16,
+        }
+    }
 }
 
 /// A model with what belongs to it.
@@ -38,7 +58,7 @@ pub struct LoadedModel {
 ///
 /// # Errors
 /// Where there is nothing at `path`; where a file is malformed or missing, the architecture is
-/// unknown, or a weight does not fit the config.
+/// unknown, a weight does not fit the config, or the tokenizer has a token that the embedding lacks.
 pub fn load(path: &Path, base: BaseWeights, device: &Device) -> Result<LoadedModel> {
     if !is_folder(path)? {
         return load_gguf(path, base, device);
@@ -46,7 +66,9 @@ pub fn load(path: &Path, base: BaseWeights, device: &Device) -> Result<LoadedMod
     // The tokenizer first: it is read in no time, and may be missing.
     let tokenizer = Tokenizer::from_file(path.join("tokenizer.json"))?;
     let generation = GenerationConfig::read(path)?;
-    Ok(LoadedModel { decoder: load_decoder(path, base, device)?, tokenizer, generation })
+    let decoder = load_decoder(path, base, device)?;
+    tokenizer.check_vocabulary(decoder.config.vocab_size)?;
+    Ok(LoadedModel { decoder, tokenizer, generation })
 }
 
 /// As [`load`], the decoder alone.
@@ -84,15 +106,17 @@ pub fn load_outline(path: &Path, base: BaseWeights, device: &Device) -> Result<D
 /// Loads a decoder, its tokenizer and its chat template from a GGUF file.
 ///
 /// Module names are Hugging Face's, and q and k rows are put back into its order, so that adapters
-/// are those of the original model. Norms and the embedding are f32 in any case.
+/// are those of the original model.
 ///
 /// # Errors
-/// Where the file is malformed, of an unknown architecture, or misses a tensor.
+/// Where the file is malformed, of an unknown architecture, or misses a tensor; where the tokenizer has a
+/// token that the embedding lacks.
 pub fn load_gguf(path: &Path, base: BaseWeights, device: &Device) -> Result<LoadedModel> {
     let file = GgufFile::open(path)?;
     let decoder = gguf_decoder(&file, base, device)?;
-    let (tokenizer, generation) = (Tokenizer::from_gguf(&file)?, GenerationConfig::default());
-    Ok(LoadedModel { decoder, tokenizer, generation })
+    let tokenizer = Tokenizer::from_gguf(&file)?;
+    tokenizer.check_vocabulary(decoder.config.vocab_size)?;
+    Ok(LoadedModel { decoder, tokenizer, generation: GenerationConfig::default() })
 }
 
 fn gguf_decoder(file: &GgufFile, base: BaseWeights, device: &Device) -> Result<Decoder> {
@@ -100,7 +124,7 @@ fn gguf_decoder(file: &GgufFile, base: BaseWeights, device: &Device) -> Result<D
     Builder { source: WeightSource::Gguf(file), read: Read::Weights, base, device }.decoder(config)
 }
 
-fn is_folder(path: &Path) -> Result<bool> {
+pub(super) fn is_folder(path: &Path) -> Result<bool> {
     if !path.exists() {
         return Err(io::Error::NoModel { path: path.to_owned() }.into());
     }
@@ -124,10 +148,10 @@ struct Builder<'a> {
 impl Builder<'_> {
     fn decoder(&self, config: DecoderConfig) -> Result<Decoder> {
         let table = [config.vocab_size, config.hidden_size];
-        let embed = self.float("model.embed_tokens.weight", &table)?;
+        let embed = self.matrix("model.embed_tokens.weight", table)?;
         let output = match config.tie_word_embeddings {
             true => embed.clone(),
-            false => self.float("lm_head.weight", &table)?,
+            false => self.matrix("lm_head.weight", table)?,
         };
         let layers = (0..config.num_layers).map(|i| self.layer(i, &config));
         let layers = layers.collect::<Result<Vec<_>>>()?;
@@ -176,14 +200,7 @@ impl Builder<'_> {
 
     fn linear(&self, module: String, dims: [usize; 2], bias: bool) -> Result<Linear> {
         let name = format!("{module}.weight");
-        let weight = match (self.source.encoding(&name)?, self.base) {
-            (Encoding::Blocks(format), BaseWeights::AsStored) => {
-                let blocks = self.blocks(&name, &dims)?;
-                let [rows, cols] = dims;
-                Weight::Quantised { blocks, format, rows, cols }
-            }
-            _ => Weight::Dense(self.float(&name, &dims)?),
-        };
+        let weight = self.matrix(&name, dims)?;
         let bias = match bias {
             true => Some(self.float(&format!("{module}.bias"), &dims[..1])?),
             false => None,
@@ -192,27 +209,27 @@ impl Builder<'_> {
     }
 
     fn rotary(&self, c: &DecoderConfig) -> Result<Rotary> {
-        let positions = c.max_position_embeddings;
+        let (theta, positions) = (c.rope_theta, c.max_position_embeddings);
+        let rotary = Rotary::new(c.head_dim, theta, &c.rope_scaling, positions, c.rope_layout)?;
         match self.read {
-            Read::Weights => {
-                let (theta, scaling) = (c.rope_theta, &c.rope_scaling);
-                Rotary::new(c.head_dim, theta, scaling, positions, c.rope_layout)
-            }
-            Read::Headers => Rotary::placeholder(c.head_dim, positions, c.rope_layout),
+            Read::Weights => Ok(rotary),
+            Read::Headers => rotary.without_values(),
         }
     }
 
     /// As f32.
     fn float(&self, name: &str, dims: &[usize]) -> Result<LazyTensor> {
-        self.source.check(name, dims)?;
-        let weight = match self.read {
-            Read::Weights => {
-                let stored = self.source.read(name)?;
-                LazyTensor::from_tensor(&self.source.dequantise(name, &stored)?)?
+        self.dense(name, dims, DType::F32)
+    }
+
+    fn matrix(&self, name: &str, dims: [usize; 2]) -> Result<Weight> {
+        match (self.source.encoding(name)?, self.base) {
+            (Encoding::Blocks(format), BaseWeights::AsStored) => {
+                let ([rows, cols], blocks) = (dims, self.blocks(name, &dims)?);
+                Ok(Weight::Quantised { blocks, format, rows, cols })
             }
-            Read::Headers => LazyTensor::placeholder(dims, DType::F32, self.device)?,
-        };
-        Ok(weight.named(name))
+            _ => Ok(Weight::Dense(self.dense(name, &dims, self.base.dtype())?)),
+        }
     }
 
     /// As stored.
@@ -222,7 +239,7 @@ impl Builder<'_> {
             Read::Weights => {
                 let bytes = self.source.read(name)?.bytes;
                 let len = bytes.len();
-                LazyTensor::from_vec(bytes, &[len], self.device)?
+                LazyTensor::from_bytes(bytes, DType::U8, &[len], self.device)?
             }
             Read::Headers => {
                 let len = self.source.len_bytes(name)?;
@@ -230,5 +247,22 @@ impl Builder<'_> {
             }
         };
         Ok(blocks.named(name))
+    }
+
+    /// As floats of this type.
+    fn dense(&self, name: &str, dims: &[usize], dtype: DType) -> Result<LazyTensor> {
+        self.source.check(name, dims)?;
+        let weight = match self.read {
+            Read::Weights => {
+                let stored = self.source.read(name)?;
+                if stored.encoding == Encoding::Dense(dtype) {
+                    LazyTensor::from_bytes(stored.bytes, dtype, &stored.shape, self.device)?
+                } else {
+                    LazyTensor::from_tensor(&self.source.dequantise(name, &stored, dtype)?)?
+                }
+            }
+            Read::Headers => LazyTensor::placeholder(dims, dtype, self.device)?,
+        };
+        Ok(weight.named(name))
     }
 }

@@ -3,7 +3,7 @@
 use super::{LoRADropout, LoRALayer};
 use crate::error::ErrorKind;
 use crate::io::peft::{LoraPair, PeftAdapter, Target};
-use crate::io::{self, LoraConfig};
+use crate::io::{self, DecoderConfig, LoraConfig};
 use crate::{Device, Error, LazyTensor, Result};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -42,22 +42,17 @@ impl LoRAAdapter {
         Ok(LoRAAdapter { config, layers })
     }
 
-    /// The adapter that PEFT, or [`LoRAAdapter::save`], wrote to this folder, for a base with these
-    /// `modules` (path and `[out, in]`).
+    /// The adapter at this path, for a model of this shape: a folder of PEFT's or mlx-lm's, or a
+    /// GGUF file for llama.cpp.
     ///
     /// # Errors
-    /// Where the folder holds no such adapter, or one for another base.
-    pub fn load<'m>(
-        folder: impl AsRef<Path>,
-        modules: impl IntoIterator<Item = (&'m str, [usize; 2])>,
+    /// Where there is no such adapter, or it is for another base.
+    pub fn load(
+        path: impl AsRef<Path>,
+        base: &DecoderConfig,
         device: &Device,
     ) -> Result<LoRAAdapter> {
-        let folder = folder.as_ref();
-        let adapter = PeftAdapter::load(folder)?;
-        let base = modules.into_iter().map(|(name, dims)| (name.to_owned(), dims)).collect();
-        let wrong = |problem| io::Error::Adapter { path: folder.to_owned(), problem };
-        adapter.check_base(&base).map_err(wrong)?;
-        LoRAAdapter::from_peft(adapter, device)
+        LoRAAdapter::from_peft(io::adapter::load(path, Some(base))?, device)
     }
 
     /// Writes the adapter to a folder, as PEFT does.
@@ -185,7 +180,7 @@ impl AdapterRegistry {
         self.adapters.insert(name.to_string(), adapter)
     }
 
-    /// Forgets the adapter of this name.
+    /// Forgets the adapter of this name. A model that has it on keeps it until another is activated.
     pub fn unload_adapter(&mut self, name: &str) -> Option<LoRAAdapter> {
         if self.active.as_deref() == Some(name) {
             self.active = None;

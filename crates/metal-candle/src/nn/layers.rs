@@ -1,39 +1,11 @@
 //! The layers of a decoder.
 
-use super::LoRALayer;
 use super::rope::{attention_factor, inverse_frequencies};
+use super::{LoRALayer, Weight};
 use crate::io::RopeScaling;
 use crate::{DType, LazyTensor, Result};
-use metal_candle_graph::BlockFormat;
 use metal_candle_graph::composite::RopeLayout;
-
-/// The matrix of a linear layer, `[out, in]`.
-#[derive(Clone, Debug)]
-pub enum Weight {
-    /// A float tensor `[out, in]`.
-    Dense(LazyTensor),
-    /// GGUF blocks, row by row: stays quantised, is dequantised tile by tile inside the product.
-    Quantised {
-        /// The blocks, `u8[bytes]`.
-        blocks: LazyTensor,
-        /// How a block is laid out.
-        format: BlockFormat,
-        /// Output features.
-        rows: usize,
-        /// Input features.
-        cols: usize,
-    },
-}
-
-impl Weight {
-    /// `[out, in]`
-    pub fn dims(&self) -> [usize; 2] {
-        match self {
-            Weight::Dense(w) => [w.dims()[0], w.dims()[1]],
-            Weight::Quantised { rows, cols, .. } => [*rows, *cols],
-        }
-    }
-}
+use std::sync::{Arc, OnceLock};
 
 /// `y = x Wᵀ + b`, with room for a LoRA branch.
 #[derive(Clone, Debug)]
@@ -55,12 +27,7 @@ impl Linear {
     /// # Errors
     /// Where the last dim of x is not the layer's input size.
     pub fn forward(&self, x: &LazyTensor, lora: Option<&LoRALayer>) -> Result<LazyTensor> {
-        let base = match &self.weight {
-            Weight::Dense(w) => x.matmul(&w.t()?)?,
-            Weight::Quantised { blocks, format, rows, cols } => {
-                x.quant_matmul(blocks, *format, *rows, *cols)?
-            }
-        };
+        let base = self.weight.product(x)?;
         let adapted = match lora {
             Some(lora) => base.add(&lora.branch(x)?)?,
             None => base,
@@ -76,17 +43,17 @@ impl Linear {
 #[derive(Clone, Debug)]
 pub struct Embedding {
     /// `[vocabulary, hidden]`
-    pub weight: LazyTensor,
+    pub weight: Weight,
 }
 
 impl Embedding {
     /// # Shapes
-    /// `ids: u32 [b, t]` gives `[b, t, hidden]`.
+    /// `ids: u32 [b, t]` gives `f32 [b, t, hidden]`.
     ///
     /// # Errors
     /// Where an id is no row of the table (when it runs).
     pub fn forward(&self, ids: &LazyTensor) -> Result<LazyTensor> {
-        self.weight.embedding(ids)
+        self.weight.rows(ids)
     }
 }
 
@@ -110,8 +77,13 @@ impl RmsNorm {
 /// The tables of a rotary embedding (Su et al. 2021).
 #[derive(Clone, Debug)]
 pub struct Rotary {
-    cos: LazyTensor,
-    sin: LazyTensor,
+    /// cos and sin, made when they are first asked for: `[positions, head_dim / 2]`.
+    tables: Arc<OnceLock<[LazyTensor; 2]>>,
+    /// Of each pair.
+    inverse: Vec<f32>,
+    /// What multiplies cos and sin.
+    attention: f32,
+    positions: usize,
     layout: RopeLayout,
 }
 
@@ -120,7 +92,7 @@ impl Rotary {
     /// position `p` is `p · theta^(-2i / head_dim)`, before scaling.
     ///
     /// # Errors
-    /// Where there are not as many [`RopeScaling::Divisors`] as pairs, or no memory for the tables.
+    /// Where there are not as many [`RopeScaling::Divisors`] as pairs.
     pub fn new(
         head_dim: usize,
         theta: f64,
@@ -129,27 +101,36 @@ impl Rotary {
         layout: RopeLayout,
     ) -> Result<Rotary> {
         let inverse = inverse_frequencies(head_dim, theta, scaling)?;
-        let half = inverse.len();
         let attention = attention_factor(scaling) as f32;
+        Ok(Rotary { tables: Arc::default(), inverse, attention, positions, layout })
+    }
+
+    /// With [placeholders](LazyTensor::placeholder) for tables, to be planned.
+    ///
+    /// # Errors
+    /// Where the tables cannot be addressed.
+    pub fn without_values(self) -> Result<Rotary> {
+        let dims = [self.positions, self.inverse.len()];
+        let table = || LazyTensor::placeholder(&dims, DType::F32, &crate::Device::Cpu);
+        let tables = [table()?.named("rope.cos"), table()?.named("rope.sin")];
+        Ok(Rotary { tables: Arc::new(OnceLock::from(tables)), ..self })
+    }
+
+    fn tables(&self) -> Result<&[LazyTensor; 2]> {
+        if let Some(tables) = self.tables.get() {
+            return Ok(tables);
+        }
+        let (positions, half) = (self.positions, self.inverse.len());
         // Hugging Face rounds the product to f32; so do we, to follow its logits.
-        let angle = |at: usize| f64::from((at / half) as f32 * inverse[at % half]);
+        let angle = |at: usize| f64::from((at / half) as f32 * self.inverse[at % half]);
         let table = |f: fn(f64) -> f64| {
-            let value = |at| f(angle(at)) as f32 * attention;
+            let value = |at| f(angle(at)) as f32 * self.attention;
             let values: Vec<f32> = (0..positions * half).map(value).collect();
             LazyTensor::from_vec(values, &[positions, half], &crate::Device::Cpu)
         };
-        let (cos, sin) = (table(f64::cos)?.named("rope.cos"), table(f64::sin)?.named("rope.sin"));
-        Ok(Rotary { cos, sin, layout })
-    }
-
-    /// Tables of these shapes without values.
-    ///
-    /// # Errors
-    /// Where they cannot be addressed.
-    pub fn placeholder(head_dim: usize, positions: usize, layout: RopeLayout) -> Result<Rotary> {
-        let dims = [positions, head_dim / 2];
-        let table = || LazyTensor::placeholder(&dims, DType::F32, &crate::Device::Cpu);
-        Ok(Rotary { cos: table()?.named("rope.cos"), sin: table()?.named("rope.sin"), layout })
+        let tables = [table(f64::cos)?.named("rope.cos"), table(f64::sin)?.named("rope.sin")];
+        // Another thread may have been faster: its are the same.
+        Ok(self.tables.get_or_init(|| tables))
     }
 
     /// The rows for `t` positions from `start` (a run-time `i64[]`), or from 0.
@@ -165,20 +146,18 @@ impl Rotary {
             let half = rows.dims()[1];
             rows.reshape(&[1, t, 1, half])
         };
-        Ok(Rotation { cos: rows(&self.cos)?, sin: rows(&self.sin)?, layout: self.layout })
+        let [cos, sin] = self.tables()?;
+        Ok(Rotation { cos: rows(cos)?, sin: rows(sin)?, layout: self.layout })
     }
 
-    /// The rows for the positions of every token, `[b, t]`.
+    /// The rows for these positions, which differ from row to row of a batch: `u32 [b, t]`.
     ///
     /// # Errors
-    /// Where a position is beyond the table (when it runs).
-    pub fn rows(&self, positions: &LazyTensor) -> Result<Rotation> {
-        let [b, t] = [positions.dims()[0], positions.dims()[1]];
-        let rows = |table: &LazyTensor| {
-            let half = table.dims()[1];
-            table.embedding(positions)?.reshape(&[b, t, 1, half])
-        };
-        Ok(Rotation { cos: rows(&self.cos)?, sin: rows(&self.sin)?, layout: self.layout })
+    /// Where a position is not in the table (when it runs).
+    pub fn at_each(&self, positions: &LazyTensor) -> Result<Rotation> {
+        let rows = |table: &LazyTensor| table.embedding(positions)?.unsqueeze(2);
+        let [cos, sin] = self.tables()?;
+        Ok(Rotation { cos: rows(cos)?, sin: rows(sin)?, layout: self.layout })
     }
 }
 

@@ -45,6 +45,9 @@ pub struct Progress {
 /// The key of the metadata under which everything but the tensors stands.
 const KEY: &str = "metal_candle_training";
 
+/// More than any run counts, and few enough that going on cannot overflow.
+const MOST: usize = u32::MAX as usize;
+
 #[derive(Serialize, Deserialize)]
 struct Metadata {
     progress: Progress,
@@ -99,6 +102,11 @@ pub(super) fn load(
     let text = text.ok_or_else(|| format(format!("no {KEY} among its metadata")))?;
     let metadata: Metadata = serde_json::from_str(text).map_err(|e| format(e.to_string()))?;
     check(&metadata.settings, settings).map_err(failed)?;
+    let Progress { iteration, count, cursor, .. } = &metadata.progress;
+    let counts = [*iteration, count.updates, count.steps, cursor.batch];
+    if counts.into_iter().any(|n| n > MOST) || cursor.epoch > MOST as u64 {
+        return Err(format(format!("its progress is {:?}", metadata.progress)));
+    }
     let file = SafeTensors::deserialize(&bytes).map_err(|e| format(e.to_string()))?;
     let mut tensors = Vec::new();
     for name in names {

@@ -3,8 +3,9 @@
 use super::AdamWConfig;
 use super::optimizer::{Moments, StepScalars, clip_factor, global_norm};
 use crate::error::ErrorKind;
+use crate::io::LoraConfig;
 use crate::io::data::Batch;
-use crate::models::Decoder;
+use crate::models::{Decoder, PackedInput};
 use crate::nn::LoRAAdapter;
 use crate::{Compiled, DType, Device, LazyTensor, Outline, Result, compile, grad};
 use std::sync::Arc;
@@ -38,6 +39,8 @@ pub struct StepShape {
     pub seq: usize,
     /// Batches of an update.
     pub accumulated: usize,
+    /// Whether a row may hold several documents.
+    pub packed: bool,
 }
 
 impl StepShape {
@@ -49,6 +52,9 @@ impl StepShape {
         args.push(hold(&[], DType::I64)?);
         for _ in 0..self.accumulated {
             args.extend([hold(&dims, DType::U32)?, hold(&dims, DType::I64)?]);
+            if self.packed {
+                args.extend(vec![hold(&dims, DType::U32)?; 2]);
+            }
         }
         if self.accumulated > 1 {
             args.extend(vec![hold(&[], DType::F32)?; self.accumulated]);
@@ -59,9 +65,9 @@ impl StepShape {
 
 /// An adapter in training: parameters, moments, and the compiled step that moves them.
 ///
-/// The arguments of the step are `[p.., m.., v.., rate, correction1, correction2, seed]`, then ids and labels of
-/// every micro-batch, then (of more than one) their shares of the loss. Its results are `[norm, loss, p.., m..,
-/// v..]`; the state is updated in place.
+/// The arguments of the step are `[p.., m.., v.., rate, correction1, correction2, seed]`, then every micro-batch
+/// (ids and labels, and of packed ones segments and positions), then (of more than one) their shares of the loss.
+/// Its results are `[norm, loss, p.., m.., v..]`; the state is updated in place.
 pub struct TrainStep {
     adapter: LoRAAdapter,
     state: Vec<LazyTensor>,
@@ -109,8 +115,8 @@ impl TrainStep {
         });
         let shape = adapter.clone();
         let evaluate = compile(move |args: &[LazyTensor]| {
-            let adapter = shape.with_parameters(&args[2..])?;
-            Ok(vec![decoder.loss(&args[0], &args[1], Some(&adapter))?])
+            let (batch, parameters) = args.split_at(args.len() - n);
+            Ok(vec![loss(&decoder, batch, &shape.with_parameters(parameters)?)?])
         });
         let count = StepCount::default();
         let seed = seed as i64;
@@ -165,7 +171,7 @@ impl TrainStep {
     /// # Errors
     /// As [`TrainStep::run`]; the state is kept.
     pub fn evaluate(&self, batch: &Batch) -> Result<f32> {
-        let mut args = tensors(batch)?.to_vec();
+        let mut args = tensors(batch)?;
         args.extend(self.parameters().iter().cloned());
         scalar(&self.evaluate.call(args)?[0])
     }
@@ -177,6 +183,11 @@ impl TrainStep {
     pub fn adapter(&self) -> Result<LoRAAdapter> {
         let copies = self.parameters().iter().map(LazyTensor::to_owned_copy);
         self.adapter.with_parameters(&copies.collect::<Result<Vec<_>>>()?)
+    }
+
+    /// What is adapted and how.
+    pub fn adapter_config(&self) -> &LoraConfig {
+        &self.adapter.config
     }
 
     /// Updates so far: steps that were applied.
@@ -298,13 +309,15 @@ impl Traced {
         let parameters = &args[..self.n];
         let (scalars, batches) = args[3 * self.n..].split_at(SCALARS);
         let seed = &scalars[3];
-        let count = if batches.len() == 2 { 1 } else { batches.len() / 3 };
-        let (batches, shares) = batches.split_at(2 * count);
+        // The shares are the only scalars.
+        let shares = batches.iter().filter(|x| x.rank() == 0).count();
+        let (batches, shares) = batches.split_at(batches.len() - shares);
+        let size = batches.len() / shares.len().max(1);
         let adapter = self.adapter.with_parameters(parameters)?.with_dropout(seed);
         let wrt: Vec<&LazyTensor> = parameters.iter().collect();
         let mut sum: Option<(LazyTensor, Vec<LazyTensor>)> = None;
-        for (i, batch) in batches.chunks(2).enumerate() {
-            let mut loss = self.decoder.loss(&batch[0], &batch[1], Some(&adapter))?;
+        for (i, batch) in batches.chunks(size).enumerate() {
+            let mut loss = loss(&self.decoder, batch, &adapter)?;
             if let Some(share) = shares.get(i) {
                 loss = loss.mul(share)?;
             }
@@ -358,13 +371,25 @@ impl Traced {
     }
 }
 
-/// Ids and labels.
-fn tensors(batch: &Batch) -> Result<[LazyTensor; 2]> {
+/// Ids and labels, and where the documents lie if it is packed.
+fn tensors(batch: &Batch) -> Result<Vec<LazyTensor>> {
     let dims = [batch.batch, batch.seq];
-    Ok([
-        LazyTensor::from_vec(batch.ids.clone(), &dims, &Device::Cpu)?,
-        LazyTensor::from_vec(batch.labels.clone(), &dims, &Device::Cpu)?,
-    ])
+    let ids = |ids: &[u32]| LazyTensor::from_slice(ids, &dims, &Device::Cpu);
+    let labels = LazyTensor::from_slice(&batch.labels, &dims, &Device::Cpu)?;
+    let mut all = vec![ids(&batch.ids)?, labels];
+    if let Some(documents) = &batch.documents {
+        all.extend([ids(&documents.segments)?, ids(&documents.positions)?]);
+    }
+    Ok(all)
+}
+
+/// The mean loss of a batch, given as [`tensors`].
+fn loss(decoder: &Decoder, batch: &[LazyTensor], adapter: &LoRAAdapter) -> Result<LazyTensor> {
+    let packed = match batch {
+        [_, _, segments, positions] => Some(PackedInput { segments, positions }),
+        _ => None,
+    };
+    decoder.loss_packed(&batch[0], &batch[1], packed, Some(adapter))
 }
 
 fn scalar(x: &LazyTensor) -> Result<f32> {

@@ -4,7 +4,9 @@ use super::checkpoint::{self, Progress};
 use super::report::{Report, Window};
 use super::{AdamWConfig, LRScheduler, StepShape, TrainStep};
 use crate::error::ErrorKind;
+use crate::fnv::Fnv;
 use crate::io::data::{Batch, BatchOptions, Batcher, Example, Order};
+use crate::io::file;
 use crate::models::Decoder;
 use crate::nn::LoRAAdapter;
 use crate::{Device, Outline, Plan, Result};
@@ -24,6 +26,8 @@ pub struct TrainingConfig {
     pub grad_accumulation_steps: usize,
     /// Tokens of a row, at most.
     pub max_seq_length: usize,
+    /// Whether several examples share a row, kept apart in attention, so that little is padding.
+    pub packing: bool,
     /// The learning rate over the iterations.
     pub schedule: LRScheduler,
     /// The optimizer.
@@ -57,6 +61,7 @@ impl Default for TrainingConfig {
             batch_size: 4,
             grad_accumulation_steps: 1,
             max_seq_length: 2048,
+            packing: false,
             schedule: LRScheduler::Constant { rate: 1e-5 },
             optimizer: AdamWConfig::default(),
             max_gradient_norm: 1.0,
@@ -79,13 +84,15 @@ impl TrainingConfig {
             Some(train) => self.batcher(train, Order::Shuffled { seed: self.seed })?.shapes()[0],
             None => (self.batch_size, self.max_seq_length),
         };
-        Ok(StepShape { batch, seq, accumulated: self.grad_accumulation_steps.max(1) })
+        let accumulated = self.grad_accumulation_steps.max(1);
+        Ok(StepShape { batch, seq, accumulated, packed: self.packing })
     }
 
     fn batcher(&self, examples: &[Example], order: Order) -> Result<Batcher> {
-        let TrainingConfig { batch_size, max_seq_length, .. } = *self;
+        let TrainingConfig { batch_size, max_seq_length, packing, .. } = *self;
         let options = BatchOptions { batch_size, max_seq_length, order };
-        Batcher::new(examples.to_vec(), options).map_err(|e| ErrorKind::Data(e).into())
+        let new = if packing { Batcher::packed } else { Batcher::new };
+        new(examples.to_vec(), options).map_err(|e| ErrorKind::Data(e).into())
     }
 }
 
@@ -94,9 +101,13 @@ const STATE: &str = "training_state.safetensors";
 /// The folder of the best adapter, in the adapter's.
 const BEST: &str = "best";
 
+/// Updates that may be skipped in a row.
+const SKIPPED_MOST: usize = 20;
+
 /// Fine-tunes an adapter on a frozen decoder.
 pub struct Trainer {
     config: TrainingConfig,
+    decoder: Arc<Decoder>,
     step: TrainStep,
     stop: Arc<AtomicBool>,
 }
@@ -110,8 +121,9 @@ impl Trainer {
         config: TrainingConfig,
     ) -> Result<Self> {
         let (norm, seed) = (config.max_gradient_norm, config.seed);
-        let step = TrainStep::new(decoder, adapter, config.optimizer, norm, seed, &Device::Cpu)?;
-        Ok(Trainer { config, step, stop: Arc::default() })
+        let base = Arc::clone(&decoder);
+        let step = TrainStep::new(base, adapter, config.optimizer, norm, seed, &Device::Cpu)?;
+        Ok(Trainer { config, decoder, step, stop: Arc::default() })
     }
 
     /// Ends training after the step in which `stop` becomes true, saved so that it can go on.
@@ -124,8 +136,8 @@ impl Trainer {
     /// Runs all iterations that are left, telling `report` what happens; returns the trained adapter.
     ///
     /// # Errors
-    /// Where there is nothing to train on, a step fails, the checkpoint to resume from is another run's, or
-    /// the adapter cannot be written.
+    /// Where there is nothing to train on, a step fails, the checkpoint to resume from is another run's, the
+    /// adapter cannot be written, the base holds a weight that is not finite, or 20 updates in a row are skipped.
     pub fn train(
         &mut self,
         train: &[Example],
@@ -133,13 +145,18 @@ impl Trainer {
         mut report: impl FnMut(Report),
     ) -> Result<LoRAAdapter> {
         let c = self.config.clone();
-        let mut batches = self.batcher(train, Order::Shuffled { seed: c.seed })?;
-        let settings = self.settings(train);
+        let mut batches = self.batches(train)?;
+        let settings = self.settings(train)?;
+        if let Some(folder) = &c.adapter_path {
+            // Said now, and not after the first hundred steps.
+            file::check_writable(folder)?;
+        }
         let mut progress = self.start(&mut batches, &settings, &mut report)?;
         if !valid.is_empty() && progress.iteration == 0 {
             self.validate(valid, &mut progress, &mut report)?;
         }
         let mut window = Window::start();
+        let mut skipped = 0;
         while progress.iteration < c.iters {
             let rate = c.schedule.rate(progress.iteration);
             let micro: Vec<Batch> =
@@ -150,8 +167,10 @@ impl Trainer {
             progress.count = self.step.count();
             let (step, loss, gradient_norm) =
                 (progress.iteration, metrics.loss, metrics.gradient_norm);
-            if !metrics.applied {
+            skipped = if metrics.applied { 0 } else { skipped + 1 };
+            if skipped > 0 {
                 let culprit = self.step.diagnose(&micro)?;
+                self.give_up(skipped, culprit.as_deref())?;
                 report(Report::Skipped { step, loss, gradient_norm, culprit });
             }
             window.add(&micro, loss);
@@ -205,6 +224,27 @@ impl Trainer {
         TrainStep::outline(decoder, adapter, config.optimizer, config.max_gradient_norm, shape)
     }
 
+    /// The batches that these examples make, from the first one on.
+    ///
+    /// # Errors
+    /// Where they make none.
+    pub fn batches(&self, train: &[Example]) -> Result<Batcher> {
+        self.batcher(train, Order::Shuffled { seed: self.config.seed })
+    }
+
+    /// An error where going on is in vain: where the base itself is broken, or nothing is learnt any more.
+    fn give_up(&self, skipped: usize, culprit: Option<&str>) -> Result<()> {
+        if self.step.updates() == 0 && skipped == 1 {
+            // No step was ever good: a damaged model would make none of them so.
+            self.decoder.check_weights()?;
+        }
+        if skipped < SKIPPED_MOST {
+            return Ok(());
+        }
+        let culprit = culprit.unwrap_or("the loss").to_owned();
+        Err(ErrorKind::NoUpdate { skipped, culprit }.into())
+    }
+
     /// Where to begin: at the beginning, or where the checkpoint says.
     fn start(
         &mut self,
@@ -242,7 +282,8 @@ impl Trainer {
             tokens += batch.trained;
         }
         let loss = (sum / tokens.max(1) as f64) as f32;
-        let is_best = progress.best.is_none_or(|best| loss < best);
+        // What is not finite is never the best: nothing would be lower.
+        let is_best = loss.is_finite() && progress.best.is_none_or(|best| loss < best);
         report(Report::Validation { step: progress.iteration, loss, is_best });
         if !is_best {
             progress.stale += 1;
@@ -283,34 +324,39 @@ impl Trainer {
     }
 
     /// What a run that goes on must have in common with the one that stopped.
-    fn settings(&self, train: &[Example]) -> Map<String, Value> {
+    fn settings(&self, train: &[Example]) -> Result<Map<String, Value>> {
         let c = &self.config;
         let settings = json!({
             "iters": c.iters,
             "batch_size": c.batch_size,
             "grad_accumulation_steps": c.grad_accumulation_steps,
             "max_seq_length": c.max_seq_length,
+            "packing": c.packing,
             "learning rate": format!("{:?}", c.schedule),
             "optimizer": format!("{:?}", c.optimizer),
             "max_gradient_norm": c.max_gradient_norm,
             "seed": c.seed,
             "training data": fingerprint(train),
+            "base model": self.decoder.fingerprint()?,
         });
-        match settings {
-            Value::Object(settings) => settings,
-            other => panic!("metal-candle bug: settings are {other}"),
-        }
+        let Value::Object(mut settings) = settings else {
+            panic!("metal-candle bug: settings are {settings}");
+        };
+        // What the base is called is no part of what it is.
+        let adapter = self.step.adapter_config().to_json().into_iter();
+        let adapter = adapter.filter(|(option, _)| option != "base_model_name_or_path");
+        settings.extend(adapter.map(|(option, value)| (format!("adapter {option}"), value)));
+        Ok(settings)
     }
 }
 
-/// A number that tells data sets apart: FNV-1a of all ids and masks.
+/// What tells data sets apart: their size, and a hash of all ids and masks.
 fn fingerprint(examples: &[Example]) -> String {
-    let mut hash = 0xcbf2_9ce4_8422_2325u64;
-    let mut add = |word: u64| hash = (hash ^ word).wrapping_mul(0x0100_0000_01b3);
+    let mut hash = Fnv::default();
     for example in examples {
-        add(example.ids.len() as u64);
+        hash.add(example.ids.len() as u64);
         for (id, trained) in example.ids.iter().zip(&example.trained) {
-            add(u64::from(*id) << 1 | u64::from(*trained));
+            hash.add(u64::from(*id) << 1 | u64::from(*trained));
         }
     }
     format!("{} rows, {hash:016x}", examples.len())

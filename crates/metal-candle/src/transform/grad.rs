@@ -1,7 +1,7 @@
 //! Gradients of what was recorded.
 
 use crate::Result;
-use crate::error::AtCaller;
+use crate::error::{AtCaller, ErrorKind};
 use crate::lazy::{LazyTensor, trace};
 use metal_candle_graph::autodiff::{Trainable, gradients};
 
@@ -9,7 +9,7 @@ use metal_candle_graph::autodiff::{Trainable, gradients};
 /// the loss, as one plan.
 ///
 /// # Errors
-/// Where the loss is no float of one element, and where a trainable does not reach the loss through
+/// Where the loss is no float of one element, where it was evaluated already, and where a trainable does not reach the loss through
 /// differentiable operations: then the error names it ([`LazyTensor::named`]), the operation and the path.
 ///
 /// ```
@@ -21,14 +21,17 @@ use metal_candle_graph::autodiff::{Trainable, gradients};
 /// ```
 #[track_caller]
 pub fn grad(loss: &LazyTensor, wrt: &[&LazyTensor]) -> Result<Vec<LazyTensor>> {
+    // A value has let go of what it was made of; only its gradient by itself is left.
+    if loss.is_evaluated()
+        && let Some((i, x)) = wrt.iter().enumerate().find(|(_, x)| !x.is_same(loss))
+    {
+        return Err(ErrorKind::EvaluatedLoss { name: name(i, x) }.into());
+    }
     let mut trace = trace(&[loss], true);
     let trainables: Vec<Trainable> = wrt
         .iter()
         .enumerate()
-        .map(|(i, x)| Trainable {
-            node: trace.id_or_input(x),
-            name: x.name().map_or_else(|| format!("#{i}"), str::to_string),
-        })
+        .map(|(i, x)| Trainable { node: trace.id_or_input(x), name: name(i, x) })
         .collect();
     let root = trace.graph.outputs[0];
     let device = *loss.device();
@@ -36,6 +39,11 @@ pub fn grad(loss: &LazyTensor, wrt: &[&LazyTensor]) -> Result<Vec<LazyTensor>> {
     let wanted = gradients(&mut graph, root, &trainables).at_caller()?;
     graph.outputs = wanted;
     Ok(lift(&graph, trace.handles, device))
+}
+
+/// What errors call the trainable number `i`.
+fn name(i: usize, x: &LazyTensor) -> String {
+    x.name().map_or_else(|| format!("#{i}"), str::to_string)
 }
 
 /// The value of `f` at `args` and its gradients with respect to all of them.

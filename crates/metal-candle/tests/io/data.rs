@@ -123,7 +123,9 @@ fn a_bad_line_is_an_error_with_line_and_column() {
 fn a_folder_has_its_splits_and_a_file_is_for_training() {
     let folder = tempfile::tempdir().unwrap();
     let error = Dataset::open(folder.path()).unwrap_err();
-    assert!(matches!(error, Error::Data { problem: Problem::NoTrainFile, .. }), "{error}");
+    let Error::Data { problem: Problem::NoFile { split: "train" }, .. } = &error else {
+        panic!("{error}");
+    };
     let train = write(folder.path(), "train.jsonl", "{\"text\": \"train\"}");
     write(folder.path(), "test.jsonl", "{\"text\": \"test\"}");
     let data = Dataset::open(folder.path()).unwrap();
@@ -289,8 +291,12 @@ proptest! {
         batch_size in 1usize..6,
         seed in any::<u64>(),
         stop in 0usize..60,
+        packed in any::<bool>(),
     ) {
-        let mut batcher = batcher(&lengths, batch_size, 128, Order::Shuffled { seed });
+        let options =
+            BatchOptions { batch_size, max_seq_length: 128, order: Order::Shuffled { seed } };
+        let new = if packed { Batcher::packed } else { Batcher::new };
+        let mut batcher = new(examples(&lengths), options).unwrap();
         let mut resumed = batcher.clone();
         let per_epoch = batcher.batches_per_epoch();
         let mut epochs = Vec::new();
@@ -303,8 +309,7 @@ proptest! {
             let shapes = batcher.shapes();
             let batch = batcher.next_batch();
             prop_assert!(shapes.contains(&(batch.batch, batch.seq)));
-            let first_ids: Vec<u32> = batch.ids.chunks(batch.seq).map(|row| row[0]).collect();
-            epochs.extend(first_ids.into_iter().filter(|&id| id != 0));
+            epochs.extend(batch.ids.iter().filter(|&&id| id != 0 && id % 1000 == 0));
             if i >= stop {
                 after_stop.push(batch);
             }
@@ -320,6 +325,47 @@ proptest! {
             prop_assert_eq!(resumed.next_batch(), batch);
         }
     }
+}
+
+#[test]
+fn packed_documents_have_segments_and_positions_of_their_own_and_no_label_across_a_border() {
+    let options = BatchOptions { batch_size: 2, max_seq_length: 8, order: Order::File };
+    // Of inputs 3, 6, 4 and, cut, 8.
+    let mut batcher = Batcher::packed(examples(&[4, 7, 5, 20]), options).unwrap();
+    assert_eq!(batcher.batches_per_epoch(), 2);
+    let batch = batcher.next_batch();
+    assert_eq!((batch.batch, batch.seq), (2, 8));
+    assert_eq!(batch.ids[..8], [4000, 4001, 4002, 4003, 4004, 4005, 4006, 4007]);
+    assert_eq!(batch.labels[..8], [-100, 4002, -100, 4004, -100, 4006, -100, 4008]);
+    assert_eq!(batch.ids[8..], [2000, 2001, 2002, 2003, 2004, 2005, 0, 0]);
+    let documents = batch.documents.unwrap();
+    assert_eq!(documents.segments, [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0]);
+    assert_eq!(documents.positions[8..], [0, 1, 2, 3, 4, 5, 0, 0]);
+    let batch = batcher.next_batch();
+    assert_eq!(batch.ids[..8], [3000, 3001, 3002, 3003, 1000, 1001, 1002, 0]);
+    assert_eq!(batch.labels[..8], [-100, 3002, -100, 3004, -100, 1002, -100, -100]);
+    let documents = batch.documents.unwrap();
+    assert_eq!(documents.segments[..8], [1, 1, 1, 1, 2, 2, 2, 0]);
+    assert_eq!(documents.positions[..8], [0, 1, 2, 3, 0, 1, 2, 0]);
+    assert!(batch.trained == 3 && documents.segments[8..].iter().all(|&segment| segment == 0));
+}
+
+#[test]
+fn packing_and_few_widths_are_seen_in_the_occupancy() {
+    let lengths: Vec<usize> = (0..200).map(|i| 20 + i * 13 % 400).collect();
+    let options = BatchOptions { batch_size: 4, max_seq_length: 1024, order: Order::File };
+    let tokens: usize = lengths.iter().map(|len| len - 1).sum();
+    let occupancy = |order, new: fn(_, _) -> Result<Batcher, Problem>| {
+        let batcher = new(examples(&lengths), BatchOptions { order, ..options }).unwrap();
+        assert!(batcher.shapes().len() <= 16, "{:?}", batcher.shapes());
+        let occupancy = batcher.occupancy();
+        assert_eq!(occupancy.tokens, tokens);
+        occupancy.padding()
+    };
+    let file = occupancy(Order::File, Batcher::new);
+    let sorted = occupancy(Order::Shuffled { seed: 3 }, Batcher::new);
+    let packed = occupancy(Order::Shuffled { seed: 3 }, Batcher::packed);
+    assert!(packed < 0.08 && sorted < 0.14 && file > 1.5 * sorted, "{packed} {sorted} {file}");
 }
 
 #[test]

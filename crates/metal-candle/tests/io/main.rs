@@ -6,6 +6,7 @@
 //! they skip.
 
 mod chat;
+mod columns;
 mod data;
 mod file;
 mod gguf;

@@ -76,7 +76,7 @@ fn composites() -> [Composite; 13] {
         segments: false,
         offset: false,
     };
-    let loss = CrossEntropyAttrs { ignore_index: None, label_smoothing: number };
+    let loss = CrossEntropyAttrs { ignore_index: None, label_smoothing: number, blocks: None };
     [
         Composite::Softmax { dim },
         Composite::LogSoftmax { dim },

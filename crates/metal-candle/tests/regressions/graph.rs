@@ -6,6 +6,8 @@ use metal_candle::{
     Attention, CrossEntropy, DType, Device, LazyTensor, Plan, Result, compile, grad,
 };
 use metal_candle_compiler::Work;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 fn plan(x: &LazyTensor) -> Plan {
     LazyTensor::plan(&[x]).unwrap()
@@ -186,6 +188,21 @@ fn lora_costs_three_products_and_no_more() {
     assert_eq!(plan.steps.len(), 3, "{plan}");
     let flops = 2 * 64 * (512 * 512 + 512 * 8 + 8 * 512);
     assert!(plan.flops() <= flops + 64 * 512 * 2, "{plan}");
+}
+
+/// 1.x compiled its shader anew at every call.
+#[test]
+fn a_function_is_traced_and_planned_once_for_its_shapes() {
+    let traces = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&traces);
+    let f = compile(move |args: &[LazyTensor]| {
+        count.fetch_add(1, Ordering::Relaxed);
+        Ok(vec![gelu_chain(&args[0])?])
+    });
+    for (rows, expected) in [(4, 1), (4, 1), (6, 2), (4, 2), (6, 2)] {
+        drop(f.call(vec![randn(&[rows, 8], 0)]).unwrap());
+        assert_eq!(traces.load(Ordering::Relaxed), expected, "{rows} rows");
+    }
 }
 
 /// Two losses of one product are two losses, whatever they share.

@@ -4,7 +4,8 @@
 use super::tiny::{HIDDEN, LAYERS, Tiny, VOCAB, adapter, ids, logits};
 use super::{assert_near, randn, vec};
 use metal_candle::generate::{
-    Finish, Generated, Generator, GeneratorConfig, KVCache, SamplingStrategy, sample_token,
+    Finish, Generated, Generator, GeneratorConfig, KVCache, Sampling, SamplingStrategy,
+    sample_token,
 };
 use metal_candle::models::{CacheInput, Decoder};
 use metal_candle::nn::ApplyAdapter;
@@ -216,6 +217,42 @@ fn temperature_top_k_top_p_and_seed_are_honoured() {
     assert_eq!(run(sample(1e-4, 0, 1.0), 1), greedy);
     assert_eq!(run(sample(5.0, 1, 1.0), 1), greedy);
     assert_eq!(run(sample(5.0, 0, 1e-6), 1), greedy);
+}
+
+/// It divided negative logits too, which made their tokens likelier.
+#[test]
+fn a_repetition_penalty_makes_no_token_likelier_that_was_seen() {
+    let generator = generator(&Tiny::new());
+    let first = |repetition_penalty: f64| {
+        let sampling = Sampling { repetition_penalty, ..Sampling::default() };
+        let config = GeneratorConfig {
+            max_tokens: 1,
+            min_tokens: 1,
+            sampling,
+            logprobs: Some(VOCAB),
+            ..GeneratorConfig::default()
+        };
+        let out = generator.generate("abcdefgh", &config, |_| {}).unwrap();
+        let mut all = vec![f32::NAN; VOCAB];
+        for (id, logprob) in &out.logprobs[0].top {
+            all[*id as usize] = *logprob;
+        }
+        all
+    };
+    let (plain, penalised) = (first(1.0), first(1.5));
+    let seen = |id: usize| (b'a'..=b'h').any(|c| usize::from(c - b'!') == id);
+    // Beside a token that was not seen, whose logit stays.
+    let other = 0;
+    let mut lowered = 0;
+    for id in (0..VOCAB - 1).filter(|id| *id != other) {
+        let (before, after) = (plain[id] - plain[other], penalised[id] - penalised[other]);
+        match seen(id) {
+            true => assert!(after <= before + 1e-4, "token {id}: {before} became {after}"),
+            false => assert_near(&[after], &[before], 1e-3),
+        }
+        lowered += usize::from(after < before - 1e-2);
+    }
+    assert!(lowered >= 4, "only {lowered} of 8 tokens were penalised");
 }
 
 #[test]

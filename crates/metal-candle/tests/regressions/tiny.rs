@@ -34,7 +34,8 @@ pub(crate) const MODULES: [(&str, [usize; 2]); 7] = [
 pub(crate) struct Tiny {
     pub(crate) weights: BTreeMap<String, (Vec<usize>, Vec<f32>)>,
     pub(crate) window: Option<u32>,
-    pub(crate) chat_template: Option<String>,
+    /// The chat template in the file.
+    pub(crate) template: Option<&'static str>,
 }
 
 /// Normal numbers; `stream` tells tensors apart.
@@ -60,7 +61,7 @@ impl Tiny {
             let values = normal(stream, dims.iter().product(), scale);
             (format!("{name}.weight"), (dims, values))
         });
-        Tiny { weights: weights.collect(), window: None, chat_template: None }
+        Tiny { weights: weights.collect(), window: None, template: None }
     }
 
     /// Without an output layer the embedding is the output layer.
@@ -109,8 +110,8 @@ impl Tiny {
         if let Some(window) = self.window {
             file = file.meta("qwen2.attention.sliding_window", Meta::U32(window));
         }
-        if let Some(template) = &self.chat_template {
-            file = file.meta("tokenizer.chat_template", Meta::Str(template.clone()));
+        if let Some(template) = self.template {
+            file = file.meta("tokenizer.chat_template", Meta::Str(template.into()));
         }
         for (name, (dims, values)) in &self.weights {
             let dims: Vec<u64> = dims.iter().map(|d| *d as u64).collect();

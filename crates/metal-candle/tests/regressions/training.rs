@@ -16,7 +16,7 @@ fn batch() -> Batch {
     let mut labels: Vec<i64> = TOKENS[1..].iter().map(|id| i64::from(*id)).collect();
     labels.push(-100);
     labels[5] = -100;
-    Batch { ids: TOKENS.to_vec(), labels, batch: 2, seq: 6, trained: 10 }
+    Batch { ids: TOKENS.to_vec(), labels, batch: 2, seq: 6, trained: 10, documents: None }
 }
 
 fn step(lora: &LoRAAdapter, optimizer: AdamWConfig, max_norm: f64) -> TrainStep {

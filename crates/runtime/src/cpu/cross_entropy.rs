@@ -5,18 +5,19 @@
 //! flash attention does (Dao et al. 2022), and, for the gradient, the running sum of `p weight`. The parts are put
 //! together in order. Rows that do not count are left out before anything is computed.
 
-use crate::cpu::gemm::gemm;
+use crate::cpu::gemm::{gemm, gemm_rounded};
 use crate::cpu::matrix::{Mat, MatMut, widened_len};
 use crate::cpu::number::{Accumulator, Float, Number, Real, for_float, for_index};
 use crate::cpu::parallel::{self, Parts};
+use crate::cpu::quant::Blocks;
 use crate::cpu::scratch;
-use crate::cpu::view::{Arg, Out};
+use crate::cpu::view::{Arg, Out, Strided};
 use metal_candle_graph::composite::CrossEntropyAttrs;
-use metal_candle_graph::{Error, Result};
+use metal_candle_graph::{DType, Error, Result};
 use std::ops::Range;
 
 /// Rows of one block.
-const ROWS: usize = 128;
+const ROWS: usize = 256;
 /// Classes of one chunk.
 const CLASSES: usize = 256;
 /// The most parts that the classes are cut into: each has sums of its own.
@@ -63,7 +64,7 @@ pub(crate) fn call_grad_weight(
 }
 
 struct Linear<'a, T: Float> {
-    weight: Mat<'a, T>,
+    weight: Weight<'a, T>,
     /// The rows that count: where they are, their labels, and x itself, `[rows, d]`.
     rows: Vec<usize>,
     labels: Vec<usize>,
@@ -72,6 +73,72 @@ struct Linear<'a, T: Float> {
     classes: usize,
     d: usize,
     epsilon: f64,
+}
+
+/// `[classes, d]`
+#[derive(Clone, Copy)]
+enum Weight<'a, T> {
+    Dense(Mat<'a, T>),
+    Blocks(Blocks<'a>),
+}
+
+impl<'a, T: Float> Weight<'a, T> {
+    fn new(
+        op: &'static str,
+        x: &Strided<'a, T>,
+        weight: &Arg<'a>,
+        attrs: &CrossEntropyAttrs,
+    ) -> Weight<'a, T> {
+        let d = x.cols();
+        let classes = attrs.classes(d, weight.shape());
+        if let Some(format) = attrs.blocks {
+            return Weight::Blocks(Blocks::new(weight, format, classes, d));
+        }
+        let fits = weight.shape().dims() == [classes, d];
+        assert!(fits, "metal-candle bug: {op} of {} and {}", x.shape(), weight.shape());
+        Weight::Dense(weight.read::<T>().matrix())
+    }
+
+    fn classes(&self) -> usize {
+        match self {
+            Weight::Dense(w) => w.rows(),
+            Weight::Blocks(w) => w.rows(),
+        }
+    }
+
+    /// The scratch that [`Weight::rows`] needs for `len` elements.
+    fn wide_len(&self, len: usize) -> usize {
+        match self {
+            Weight::Dense(_) => widened_len::<T>(len),
+            Weight::Blocks(_) => len,
+        }
+    }
+
+    /// Some rows in the accumulator, `[rows, d]`: in place, or in `wide`.
+    fn rows<'b>(&self, range: Range<usize>, wide: &'b mut [T::Acc]) -> Mat<'b, T::Acc>
+    where
+        'a: 'b,
+    {
+        match self {
+            Weight::Dense(w) => w.row_range(range.start, range.len()).widened(wide),
+            Weight::Blocks(w) => w.dense_rows(range, wide),
+        }
+    }
+
+    /// Products with weights that are rounded anyway round their other factor too.
+    fn product(
+        &self,
+        out: MatMut<'_, T::Acc>,
+        a: Mat<'_, T::Acc>,
+        b: Mat<'_, T::Acc>,
+        accumulate: bool,
+    ) {
+        let one = T::Acc::from_f64(1.0);
+        match self {
+            Weight::Dense(_) if T::DTYPE != DType::BF16 => gemm(out, a, b, one, accumulate, false),
+            Weight::Dense(_) | Weight::Blocks(_) => gemm_rounded(out, a, b, accumulate),
+        }
+    }
 }
 
 /// What one part knows of every row of a block.
@@ -146,17 +213,18 @@ impl<'a, T: Float> Linear<'a, T> {
         labels: &Arg<'a>,
         attrs: &CrossEntropyAttrs,
     ) -> Result<Linear<'a, T>> {
-        let (x, weight) = (x.read::<T>(), weight.read::<T>());
-        let ([n, d], [classes, d_weight]) = (extents(x.shape()), extents(weight.shape()));
-        let fits = d == d_weight && labels.shape().dims() == [n];
-        assert!(fits, "metal-candle bug: {op} of {} and {}", x.shape(), weight.shape());
+        let x = x.read::<T>();
+        let [n, d] = extents(x.shape());
+        let weight = Weight::new(op, &x, weight, attrs);
+        let classes = weight.classes();
+        assert_eq!(labels.shape().dims(), [n], "metal-candle bug: {op} of {}", x.shape());
         let (rows, labels) = counted(op, labels, classes, attrs.ignore_index)?;
         let mut packed = vec![T::Acc::ZERO; rows.len() * d];
         for (to, row) in packed.chunks_exact_mut(d.max(1)).zip(&rows) {
             x.row(*row).widen_to(to);
         }
         let epsilon = attrs.label_smoothing.as_f64();
-        Ok(Linear { weight: weight.matrix(), rows, labels, x: packed, n, classes, d, epsilon })
+        Ok(Linear { weight, rows, labels, x: packed, n, classes, d, epsilon })
     }
 
     fn forward(&self, losses: Option<&mut Out>, grad_x: Option<&mut Out>, parallel: bool) {
@@ -202,8 +270,13 @@ impl<'a, T: Float> Linear<'a, T> {
         grad.copy_from_slice(&sums.weighted[r * d..(r + 1) * d]);
         T::Acc::scale_all(grad, T::Acc::from_f64(1.0) / sums.sum[r]);
         scratch::with(d, |wide: &mut [T::Acc]| {
-            self.weight.row_range(self.labels[row], 1).packed(wide);
-            T::Acc::axpy(grad, T::Acc::from_f64(self.epsilon - 1.0), wide);
+            let label = self.labels[row];
+            let weight = match self.weight {
+                Weight::Dense(w) => w.row_range(label, 1).packed(wide),
+                Weight::Blocks(w) => w.dense_rows(label..label + 1, wide),
+            };
+            let weight = weight.row_slice(0).expect("metal-candle bug: a packed row is dense");
+            T::Acc::axpy(grad, T::Acc::from_f64(self.epsilon - 1.0), weight);
         });
         if self.epsilon != 0.0 {
             let miss = T::Acc::from_f64(-self.epsilon / self.classes as f64);
@@ -238,7 +311,7 @@ impl<'a, T: Float> Linear<'a, T> {
     fn chunk(&self, block: Range<usize>, chunk: usize, d: usize, sums: &mut Sums<T::Acc>) {
         let classes = self.classes_of(chunk);
         let (rows, cols) = (block.len(), classes.len());
-        let wide = widened_len::<T>(cols * self.d);
+        let wide = self.weight.wide_len(cols * self.d);
         scratch::split([rows * cols, wide], |[logits, wide]: [&mut [T::Acc]; 2]| {
             let weight = self.logits(block.clone(), classes.clone(), logits, wide);
             for (r, logits) in logits.chunks_exact_mut(cols).enumerate() {
@@ -260,7 +333,7 @@ impl<'a, T: Float> Linear<'a, T> {
             if d != 0 {
                 let p = Mat::dense(logits, rows, cols);
                 let weighted = MatMut::dense(sums.weighted, rows, d);
-                gemm(weighted, p, weight, T::Acc::from_f64(1.0), true, false);
+                self.weight.product(weighted, p, weight, true);
                 if self.epsilon != 0.0 {
                     add_rows(sums.weight_total, weight);
                 }
@@ -280,9 +353,9 @@ impl<'a, T: Float> Linear<'a, T> {
         'a: 'b,
     {
         let x = Mat::dense(&self.x[block.start * self.d..block.end * self.d], block.len(), self.d);
-        let weight = self.weight.row_range(classes.start, classes.len()).widened(wide);
         let out = MatMut::dense(logits, block.len(), classes.len());
-        gemm(out, x, weight.transposed(), T::Acc::from_f64(1.0), false, false);
+        let weight = self.weight.rows(classes, wide);
+        self.weight.product(out, x, weight.transposed(), false);
         weight
     }
 
@@ -303,7 +376,7 @@ impl<'a, T: Float> Linear<'a, T> {
         let out = Parts::new(out.slice::<T>());
         parallel::for_each(parallel, chunks, |chunk| {
             let classes = self.classes_of(chunk);
-            let (cols, wide) = (classes.len(), widened_len::<T>(classes.len() * d));
+            let (cols, wide) = (classes.len(), self.weight.wide_len(classes.len() * d));
             let lens = [ROWS * cols, wide, cols * d];
             scratch::split(lens, |[dlogits, wide, dw]: [&mut [T::Acc]; 3]| {
                 dw.fill(T::Acc::ZERO);

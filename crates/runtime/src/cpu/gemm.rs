@@ -1,46 +1,42 @@
 //! Matrix products: `out = alpha · a b`, or `out += alpha · a b`.
 //!
-//! f32 and f64 go to the `gemm` crate as they lie. It splits the rows and columns of the result among threads,
-//! never the sums, and so gives the same bits with any number of them. bf16 and f16 are widened block by block and
-//! summed in f32.
+//! ```text
+//! lanes ── vectors of every instruction set        micro ─── a tile whose sums stay in registers
+//! pack ─── operands laid out for it                blocked ─ all tiles, on all threads
+//! ```
+//!
+//! The rows and columns of the result are split among threads, never the sums: any number of them gives the same bits.
+//! bf16 and f16 are summed in f32. bf16 is multiplied as it is where the processor can, else widened.
+
+mod blocked;
+mod lanes;
+mod micro;
+mod pack;
 
 use crate::cpu::matrix::{Mat, MatMut};
 use crate::cpu::number::{Accumulator, Float, Number, Real, for_float};
 use crate::cpu::view::{Arg, Out, offset_of};
 use crate::cpu::{parallel, scratch};
-use ::gemm::Parallelism;
-use metal_candle_graph::DType;
+use crate::element::Element;
+use blocked::Product;
+use half::{bf16, f16};
+pub(crate) use pack::Source;
 use smallvec::SmallVec;
 
-/// Result elements that one task of a matrix-vector product computes, where the matrix lies by columns: they stay
-/// in the L1 cache while it streams by once.
-const VECTOR_CHUNK: usize = 1024;
-/// The same where it lies by rows: that many dot products.
-const DOTS_CHUNK: usize = 256;
-
-/// Extents of the blocks that are widened at a time: rows of a, columns of b, and what is summed over.
-const BLOCK_M: usize = 128;
-const BLOCK_N: usize = 256;
-const BLOCK_K: usize = 256;
+/// Results of one task of a matrix-vector product.
+const VECTOR_CHUNK: usize = 256;
+/// Elements that are widened at a time.
+const WIDE: usize = 512;
 
 pub(crate) fn call(args: &[Arg], outs: &mut [Out], alpha: f64, accumulate: bool, parallel: bool) {
     let ([a, b], [out]) = (args, outs) else {
         panic!("metal-candle bug: gemm takes two operands and gives one")
     };
-    match out.dtype() {
-        DType::F32 => Batch::<f32>::new(a, b, out).run(parallel, |out, a, b, parallel| {
-            gemm(out, a, b, alpha as f32, accumulate, parallel);
-        }),
-        DType::F64 => Batch::<f64>::new(a, b, out).run(parallel, |out, a, b, parallel| {
-            gemm(out, a, b, alpha, accumulate, parallel);
-        }),
-        dtype => for_float!(dtype, T => {
-            Batch::<T>::new(a, b, out).run(parallel, |out, a, b, parallel| {
-                let alpha = <T as Number>::Acc::from_f64(alpha);
-                gemm_widened(out, a, b, alpha, accumulate, parallel);
-            });
-        }),
-    }
+    for_float!(out.dtype(), T => {
+        Batch::<T>::new(a, b, out).run(parallel, |out, a, b, parallel| {
+            gemm(out, a, b, <T as Number>::Acc::from_f64(alpha), accumulate, parallel);
+        });
+    });
 }
 
 /// Products of one shape at regular distances.
@@ -144,11 +140,11 @@ impl<T: Float> Batch<T> {
 }
 
 /// `out = alpha · a b`, added to what is there if `accumulate`.
-pub(crate) fn gemm<T: Real>(
+pub(crate) fn gemm<T: Multiply<Acc: Real>>(
     mut out: MatMut<'_, T>,
     a: Mat<'_, T>,
     b: Mat<'_, T>,
-    alpha: T,
+    alpha: T::Acc,
     accumulate: bool,
     parallel: bool,
 ) {
@@ -159,46 +155,84 @@ pub(crate) fn gemm<T: Real>(
     }
     if a.cols() == 0 {
         if !accumulate {
-            out.fill(T::ZERO);
+            out.fill(T::narrow(T::Acc::ZERO));
         }
         return;
     }
-    if out.rows() == 1 {
-        // `x M = (Mᵀ xᵀ)ᵀ`
-        return gemv(out.transposed(), b.transposed(), a.transposed(), alpha, accumulate, parallel);
+    // `(x M)ᵀ = Mᵀ xᵀ`: a row of dot products is a column of them, and rows of a result lie side by side.
+    let turned = match (out.rows(), out.cols()) {
+        (1, _) => b.row_stride() == 1,
+        (_, 1) => a.col_stride() != 1 && a.row_stride() == 1,
+        _ => out.col_stride() != 1 && out.row_stride() == 1,
+    };
+    let (out, a, b) =
+        if turned { (out.transposed(), b.transposed(), a.transposed()) } else { (out, a, b) };
+    if out.cols() == 1 && a.col_stride() == 1 {
+        return times_vector(out, a, b, alpha, accumulate, parallel);
     }
-    if out.cols() == 1 {
-        return gemv(out, a, b, alpha, accumulate, parallel);
-    }
-    call_crate(&mut out, a, b, alpha, accumulate, parallel);
+    T::multiply(out, a, b, alpha, accumulate, parallel);
 }
 
-/// A product with a column, cut into chunks of the result.
-fn gemv<T: Real>(
+/// [`gemm`] of factors that may be rounded to bf16, on this thread.
+pub(crate) fn gemm_rounded<T: Real>(
+    out: MatMut<'_, T>,
+    a: Mat<'_, T>,
+    b: Mat<'_, T>,
+    accumulate: bool,
+) {
+    let few = out.rows() == 1 || out.cols() == 1 || a.cols() == 0;
+    if few || out.rows() == 0 || out.cols() == 0 {
+        return gemm(out, a, b, T::from_f64(1.0), accumulate, false);
+    }
+    T::multiply_rounded(out, a, b, accumulate);
+}
+
+/// A product with a column of a matrix whose rows lie side by side: a dot product for every row.
+fn times_vector<T: Multiply<Acc: Real>>(
     mut out: MatMut<'_, T>,
     a: Mat<'_, T>,
     x: Mat<'_, T>,
-    alpha: T,
+    alpha: T::Acc,
     accumulate: bool,
     parallel: bool,
 ) {
-    scratch::with(x.rows(), |packed: &mut [T]| {
-        let x = if x.row_stride() == 1 { x } else { x.packed(packed) };
-        let chunk_len = if a.row_stride() == 1 { VECTOR_CHUNK } else { DOTS_CHUNK };
-        let chunks = out.rows().div_ceil(chunk_len);
+    scratch::with(x.rows(), |packed: &mut [T::Acc]| {
+        let x = x.transposed().packed(packed);
+        let x = x.row_slice(0).expect("metal-candle bug: a packed row is dense");
         let rows = SharedRows(out.as_mut_ptr(), out.row_stride());
-        parallel::for_each(parallel, chunks, |chunk| {
-            let start = chunk * chunk_len;
-            let len = chunk_len.min(a.rows() - start);
-            // SAFETY: chunks are disjoint rows of `out`, which is borrowed until all are done.
-            let mut out = unsafe { MatMut::new(rows.at(start), [len, 1], [rows.1, 1]) };
-            call_crate(&mut out, a.row_range(start, len), x, alpha, accumulate, false);
+        parallel::for_each(parallel, a.rows().div_ceil(VECTOR_CHUNK), |chunk| {
+            let start = chunk * VECTOR_CHUNK;
+            for i in start..(start + VECTOR_CHUNK).min(a.rows()) {
+                let product = alpha * dot(a, i, x);
+                // SAFETY: chunks are disjoint rows of `out`, which is borrowed until all are done.
+                unsafe {
+                    let to = rows.at(i);
+                    let sum = if accumulate { (*to).widen() + product } else { product };
+                    to.write(T::narrow(sum));
+                }
+            }
         });
     });
 }
 
+/// `Σ a[row, k] x[k]`
+fn dot<T: Multiply<Acc: Real>>(a: Mat<'_, T>, row: usize, x: &[T::Acc]) -> T::Acc {
+    let mut wide = [T::Acc::ZERO; WIDE];
+    let row = a.row_range(row, 1);
+    if T::DTYPE == T::Acc::DTYPE {
+        let row = row.widened(&mut wide);
+        return T::Acc::dot(row.row_slice(0).unwrap_or(&[]), x);
+    }
+    let mut sum = T::Acc::ZERO;
+    for (start, x) in x.chunks(WIDE).enumerate() {
+        let part = row.col_range(start * WIDE, x.len()).packed(&mut wide[..x.len()]);
+        sum += T::Acc::dot(part.row_slice(0).unwrap_or(&[]), x);
+    }
+    sum
+}
+
 struct SharedRows<T>(*mut T, isize);
-// SAFETY: `gemv` gives every task rows of its own.
+// SAFETY: `times_vector` gives every task rows of its own.
 unsafe impl<T: Send> Sync for SharedRows<T> {}
 
 impl<T> SharedRows<T> {
@@ -207,86 +241,132 @@ impl<T> SharedRows<T> {
     }
 }
 
-fn call_crate<T: Real>(
-    out: &mut MatMut<'_, T>,
-    a: Mat<'_, T>,
-    b: Mat<'_, T>,
-    alpha: T,
-    accumulate: bool,
-    parallel: bool,
-) {
-    let parallelism = if parallel { Parallelism::Rayon(0) } else { Parallelism::None };
-    let (m, n, k) = (out.rows(), out.cols(), a.cols());
-    let (out_col, out_row) = (out.col_stride(), out.row_stride());
-    // SAFETY: the matrices are valid for their extents and strides, and `out` overlaps neither operand, for it
-    // is ours alone. The crate computes `alpha · dst + beta · lhs rhs`, and reads `dst` only if told to.
-    unsafe {
-        ::gemm::gemm(
-            m,
-            n,
-            k,
-            out.as_mut_ptr(),
-            out_col,
-            out_row,
-            accumulate,
-            a.as_ptr(),
-            a.col_stride(),
-            a.row_stride(),
-            b.as_ptr(),
-            b.col_stride(),
-            b.row_stride(),
-            T::from_f64(1.0),
-            alpha,
-            false,
-            false,
-            false,
-            parallelism,
-        );
-    }
+/// Elements that the blocked product takes.
+pub(crate) trait Multiply: Number {
+    /// `out = alpha · a b`, added to what is there if `accumulate`; nothing is empty.
+    fn multiply(
+        out: MatMut<'_, Self>,
+        a: Mat<'_, Self>,
+        b: Mat<'_, Self>,
+        alpha: Self::Acc,
+        accumulate: bool,
+        parallel: bool,
+    );
+
+    /// `out = a b`, added to what is there if `accumulate`, of factors in the accumulator that may be rounded to
+    /// bf16; on this thread.
+    fn multiply_rounded(
+        out: MatMut<'_, Self::Acc>,
+        a: Mat<'_, Self::Acc>,
+        b: Mat<'_, Self::Acc>,
+        accumulate: bool,
+    );
+
+    /// `out = a b` of a factor that knows how to pack itself. Both may be rounded to bf16.
+    fn multiply_packed<B: Source<u32> + Source<f32> + Source<f64>>(
+        out: MatMut<'_, Self>,
+        a: Mat<'_, Self::Acc>,
+        b: &B,
+        parallel: bool,
+    );
 }
 
-/// [`gemm`] of types that are summed in a wider one. Blocks of the result are independent tasks; the sum of
-/// each is rounded once.
-fn gemm_widened<T: Float>(
-    mut out: MatMut<'_, T>,
-    a: Mat<'_, T>,
-    b: Mat<'_, T>,
-    alpha: T::Acc,
-    accumulate: bool,
-    parallel: bool,
-) {
-    let (m, n, k) = (out.rows(), out.cols(), a.cols());
-    let (across, down) = (n.div_ceil(BLOCK_N), m.div_ceil(BLOCK_M));
-    let strides = [out.row_stride(), out.col_stride()];
-    let blocks = SharedRows(out.as_mut_ptr(), strides[0]);
-    parallel::for_each(parallel, across * down, |block| {
-        let (i, j) = (block / across * BLOCK_M, block % across * BLOCK_N);
-        let (rows, cols) = (BLOCK_M.min(m - i), BLOCK_N.min(n - j));
-        let data = blocks.at(i).wrapping_offset(j as isize * strides[1]);
-        // SAFETY: blocks are disjoint parts of `out`, which is borrowed until all are done.
-        let mut out = unsafe { MatMut::new(data, [rows, cols], strides) };
-        scratch::with(rows * cols, |sums: &mut [T::Acc]| {
-            sum_block(a.row_range(i, rows), b.col_range(j, cols), k, sums);
-            out.update(|x, i, j| {
-                let product = alpha * sums[i * cols + j];
-                T::narrow(if accumulate { product + x.widen() } else { product })
-            });
-        });
-    });
-}
-
-/// `sums = a b`
-fn sum_block<T: Float>(a: Mat<'_, T>, b: Mat<'_, T>, k: usize, sums: &mut [T::Acc]) {
-    let (rows, cols) = (a.rows(), b.cols());
-    let one = T::Acc::from_f64(1.0);
-    let depth = BLOCK_K.min(k);
-    sums.fill(T::Acc::ZERO);
-    scratch::split([rows * depth, depth * cols], |[wide_a, wide_b]| {
-        for start in (0..k).step_by(BLOCK_K) {
-            let len = BLOCK_K.min(k - start);
-            let a = a.col_range(start, len).widened(wide_a);
-            let b = b.row_range(start, len).widened(wide_b);
-            gemm(MatMut::dense(sums, rows, cols), a, b, one, true, false);
+/// The product of f32 and a factor that packs itself, in bf16 where the processor multiplies it.
+macro_rules! multiply_packed {
+    () => {
+        fn multiply_rounded(
+            out: MatMut<'_, f32>,
+            a: Mat<'_, f32>,
+            b: Mat<'_, f32>,
+            accumulate: bool,
+        ) {
+            let extents = [out.rows(), out.cols(), a.cols()];
+            let Some(kernels) = micro::for_bf16_pairs() else {
+                return f32::multiply(out, a, b, 1.0, accumulate, false);
+            };
+            let it = Product { extents, steps: 2, alpha: 1.0, accumulate };
+            blocked::product(kernels, out, &a, &b.transposed(), &it, false);
         }
-    });
+
+        fn multiply_packed<B: Source<u32> + Source<f32> + Source<f64>>(
+            out: MatMut<'_, Self>,
+            a: Mat<'_, f32>,
+            b: &B,
+            parallel: bool,
+        ) {
+            let extents = [out.rows(), out.cols(), a.cols()];
+            let product = |steps| Product { extents, steps, alpha: 1.0, accumulate: false };
+            match micro::for_bf16_pairs() {
+                Some(kernels) => blocked::product(kernels, out, &a, b, &product(2), parallel),
+                None => blocked::product(micro::for_f32(), out, &a, b, &product(1), parallel),
+            }
+        }
+    };
+}
+
+macro_rules! multiply {
+    ($($ty:ty: $kernels:path, { $($packed:tt)* }),*) => {$(
+        impl Multiply for $ty {
+            $($packed)*
+
+
+            fn multiply(
+                out: MatMut<'_, $ty>,
+                a: Mat<'_, $ty>,
+                b: Mat<'_, $ty>,
+                alpha: <$ty as Number>::Acc,
+                accumulate: bool,
+                parallel: bool,
+            ) {
+                let extents = [out.rows(), out.cols(), a.cols()];
+                let it = Product { extents, steps: 1, alpha, accumulate };
+                blocked::product($kernels(), out, &a, &b.transposed(), &it, parallel);
+            }
+        }
+    )*};
+}
+multiply!(
+    f16: micro::for_f32, { multiply_packed!(); },
+    f32: micro::for_f32, { multiply_packed!(); },
+    f64: micro::for_f64, {
+        fn multiply_rounded(
+            out: MatMut<'_, f64>,
+            a: Mat<'_, f64>,
+            b: Mat<'_, f64>,
+            accumulate: bool,
+        ) {
+            f64::multiply(out, a, b, 1.0, accumulate, false);
+        }
+
+        fn multiply_packed<B: Source<u32> + Source<f32> + Source<f64>>(
+            out: MatMut<'_, f64>,
+            a: Mat<'_, f64>,
+            b: &B,
+            parallel: bool,
+        ) {
+            let extents = [out.rows(), out.cols(), a.cols()];
+            let it = Product { extents, steps: 1, alpha: 1.0, accumulate: false };
+            blocked::product(micro::for_f64(), out, &a, b, &it, parallel);
+        }
+    }
+);
+
+impl Multiply for bf16 {
+    multiply_packed!();
+
+    fn multiply(
+        out: MatMut<'_, bf16>,
+        a: Mat<'_, bf16>,
+        b: Mat<'_, bf16>,
+        alpha: f32,
+        accumulate: bool,
+        parallel: bool,
+    ) {
+        let (extents, b) = ([out.rows(), out.cols(), a.cols()], b.transposed());
+        let product = |steps| Product { extents, steps, alpha, accumulate };
+        match micro::for_bf16_pairs() {
+            Some(kernels) => blocked::product(kernels, out, &a, &b, &product(2), parallel),
+            None => blocked::product(micro::for_f32(), out, &a, &b, &product(1), parallel),
+        }
+    }
 }

@@ -1,6 +1,7 @@
 //! Loops over rows of floats, written so that compilers vectorise them.
 
 use crate::cpu::simd::multiversion;
+use half::bf16;
 
 /// Partial results are kept in this many lanes, on every machine: the order of a sum is part of its value.
 const LANES: usize = 16;
@@ -72,6 +73,15 @@ macro_rules! rows {
 }
 rows!(f32, exp_f32, max_of_f32, exp_all_f32, dot_f32, axpy_f32, scale_all_f32);
 rows!(f64, f64::exp, max_of_f64, exp_all_f64, dot_f64, axpy_f64, scale_all_f64);
+
+multiversion! {
+    /// bf16 is the upper half of f32.
+    pub(crate) fn widen_all_bf16(from: &[bf16], to: &mut [f32]) {
+        for (to, from) in to.iter_mut().zip(from) {
+            *to = f32::from_bits(u32::from(from.to_bits()) << 16);
+        }
+    }
+}
 
 /// `exp(x)` within 2 ulp, branch-free (Cephes, Moshier 1989): `2^n · exp(r)` with `|r| <= ln 2 / 2`.
 /// Results below the smallest normal number are 0.

@@ -39,10 +39,6 @@ impl<'a, T: Element> Mat<'a, T> {
         unsafe { Mat::new(data.as_ptr(), [rows, cols], [cols as isize, 1]) }
     }
 
-    pub(crate) fn as_ptr(&self) -> *const T {
-        self.data
-    }
-
     pub(crate) fn rows(&self) -> usize {
         self.rows
     }
@@ -85,7 +81,8 @@ impl<'a, T: Element> Mat<'a, T> {
         self.transposed().row_range(start, len).transposed()
     }
 
-    fn row_slice(&self, row: usize) -> Option<&'a [T]> {
+    /// The elements of a row in place, if they lie side by side.
+    pub(crate) fn row_slice(&self, row: usize) -> Option<&'a [T]> {
         assert!(row < self.rows, "metal-candle bug: row {row} of {}", self.rows);
         let data = self.data.wrapping_offset(row as isize * self.row_stride);
         // SAFETY: with a column stride of 1 these are the row's elements, in order.
@@ -93,7 +90,7 @@ impl<'a, T: Element> Mat<'a, T> {
             .then(|| unsafe { std::slice::from_raw_parts(data, self.cols) })
     }
 
-    fn get(&self, row: usize, col: usize) -> T {
+    pub(crate) fn get(&self, row: usize, col: usize) -> T {
         assert!(row < self.rows && col < self.cols, "metal-candle bug: outside of a matrix");
         // SAFETY: within the matrix.
         unsafe {
@@ -196,20 +193,6 @@ impl<'a, T: Element> MatMut<'a, T> {
             row_stride: self.col_stride,
             col_stride: self.row_stride,
             ..self
-        }
-    }
-
-    /// `x = f(x, i, j)` of every element; all must be initialised.
-    pub(crate) fn update(&mut self, f: impl Fn(T, usize, usize) -> T) {
-        for i in 0..self.rows {
-            for j in 0..self.cols {
-                let at = i as isize * self.row_stride + j as isize * self.col_stride;
-                // SAFETY: within the matrix, which is ours.
-                unsafe {
-                    let x = self.data.offset(at);
-                    *x = f(*x, i, j);
-                }
-            }
         }
     }
 

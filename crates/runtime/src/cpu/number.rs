@@ -1,5 +1,6 @@
 //! What the kernels ask of an element type: the type it is computed in, and the way there and back.
 
+use crate::cpu::gemm::Multiply;
 use crate::cpu::{math, scratch};
 use crate::element::Element;
 use half::slice::HalfFloatSliceExt;
@@ -49,6 +50,7 @@ pub(crate) trait Accumulator: Number<Acc = Self> + scratch::Pod {
 /// The floats that arithmetic is done in: `f32` and `f64`.
 pub(crate) trait Real:
     Accumulator
+    + Multiply
     + Debug
     + Add<Output = Self>
     + AddAssign
@@ -78,7 +80,7 @@ pub(crate) trait Real:
 }
 
 /// A float element, computed in [`Real`].
-pub(crate) trait Float: Number<Acc: Real> {}
+pub(crate) trait Float: Number<Acc: Real> + Multiply {}
 
 macro_rules! integer {
     ($($ty:ty),*) => {$(
@@ -119,7 +121,7 @@ impl Accumulator for i64 {
 }
 
 macro_rules! half {
-    ($($ty:ty),*) => {$(
+    ($($ty:ty: $widen_all:path),*) => {$(
         impl Number for $ty {
             type Acc = f32;
             fn widen(self) -> f32 {
@@ -129,7 +131,7 @@ macro_rules! half {
                 <$ty>::from_f32(acc)
             }
             fn widen_all(from: &[$ty], to: &mut [f32]) {
-                from.convert_to_f32_slice(to);
+                $widen_all(from, to);
             }
             fn narrow_all(from: &[f32], to: &mut [$ty]) {
                 to.convert_from_f32_slice(from);
@@ -138,7 +140,7 @@ macro_rules! half {
         impl Float for $ty {}
     )*};
 }
-half!(bf16, f16);
+half!(bf16: math::widen_all_bf16, f16: HalfFloatSliceExt::convert_to_f32_slice);
 
 macro_rules! real {
     ($ty:ident, |$row:ident| $as_f32:expr, $max_of:path, $exp_all:path, $dot:path, $axpy:path, $scale_all:path) => {

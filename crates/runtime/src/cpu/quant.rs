@@ -1,11 +1,20 @@
-//! Weights in GGUF blocks: dequantised a panel of rows at a time, into the cache, and multiplied there.
+//! Weights in GGUF blocks.
 //!
-//! What a block means is Candle's word ([`GgmlType::to_float`]). A single row is multiplied with the blocks as they
-//! are.
+//! ```text
+//! format ── what a block of each format means     isa ── what the loops ask of an instruction set
+//! unpack ── blocks to f32                         dot ── rows of blocks times a rounded vector
+//! ```
+//!
+//! A few rows of activations are multiplied with the blocks as they are, in integers. Many are multiplied by the blocked
+//! product, which unpacks the weights as it packs them: as bf16, to which it then rounds the activations too, where the
+//! processor multiplies bf16; else as f32. The weight never exists as a whole.
 
+mod dot;
+mod format;
+mod isa;
 mod unpack;
 
-use crate::cpu::gemm::gemm;
+use crate::cpu::gemm::Source;
 use crate::cpu::matrix::{Mat, MatMut};
 use crate::cpu::number::{Accumulator, Float, Number, Real, for_float};
 use crate::cpu::parallel::{self, Parts};
@@ -16,13 +25,15 @@ use candle_core::quantized::k_quants::{
     BlockQ2K, BlockQ3K, BlockQ4_0, BlockQ4_1, BlockQ4K, BlockQ5_0, BlockQ5_1, BlockQ5K, BlockQ6K,
     BlockQ8_0, BlockQ8_1, BlockQ8K,
 };
+use dot::{DotFn, Rounded};
 use metal_candle_graph::BlockFormat;
-use unpack::{DotFn, UnpackFn};
+use std::ops::Range;
+use unpack::UnpackFn;
 
-/// Weights of one panel: 256 KiB of f32, which stay in the L2 cache.
-const PANEL: usize = 1 << 16;
-/// Columns of one task of the transposed product: whole blocks of every format.
-const COLUMNS: usize = 256;
+/// Rows of activations that are multiplied with the blocks as they are, at most.
+const FEW_ROWS: usize = 4;
+/// Weights of one task of such a product.
+const TASK: usize = 1 << 16;
 
 /// A weight of `rows x cols`, row-major in blocks along the columns.
 #[derive(Clone, Copy)]
@@ -48,7 +59,7 @@ pub(crate) fn call_dequantize(
     let w = Blocks::new(w, format, rows, cols);
     let out = out.slice::<f32>();
     assert_eq!(out.len(), rows * cols, "metal-candle bug: dequantize");
-    parallel::for_each_row(parallel, out, cols, |row, out| w.dequantize(row, 0, out));
+    parallel::for_each_row(parallel, out, cols, |row, out| w.row(row, 0..cols, out));
 }
 
 /// `x wᵀ`, or `x w` if `transposed`. `args = [x, w]`
@@ -70,113 +81,149 @@ pub(crate) fn call_gemm(
     for_float!(x.dtype(), T => {
         let x = x.read::<T>();
         let m = x.rows();
-        assert_eq!(out.shape().len(), m * to, "metal-candle bug: quant_gemm");
-        let out = Parts::new(out.slice::<T>());
-        scratch::with(m * from, |packed| {
+        let out = out.slice::<T>();
+        assert_eq!(out.len(), m * to, "metal-candle bug: quant_gemm");
+        if m == 0 || to == 0 {
+            return;
+        }
+        scratch::with(m * from, |packed: &mut [<T as Number>::Acc]| {
             for (row, to) in packed.chunks_exact_mut(from.max(1)).enumerate() {
                 x.row(row).widen_to(to);
             }
-            let row = <T as Number>::Acc::as_f32(packed).filter(|_| m == 1 && !transposed);
-            if let (Some(x), Some((_, dot))) = (row, w.loops) {
-                times_row::<T>(x, &w, dot, out, parallel);
-            } else if transposed {
-                times_transposed::<T>(Mat::dense(packed, m, from), &w, out, parallel);
-            } else {
-                times::<T>(Mat::dense(packed, m, from), &w, out, parallel);
+            let narrow = <T as Number>::Acc::as_f32(packed).filter(|_| m <= FEW_ROWS && !transposed);
+            match (narrow, w.loops) {
+                (Some(x), Some((_, dot))) => times_few::<T>(x, &w, dot, out, parallel),
+                _ => w.product(Mat::dense(packed, m, from), out, transposed, parallel),
             }
         });
     });
 }
 
-/// `out = x wᵀ` for one row x: a task is some rows of the weight, each multiplied as it is.
-fn times_row<T: Float>(x: &[f32], w: &Blocks, dot: DotFn, out: Parts<T>, parallel: bool) {
-    let row_bytes = w.bytes.len() / w.rows.max(1);
-    let panel = (PANEL / w.cols.max(1)).clamp(4, 64);
-    scratch::with(unpack::sums_len(x.len()), |sums: &mut [f32]| {
-        unpack::block_sums(x, sums);
-        let sums = &*sums;
-        parallel::for_each(parallel, w.rows.div_ceil(panel), |task| {
-            let start = task * panel;
-            let len = panel.min(w.rows - start);
-            // SAFETY: the rows of a panel belong to its task.
-            let out = unsafe { out.part(start, len) };
-            for (out, row) in out.iter_mut().zip(w.bytes[start * row_bytes..].chunks(row_bytes)) {
-                let mut y = 0.0;
-                // SAFETY: this processor has what the loop was compiled for.
-                unsafe { dot(row, x, sums, &mut y) };
-                let mut wide = [T::Acc::ZERO];
-                T::Acc::from_f32_all(&[y], &mut wide);
-                *out = T::narrow(wide[0]);
-            }
-        });
-    });
-}
-
-/// `out = x wᵀ`: a task is one panel of the weight's rows, which are columns of the result.
-fn times<T: Float>(x: Mat<'_, T::Acc>, w: &Blocks, out: Parts<T>, parallel: bool) {
-    let panel = (PANEL / w.cols.max(1)).clamp(4, 64);
-    parallel::for_each(parallel, w.rows.div_ceil(panel), |task| {
-        let start = task * panel;
-        let len = panel.min(w.rows - start);
-        scratch::split([len * w.cols, x.rows() * len], |[wide, y]: [&mut [T::Acc]; 2]| {
-            for (i, to) in wide.chunks_exact_mut(w.cols.max(1)).enumerate() {
-                w.dequantize(start + i, 0, to);
-            }
-            let w_panel = Mat::dense(wide, len, w.cols).transposed();
-            let one = T::Acc::from_f64(1.0);
-            gemm(MatMut::dense(y, x.rows(), len), x, w_panel, one, false, false);
-            store(y, len, start, w.rows, out);
-        });
-    });
-}
-
-/// `out = x w`: a task is some columns of the weight, which are columns of the result. Their sums run over all the
-/// weight's rows, panel by panel.
-fn times_transposed<T: Float>(x: Mat<'_, T::Acc>, w: &Blocks, out: Parts<T>, parallel: bool) {
-    let panel = PANEL / COLUMNS;
-    parallel::for_each(parallel, w.cols.div_ceil(COLUMNS), |task| {
-        let start = task * COLUMNS;
-        let cols = COLUMNS.min(w.cols - start);
-        scratch::split([panel * cols, x.rows() * cols], |[wide, y]: [&mut [T::Acc]; 2]| {
-            y.fill(T::Acc::ZERO);
-            for row in (0..w.rows).step_by(panel) {
-                let len = panel.min(w.rows - row);
-                for (i, to) in wide.chunks_exact_mut(cols).take(len).enumerate() {
-                    w.dequantize(row + i, start, to);
+/// `out = x wᵀ` for a few rows x: a task is some rows of the weight.
+fn times_few<T: Float>(x: &[f32], w: &Blocks, dot: DotFn, out: &mut [T], parallel: bool) {
+    let row_bytes = w.bytes.len() / w.rows;
+    let len = (TASK / w.cols.max(1)).clamp(4, 256);
+    let out = Parts::new(out);
+    Rounded::with(x, w.cols, |x| {
+        parallel::for_each(parallel, w.rows.div_ceil(len), |task| {
+            for row in task * len..((task + 1) * len).min(w.rows) {
+                let blocks = &w.bytes[row * row_bytes..(row + 1) * row_bytes];
+                for (i, x) in x.rows().enumerate() {
+                    let mut y = 0.0;
+                    // SAFETY: this processor has what the loop was compiled for.
+                    unsafe { dot(blocks, x, &mut y) };
+                    let mut wide = [T::Acc::ZERO];
+                    T::Acc::from_f32_all(&[y], &mut wide);
+                    // SAFETY: the results of a row of the weight belong to its task.
+                    unsafe { out.part(i * w.rows + row, 1)[0] = T::narrow(wide[0]) };
                 }
-                let w_panel = Mat::dense(&wide[..len * cols], len, cols);
-                let (x, one) = (x.col_range(row, len), T::Acc::from_f64(1.0));
-                gemm(MatMut::dense(y, x.rows(), cols), x, w_panel, one, true, false);
             }
-            store(y, cols, start, w.cols, out);
         });
     });
 }
 
-/// Rounds rows of `len` into columns `start..` of the rows of the output.
-fn store<T: Float>(y: &[T::Acc], len: usize, start: usize, cols: usize, out: Parts<T>) {
-    for (row, y) in y.chunks_exact(len).enumerate() {
-        // SAFETY: the columns of a panel belong to its task.
-        T::narrow_all(y, unsafe { out.part(row * cols + start, len) });
-    }
+/// A weight as a factor whose rows are columns of the result: `x wᵀ`.
+struct ByRows<'a>(Blocks<'a>);
+/// A weight as a factor whose columns are columns of the result: `x w`.
+struct ByColumns<'a>(Blocks<'a>);
+
+/// Both factors, packed as `$packed` from weights unpacked as `$wide`.
+macro_rules! sources {
+    ($($packed:ty: $wide:ty),*) => {$(
+        impl Source<$packed> for ByRows<'_> {
+            fn pack(&self, outer: Range<usize>, k: Range<usize>, width: usize, to: &mut [$packed]) {
+                let (rows, cols) = (outer.len(), k.len());
+                scratch::with(rows * cols, |wide: &mut [$wide]| {
+                    for (row, wide) in outer.zip(wide.chunks_exact_mut(cols)) {
+                        self.0.row(row, k.clone(), wide);
+                    }
+                    Mat::dense(wide, rows, cols).pack(0..rows, 0..cols, width, to);
+                });
+            }
+        }
+
+        impl Source<$packed> for ByColumns<'_> {
+            fn pack(&self, outer: Range<usize>, k: Range<usize>, width: usize, to: &mut [$packed]) {
+                let unit = self.0.unit();
+                let start = outer.start / unit * unit;
+                let cols = outer.end.next_multiple_of(unit) - start;
+                let rows = k.len();
+                scratch::with(rows * cols, |wide: &mut [$wide]| {
+                    for (row, wide) in k.zip(wide.chunks_exact_mut(cols)) {
+                        self.0.row(row, start..start + cols, wide);
+                    }
+                    let by_columns = Mat::dense(wide, rows, cols).transposed();
+                    by_columns.pack(outer.start - start..outer.end - start, 0..rows, width, to);
+                });
+            }
+        }
+    )*};
 }
+sources!(u32: f32, f32: f32, f64: f64);
 
 impl<'a> Blocks<'a> {
-    fn new(w: &Arg<'a>, format: BlockFormat, rows: usize, cols: usize) -> Blocks<'a> {
+    pub(crate) fn new(w: &Arg<'a>, format: BlockFormat, rows: usize, cols: usize) -> Blocks<'a> {
         let bytes = w.slice::<u8>();
         let expected = format.bytes_for(cols).map(|row| row * rows);
         assert_eq!(Some(bytes.len()), expected, "metal-candle bug: {format:?} of {rows} x {cols}");
         Blocks { bytes, format, rows, cols, loops: unpack::loops(format) }
     }
 
-    /// The weights of `row` from column `start` on, which is the first of a block.
-    fn dequantize<A: Real>(&self, row: usize, start: usize, to: &mut [A]) {
+    pub(crate) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Some rows in `to`.
+    pub(crate) fn dense_rows<'b, A: Real>(
+        &self,
+        range: Range<usize>,
+        to: &'b mut [A],
+    ) -> Mat<'b, A> {
+        let to = &mut to[..range.len() * self.cols];
+        for (row, to) in range.clone().zip(to.chunks_exact_mut(self.cols.max(1))) {
+            self.row(row, 0..self.cols, to);
+        }
+        Mat::dense(to, range.len(), self.cols)
+    }
+
+    /// How many weights can be unpacked by themselves.
+    fn unit(&self) -> usize {
+        if self.loops.is_some() { format::LEN } else { self.format.block_len() }
+    }
+
+    /// `x wᵀ` or `x w` by the blocked product.
+    fn product<T: Float>(
+        self,
+        x: Mat<'_, T::Acc>,
+        out: &mut [T],
+        transposed: bool,
+        parallel: bool,
+    ) {
+        let n = if transposed { self.cols } else { self.rows };
+        let out = MatMut::dense(out, x.rows(), n);
+        if transposed {
+            T::multiply_packed(out, x, &ByColumns(self), parallel);
+        } else {
+            T::multiply_packed(out, x, &ByRows(self), parallel);
+        }
+    }
+
+    /// The weights of `row` in columns `range`, which are whole units.
+    fn row<A: Real>(&self, row: usize, range: Range<usize>, to: &mut [A]) {
         let block = self.format.block_len();
-        let at = (row * self.cols + start) / block * self.format.block_bytes();
-        let bytes = &self.bytes[at..at + to.len() / block * self.format.block_bytes()];
+        let at = |col: usize| (row * self.cols + col) / block * self.format.block_bytes();
+        let bytes = &self.bytes[at(range.start)..at(range.end.next_multiple_of(block))];
         if let (Some((unpack, _)), Some(to)) = (self.loops, A::as_f32_mut(to)) {
             // SAFETY: this processor has what the loop was compiled for.
-            return unsafe { unpack(bytes, to) };
+            return unsafe { unpack(bytes, range.start % block / format::LEN, to) };
+        }
+        if !range.start.is_multiple_of(block) || !range.end.is_multiple_of(block) {
+            // Part of a block, for a format whose blocks are unpacked as a whole.
+            let (start, end) = (range.start / block * block, range.end.next_multiple_of(block));
+            return scratch::with(end - start, |wide: &mut [A]| {
+                self.row(row, start..end, wide);
+                to.copy_from_slice(&wide[range.start - start..range.end - start]);
+            });
         }
         match self.format {
             BlockFormat::Q4_0 => blocks_to_float::<BlockQ4_0, A>(bytes, to),

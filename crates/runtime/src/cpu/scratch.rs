@@ -3,17 +3,22 @@
 use std::cell::RefCell;
 
 /// Vectors larger than this are given back after use.
-const RETAINED_WORDS: usize = 4 << 20;
+const RETAINED_BYTES: usize = 32 << 20;
+
+/// A cache line, so that no vector register is loaded from two.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+struct Line(#[expect(dead_code, reason = "read as elements")] [u8; 64]);
 
 thread_local! {
     /// Free vectors; nested uses take one each, so the same use finds the same size again.
-    static FREE: RefCell<Vec<Vec<u64>>> = const { RefCell::new(Vec::new()) };
+    static FREE: RefCell<Vec<Vec<Line>>> = const { RefCell::new(Vec::new()) };
 }
 
 /// Types that scratch memory can hold.
 ///
 /// # Safety
-/// Any bytes are a value, and the alignment is at most that of `u64`.
+/// Any bytes are a value, and the alignment is at most that of a cache line.
 pub(crate) unsafe trait Pod: Copy {}
 // SAFETY: any bytes are a number.
 unsafe impl Pod for f32 {}
@@ -28,16 +33,15 @@ unsafe impl Pod for u32 {}
 ///
 /// `f` may start rayon work: a task that this thread steals meanwhile takes a vector of its own.
 pub(crate) fn with<T: Pod, R>(len: usize, f: impl FnOnce(&mut [T]) -> R) -> R {
-    let words = (len * size_of::<T>()).div_ceil(size_of::<u64>());
+    let lines = (len * size_of::<T>()).div_ceil(size_of::<Line>());
     let mut memory = FREE.with_borrow_mut(Vec::pop).unwrap_or_default();
-    if memory.len() < words {
-        memory.resize(words, 0);
+    if memory.len() < lines {
+        memory.resize(lines, Line([0; 64]));
     }
-    // SAFETY: the vector holds at least `len` elements' bytes, all initialised, aligned for u64 and so for T;
-    // any bytes are a T.
+    // SAFETY: the vector holds at least `len` elements' bytes, all initialised, aligned for T; any bytes are a T.
     let elements = unsafe { std::slice::from_raw_parts_mut(memory.as_mut_ptr().cast::<T>(), len) };
     let result = f(elements);
-    if memory.len() <= RETAINED_WORDS {
+    if memory.len() * size_of::<Line>() <= RETAINED_BYTES {
         FREE.with_borrow_mut(|free| free.push(memory));
     }
     result

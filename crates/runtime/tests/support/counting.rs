@@ -12,6 +12,7 @@ static ON: AtomicBool = AtomicBool::new(false);
 static COUNT: AtomicUsize = AtomicUsize::new(0);
 static BYTES: AtomicUsize = AtomicUsize::new(0);
 static LIVE_BYTES: AtomicIsize = AtomicIsize::new(0);
+static PEAK_BYTES: AtomicIsize = AtomicIsize::new(0);
 static LARGEST: AtomicUsize = AtomicUsize::new(0);
 
 /// What was allocated, by any thread.
@@ -22,6 +23,8 @@ pub(crate) struct Allocated {
     pub(crate) largest: usize,
     /// Allocated less freed.
     pub(crate) live_bytes: isize,
+    /// The most that was live at a time.
+    pub(crate) peak_bytes: usize,
 }
 
 fn note(allocated: usize, freed: usize) {
@@ -33,7 +36,9 @@ fn note(allocated: usize, freed: usize) {
         BYTES.fetch_add(allocated, Ordering::Relaxed);
         LARGEST.fetch_max(allocated, Ordering::Relaxed);
     }
-    LIVE_BYTES.fetch_add(allocated as isize - freed as isize, Ordering::Relaxed);
+    let change = allocated as isize - freed as isize;
+    let live = LIVE_BYTES.fetch_add(change, Ordering::Relaxed) + change;
+    PEAK_BYTES.fetch_max(live, Ordering::Relaxed);
 }
 
 // SAFETY: everything is passed on to the system's allocator as it is.
@@ -68,6 +73,7 @@ pub(crate) fn watch<T>(f: impl FnOnce() -> T) -> (T, Allocated) {
         counter.store(0, Ordering::Relaxed);
     }
     LIVE_BYTES.store(0, Ordering::Relaxed);
+    PEAK_BYTES.store(0, Ordering::Relaxed);
     ON.store(true, Ordering::Relaxed);
     let value = f();
     ON.store(false, Ordering::Relaxed);
@@ -76,6 +82,7 @@ pub(crate) fn watch<T>(f: impl FnOnce() -> T) -> (T, Allocated) {
         bytes: BYTES.load(Ordering::Relaxed),
         largest: LARGEST.load(Ordering::Relaxed),
         live_bytes: LIVE_BYTES.load(Ordering::Relaxed),
+        peak_bytes: PEAK_BYTES.load(Ordering::Relaxed).unsigned_abs(),
     };
     (value, allocated)
 }

@@ -1,5 +1,8 @@
 //! Sequences to padded batches, in an order that is a function of the seed alone.
 
+mod pack;
+mod widths;
+
 use metal_candle_graph::philox4x32;
 use serde::{Deserialize, Serialize};
 
@@ -7,8 +10,6 @@ use super::{Example, Problem};
 
 /// What cross-entropy is told to ignore.
 const IGNORE: i64 = -100;
-/// Batches are padded to a multiple of it, so that few shapes, and so few plans, occur.
-const PAD_MULTIPLE: usize = 32;
 
 /// In which order the examples come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,7 +44,7 @@ pub struct Cursor {
 }
 
 /// A padded batch.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Batch {
     /// `[batch, seq]`; 0 where padded.
     pub ids: Vec<u32>,
@@ -55,25 +56,82 @@ pub struct Batch {
     pub seq: usize,
     /// Labels that are not -100.
     pub trained: usize,
+    /// Where the documents of each row lie; `None` where a row is one document.
+    pub documents: Option<Documents>,
 }
+
+/// Where the documents of packed rows lie.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Documents {
+    /// `[batch, seq]`: the document of its row that a token belongs to, from 1; 0 where padded.
+    pub segments: Vec<u32>,
+    /// `[batch, seq]`: where in its document a token stands, from 0.
+    pub positions: Vec<u32>,
+}
+
+impl Batch {
+    /// A batch of padding.
+    fn blank(batch: usize, seq: usize, packed: bool) -> Batch {
+        let zeros = || vec![0; batch * seq];
+        let documents = packed.then(|| Documents { segments: zeros(), positions: zeros() });
+        Batch { ids: zeros(), labels: vec![IGNORE; batch * seq], batch, seq, trained: 0, documents }
+    }
+}
+
+/// How full the batches of an epoch are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Occupancy {
+    /// Places in all batches together.
+    pub places: usize,
+    /// Places that hold a token.
+    pub tokens: usize,
+}
+
+impl Occupancy {
+    /// The part of the places that is padding.
+    pub fn padding(&self) -> f64 {
+        1.0 - self.tokens as f64 / self.places.max(1) as f64
+    }
+}
+
+/// The examples that share a row: one, or several where they are packed.
+type Row = Vec<usize>;
 
 /// Makes batches without end.
 #[derive(Clone, Debug)]
 pub struct Batcher {
     examples: Vec<Example>,
     options: BatchOptions,
+    packed: bool,
     cursor: Cursor,
-    /// This epoch's batches, as indices into `examples`.
-    plan: Vec<Vec<usize>>,
+    /// What batches are padded to, ascending. The same in every epoch: orders differ, and what the
+    /// batches need does not.
+    widths: Vec<usize>,
+    /// This epoch's batches.
+    plan: Vec<Vec<Row>>,
 }
 
 impl Batcher {
-    /// A batcher at the start of the first epoch.
+    /// A batcher at the start of the first epoch: every example has a row of its own.
     ///
     /// # Errors
     /// [`Problem::Empty`], [`Problem::Zero`]; [`Problem::Mask`] for an example whose mask has
     /// another length than its ids.
     pub fn new(examples: Vec<Example>, options: BatchOptions) -> Result<Self, Problem> {
+        Batcher::start(examples, options, false)
+    }
+
+    /// A batcher that packs as many examples into each row of `max_seq_length` as fit. They stay
+    /// apart: each is a document of its own to attention and in its positions, and no label
+    /// reaches over a border ([`Batch::documents`]).
+    ///
+    /// # Errors
+    /// As [`Batcher::new`].
+    pub fn packed(examples: Vec<Example>, options: BatchOptions) -> Result<Self, Problem> {
+        Batcher::start(examples, options, true)
+    }
+
+    fn start(examples: Vec<Example>, options: BatchOptions, packed: bool) -> Result<Self, Problem> {
         if examples.is_empty() {
             return Err(Problem::Empty);
         }
@@ -85,8 +143,11 @@ impl Batcher {
         if let Some(e) = examples.iter().find(|e| e.ids.len() != e.trained.len()) {
             return Err(Problem::Mask { ids: e.ids.len(), trained: e.trained.len() });
         }
-        let mut batcher = Self { examples, options, cursor: Cursor::default(), plan: Vec::new() };
+        let (cursor, widths, plan) = (Cursor::default(), Vec::new(), Vec::new());
+        let mut batcher = Self { examples, options, packed, cursor, widths, plan };
         batcher.plan = batcher.plan_epoch(0);
+        batcher.widths =
+            widths::choose(batcher.plan.iter().map(|rows| batcher.needed(rows)).collect());
         Ok(batcher)
     }
 
@@ -105,7 +166,7 @@ impl Batcher {
 
     /// Batches of every epoch.
     pub fn batches_per_epoch(&self) -> usize {
-        self.examples.len().div_ceil(self.options.batch_size)
+        self.plan.len()
     }
 
     /// Where the next batch stands.
@@ -124,61 +185,103 @@ impl Batcher {
         self.cursor = cursor;
     }
 
-    /// The shapes `(batch, seq)` that occur in this epoch, each once, the largest first.
+    /// The shapes `(batch, seq)` that occur, each once, the largest first.
     pub fn shapes(&self) -> Vec<(usize, usize)> {
-        let mut lengths: Vec<usize> = self.plan.iter().map(|rows| self.seq(rows)).collect();
-        lengths.sort_unstable_by(|a, b| b.cmp(a));
-        lengths.dedup();
-        lengths.into_iter().map(|seq| (self.options.batch_size, seq)).collect()
+        self.widths.iter().rev().map(|seq| (self.options.batch_size, *seq)).collect()
     }
 
-    fn plan_epoch(&self, epoch: u64) -> Vec<Vec<usize>> {
+    /// How full an epoch's batches are.
+    pub fn occupancy(&self) -> Occupancy {
+        let width = |rows: &Vec<Row>| self.options.batch_size * self.width(rows);
+        Occupancy {
+            places: self.plan.iter().map(width).sum(),
+            tokens: (0..self.examples.len()).map(|i| self.inputs(i)).sum(),
+        }
+    }
+
+    fn plan_epoch(&self, epoch: u64) -> Vec<Vec<Row>> {
         let mut order: Vec<usize> = (0..self.examples.len()).collect();
-        let chunk = |order: &[usize]| -> Vec<Vec<usize>> {
-            order.chunks(self.options.batch_size).map(<[usize]>::to_vec).collect()
+        if let Order::Shuffled { seed } = self.options.order {
+            shuffle(&mut order, seed, epoch, 0);
+        }
+        let mut rows: Vec<Row> = match self.packed {
+            true => {
+                let documents = order.into_iter().map(|i| (i, self.inputs(i))).collect();
+                pack::best_fit(documents, self.options.max_seq_length)
+            }
+            false => order.into_iter().map(|i| vec![i]).collect(),
+        };
+        let chunk = |rows: &[Row]| -> Vec<Vec<Row>> {
+            rows.chunks(self.options.batch_size).map(<[Row]>::to_vec).collect()
         };
         match self.options.order {
-            Order::File => chunk(&order),
+            Order::File => chunk(&rows),
             Order::Shuffled { seed } => {
-                shuffle(&mut order, seed, epoch, 0);
-                // The sort is stable: examples of one padded length stay shuffled.
-                order.sort_by_key(|&i| self.padded(&self.examples[i]));
-                let mut batches = chunk(&order);
+                // The sort is stable: rows of one padded length stay shuffled.
+                rows.sort_by_key(|row| self.rounded(row));
+                let mut batches = chunk(&rows);
                 shuffle(&mut batches, seed, epoch, 1);
                 batches
             }
         }
     }
 
-    fn seq(&self, rows: &[usize]) -> usize {
-        rows.iter().map(|&i| self.padded(&self.examples[i])).max().unwrap_or(0)
-    }
-
     /// Columns that an example needs: its last token is only ever a label.
-    fn padded(&self, example: &Example) -> usize {
-        let inputs = example.ids.len().saturating_sub(1).max(1);
-        inputs.next_multiple_of(PAD_MULTIPLE).min(self.options.max_seq_length)
+    fn inputs(&self, example: usize) -> usize {
+        let len = self.examples[example].ids.len();
+        len.saturating_sub(1).clamp(1, self.options.max_seq_length)
     }
 
-    fn assemble(&self, rows: &[usize]) -> Batch {
-        let (batch, seq) = (self.options.batch_size, self.seq(rows));
-        let mut ids = vec![0; batch * seq];
-        let mut labels = vec![IGNORE; batch * seq];
-        for (&row, (ids, labels)) in
-            rows.iter().zip(ids.chunks_exact_mut(seq).zip(labels.chunks_exact_mut(seq)))
-        {
-            let example = &self.examples[row];
-            let len = example.ids.len().min(seq);
-            ids[..len].copy_from_slice(&example.ids[..len]);
-            let next = example.ids.iter().zip(&example.trained).skip(1);
-            for (label, (&id, &trained)) in labels.iter_mut().zip(next) {
-                if trained {
-                    *label = id.into();
-                }
+    fn rounded(&self, row: &Row) -> usize {
+        let inputs = row.iter().map(|&i| self.inputs(i)).sum();
+        widths::rounded(inputs, self.options.max_seq_length)
+    }
+
+    /// Columns that a batch needs.
+    fn needed(&self, rows: &[Row]) -> usize {
+        rows.iter().map(|row| self.rounded(row)).max().unwrap_or(0)
+    }
+
+    /// Columns that a batch gets.
+    fn width(&self, rows: &[Row]) -> usize {
+        let needed = self.needed(rows);
+        let width = self.widths.iter().find(|width| **width >= needed);
+        *width.expect("metal-candle bug: a batch wider than every width")
+    }
+
+    fn assemble(&self, rows: &[Row]) -> Batch {
+        let seq = self.width(rows);
+        let mut batch = Batch::blank(self.options.batch_size, seq, self.packed);
+        for (i, row) in rows.iter().enumerate() {
+            let mut at = i * seq;
+            for (document, &example) in (1..).zip(row) {
+                self.place(&mut batch, at, document, example);
+                at += self.inputs(example);
             }
         }
-        let trained = labels.iter().filter(|&&label| label != IGNORE).count();
-        Batch { ids, labels, batch, seq, trained }
+        batch.trained = batch.labels.iter().filter(|&&label| label != IGNORE).count();
+        batch
+    }
+
+    /// Writes an example to `at` as this document of its row.
+    fn place(&self, batch: &mut Batch, at: usize, document: u32, example: usize) {
+        let Example { ids, trained } = &self.examples[example];
+        let inputs = self.inputs(example);
+        // Where nothing follows, the last token may stand: no label looks at it.
+        let shown = if self.packed { inputs } else { ids.len().min(batch.seq) };
+        batch.ids[at..at + shown].copy_from_slice(&ids[..shown]);
+        let next = ids.iter().zip(trained).skip(1);
+        for (label, (&id, &trained)) in batch.labels[at..at + inputs].iter_mut().zip(next) {
+            if trained {
+                *label = id.into();
+            }
+        }
+        if let Some(documents) = &mut batch.documents {
+            documents.segments[at..at + inputs].fill(document);
+            for (position, slot) in (0..).zip(&mut documents.positions[at..at + inputs]) {
+                *slot = position;
+            }
+        }
     }
 }
 

@@ -18,6 +18,31 @@ enum Rows {
 const ARCHITECTURES: [(&str, Rows); 3] =
     [("llama", Rows::Permuted), ("qwen2", Rows::AsInHuggingFace), ("qwen3", Rows::AsInHuggingFace)];
 
+/// What llama.cpp calls the architecture of a decoder. Its converter makes `llama` of Mistral, too.
+pub(super) fn architecture_of(config: &DecoderConfig) -> &str {
+    match config.architecture.as_str() {
+        "mistral" => "llama",
+        other => other,
+    }
+}
+
+/// Whether llama.cpp permutes the rows of this module (by Hugging Face's name), and if so within
+/// how many heads, where the base is known.
+pub(super) fn permuted_heads(
+    architecture: &str,
+    module: &str,
+    base: Option<&DecoderConfig>,
+) -> Option<Option<usize>> {
+    if !ARCHITECTURES.contains(&(architecture, Rows::Permuted)) {
+        return None;
+    }
+    match module.rsplit('.').next() {
+        Some("q_proj") => Some(base.map(|base| base.num_heads)),
+        Some("k_proj") => Some(base.map(|base| base.num_kv_heads)),
+        _ => None,
+    }
+}
+
 impl GgufFile {
     /// The decoder's shape, from the `<architecture>.*` keys and from which tensors there are.
     ///
@@ -87,6 +112,21 @@ impl GgufFile {
             stored.unpermute_rope_rows(heads).map_err(|problem| self.error(problem))?;
         }
         Ok(stored)
+    }
+
+    /// Puts the rows of a weight, as [`Self::weight`] gives it, back into the order of the file.
+    ///
+    /// # Errors
+    /// As [`Self::weight`].
+    pub fn permute_rows(&self, name: &str, stored: &mut StoredTensor) -> Result<()> {
+        let stored_name = self.stored_name(name)?;
+        let (architecture, rows) = self.architecture()?;
+        if rows == Rows::Permuted
+            && let Some(heads) = self.permuted_heads(architecture, &stored_name)?
+        {
+            stored.permute_rope_rows(heads).map_err(|problem| self.error(problem))?;
+        }
+        Ok(())
     }
 
     /// The shape of one weight, by Hugging Face's name.

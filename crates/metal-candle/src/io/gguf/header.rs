@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::io::{BufReader, Read};
+use std::ops::Range;
 
 use candle_core::quantized::gguf_file::Value;
 
@@ -18,10 +19,15 @@ const MIN_TENSOR: u64 = 8 + 4 + 4 + 8;
 /// The shortest entry: a key's length, a type id, one byte.
 const MIN_KEY: u64 = 8 + 4 + 1;
 const MAX_RANK: u32 = 4;
+/// ggml gives tensors 63 bytes; keys are as long in practice, though they might be longer.
+const MAX_NAME_BYTES: usize = 1024;
 const DEFAULT_ALIGNMENT: u32 = 32;
 
 pub(super) struct Header {
     pub(super) metadata: HashMap<String, Value>,
+    /// Where they lie in the file.
+    pub(super) metadata_bytes: Range<u64>,
+    pub(super) alignment_bytes: u64,
     pub(super) tensors: Vec<TensorInfo>,
 }
 
@@ -39,14 +45,16 @@ pub(super) fn read(file: impl Read, len: u64) -> Result<Header> {
     let (tensor_count, key_count) = (reader.u64()?, reader.u64()?);
     let least = |count: u64, bytes: u64| count.saturating_mul(bytes);
     reader.expect(least(tensor_count, MIN_TENSOR).saturating_add(least(key_count, MIN_KEY)))?;
+    let start = reader.at;
     let metadata = read_metadata(&mut reader, key_count)?;
+    let metadata_bytes = start..reader.at;
     let mut tensors = read_tensors(&mut reader, tensor_count)?;
-    let alignment = alignment(&metadata)?;
-    let data_start = reader.at.next_multiple_of(alignment);
+    let alignment_bytes = alignment(&metadata)?;
+    let data_start = reader.at.next_multiple_of(alignment_bytes);
     for tensor in &mut tensors {
         place(tensor, data_start, len)?;
     }
-    Ok(Header { metadata, tensors })
+    Ok(Header { metadata, metadata_bytes, alignment_bytes, tensors })
 }
 
 /// A value in words, shortened: it goes into error messages.
@@ -63,7 +71,7 @@ pub(super) fn describe(value: &Value) -> String {
 fn read_metadata(reader: &mut Reader<impl Read>, count: u64) -> Result<HashMap<String, Value>> {
     let mut metadata = HashMap::new();
     for _ in 0..count {
-        let key = reader.string()?;
+        let key = reader.name()?;
         let kind = reader.u32()?;
         let value = reader.value(&key, kind)?;
         match metadata.entry(key) {
@@ -91,7 +99,7 @@ fn read_tensors(reader: &mut Reader<impl Read>, count: u64) -> Result<Vec<Tensor
 }
 
 fn read_tensor(reader: &mut Reader<impl Read>) -> Result<TensorInfo> {
-    let name = reader.string()?;
+    let name = reader.name()?;
     let rank = reader.u32()?;
     if rank > MAX_RANK {
         return Err(Problem::Rank { tensor: name, rank });
@@ -120,8 +128,10 @@ fn len_bytes(tensor: &str, shape: &[usize], encoding: Encoding) -> Result<usize>
     // The element count has to fit too: it is what `Shape::elem_count` multiplies unchecked.
     shape.iter().try_fold(1usize, |n, &dim| n.checked_mul(dim)).ok_or_else(overflow)?;
     let (row, rows) = shape.split_last().map_or((1, &[][..]), |(&row, rows)| (row, rows));
-    let row_bytes =
-        encoding.row_bytes(row).ok_or_else(|| Problem::SplitBlock { tensor: name(), row })?;
+    let row_bytes = encoding.row_bytes(row).ok_or_else(|| match encoding {
+        Encoding::Dense(_) => overflow(),
+        Encoding::Blocks(_) => Problem::SplitBlock { tensor: name(), row },
+    })?;
     rows.iter().try_fold(row_bytes, |n, &dim| n.checked_mul(dim)).ok_or_else(overflow)
 }
 
@@ -153,6 +163,16 @@ fn place(tensor: &mut TensorInfo, data_start: u64, len: u64) -> Result<()> {
         _ => {
             Err(Problem::PastEnd { tensor: tensor.name.clone(), end: end.unwrap_or(u64::MAX), len })
         }
+    }
+}
+
+/// The fewest bytes that a value of this kind takes; of a string, its length.
+fn least_bytes(kind: u32) -> u64 {
+    match kind {
+        2 | 3 => 2,
+        4..=6 => 4,
+        8 | 10..=12 => 8,
+        _ => 1,
     }
 }
 
@@ -193,6 +213,16 @@ impl<R: Read> Reader<R> {
         Ok(u64::from_le_bytes(self.take()?))
     }
 
+    /// A string that names something, and so goes into messages.
+    fn name(&mut self) -> Result<String> {
+        let at = self.at;
+        let name = self.string()?;
+        if name.len() > MAX_NAME_BYTES || name.chars().any(char::is_control) {
+            return Err(Problem::Name { at, len: name.len(), limit: MAX_NAME_BYTES });
+        }
+        Ok(name)
+    }
+
     /// Trailing NULs are dropped and invalid UTF-8 is replaced: both occur in real files, in
     /// descriptions that nothing depends on.
     fn string(&mut self) -> Result<String> {
@@ -219,9 +249,12 @@ impl<R: Read> Reader<R> {
             return Err(Problem::NestedArray { key: key.to_owned() });
         }
         let len = self.u64()?;
-        // Every value takes a byte at least, so a length beyond the file is refused at once.
-        self.expect(len)?;
-        let mut values = Vec::new();
+        // A length beyond the file, or beyond the limit, is refused at once: then room may be made.
+        self.expect(len.saturating_mul(least_bytes(kind)))?;
+        if len > u64::from(self.values) {
+            return Err(Problem::TooManyValues { key: key.to_owned(), limit: MAX_VALUES });
+        }
+        let mut values = Vec::with_capacity(len as usize);
         for _ in 0..len {
             values.push(self.scalar(key, kind)?);
         }

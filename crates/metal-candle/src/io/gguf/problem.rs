@@ -22,6 +22,8 @@ pub enum Problem {
     UnknownValueType { key: String, got: u32, at: u64 },
     #[error("{key}: an array of arrays, which no reader of GGUF supports")]
     NestedArray { key: String },
+    #[error("the name at offset {at} has {len} bytes: expected at most {limit}, all printable")]
+    Name { at: u64, len: usize, limit: usize },
     #[error("{key}: the header's metadata has more than {limit} values")]
     TooManyValues { key: String, limit: u32 },
     #[error("two {what}s are called {name:?}")]
@@ -48,6 +50,8 @@ pub enum Problem {
     ValueType { key: String, expected: &'static str, got: String },
     #[error("{rows} rows do not split into {heads} heads of an even width")]
     Heads { rows: usize, heads: usize },
+    #[error("no floats can be written as {encoding:?}")]
+    Quantise { encoding: Encoding },
     #[error("{encoding:?} of shape {shape:?}: expected {expected} bytes, got {got}")]
     StoredLength { encoding: Encoding, shape: Vec<usize>, expected: usize, got: usize },
     #[error("architecture {got:?}: expected one of {known:?}")]

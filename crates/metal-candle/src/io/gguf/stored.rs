@@ -1,10 +1,15 @@
 //! A tensor's bytes, whatever file they came from.
 
 use super::{Encoding, Problem};
+use crate::io::Bytes;
 use candle_core::quantized::{QStorage, QTensor};
 use candle_core::{Device, Tensor};
 use half::{bf16, f16};
 use metal_candle_graph::DType;
+use std::borrow::Cow;
+
+/// More than any block wants, and no more than what the allocator gives.
+const BLOCK_ALIGN_BYTES: usize = 8;
 
 /// A tensor's bytes as they lie in the file.
 #[derive(Clone, Debug, PartialEq)]
@@ -14,7 +19,7 @@ pub struct StoredTensor {
     /// Row-major, slowest dim first.
     pub shape: Vec<usize>,
     /// Rows are whole: a block never spans two of them.
-    pub bytes: Vec<u8>,
+    pub bytes: Bytes,
 }
 
 impl StoredTensor {
@@ -34,6 +39,32 @@ impl StoredTensor {
             .map_err(|cause| Problem::Candle { cause })
     }
 
+    /// These elements as `encoding` spells them; blocks by Candle's quantisation.
+    ///
+    /// # Errors
+    /// [`Problem::SplitBlock`], [`Problem::StoredLength`], [`Problem::Candle`]; [`Problem::Quantise`]
+    /// for a dtype that is no float of 32 or 16 bits.
+    pub fn encode(
+        values: &[f32],
+        shape: &[usize],
+        encoding: Encoding,
+    ) -> std::result::Result<StoredTensor, Problem> {
+        let bytes: Vec<u8> = match encoding {
+            Encoding::Dense(DType::F32) => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
+            Encoding::Dense(DType::F16) => {
+                values.iter().flat_map(|x| f16::from_f32(*x).to_le_bytes()).collect()
+            }
+            Encoding::Dense(DType::BF16) => {
+                values.iter().flat_map(|x| bf16::from_f32(*x).to_le_bytes()).collect()
+            }
+            Encoding::Dense(_) => return Err(Problem::Quantise { encoding }),
+            Encoding::Blocks(_) => quantise(values, shape, encoding)?,
+        };
+        let stored = StoredTensor { encoding, shape: shape.to_vec(), bytes: bytes.into() };
+        stored.check_len()?;
+        Ok(stored)
+    }
+
     /// Dense floats, element by element, into the memory that the tensor then has.
     fn floats<const N: usize>(&self, read: impl Fn([u8; N]) -> f32) -> Vec<f32> {
         let (elements, _) = self.bytes.as_chunks::<N>();
@@ -42,7 +73,12 @@ impl StoredTensor {
 
     fn by_candle(&self) -> std::result::Result<Tensor, Problem> {
         let device = Device::Cpu;
-        QStorage::from_data(self.bytes.as_slice().into(), &device, self.encoding.ggml())
+        // Candle asserts that blocks are aligned; a file may have put them anywhere.
+        let bytes = match self.bytes.as_ptr().addr().is_multiple_of(BLOCK_ALIGN_BYTES) {
+            true => Cow::Borrowed(&self.bytes[..]),
+            false => Cow::Owned(self.bytes.to_vec()),
+        };
+        QStorage::from_data(bytes, &device, self.encoding.ggml())
             .and_then(|storage| QTensor::new(storage, self.shape.as_slice()))
             .and_then(|tensor| tensor.dequantize(&device))
             .map_err(|cause| Problem::Candle { cause })
@@ -58,22 +94,37 @@ impl StoredTensor {
     /// [`Problem::Heads`] unless the rows split into `heads` heads of an even width;
     /// [`Problem::StoredLength`].
     pub fn unpermute_rope_rows(&mut self, heads: usize) -> std::result::Result<(), Problem> {
+        self.move_rope_rows(heads, |row, half| (row % half) * 2 + row / half)
+    }
+
+    /// The inverse of [`Self::unpermute_rope_rows`]: Hugging Face's order to llama.cpp's.
+    ///
+    /// # Errors
+    /// As [`Self::unpermute_rope_rows`].
+    pub fn permute_rope_rows(&mut self, heads: usize) -> std::result::Result<(), Problem> {
+        self.move_rope_rows(heads, |row, half| (row % 2) * half + row / 2)
+    }
+
+    /// `source` says which row of a head comes to a place, from half the rows of a head.
+    fn move_rope_rows(
+        &mut self,
+        heads: usize,
+        source: impl Fn(usize, usize) -> usize,
+    ) -> std::result::Result<(), Problem> {
         self.check_len()?;
         let rows = self.shape.first().copied().unwrap_or(0);
         if heads == 0 || rows == 0 || !rows.is_multiple_of(2 * heads) {
             return Err(Problem::Heads { rows, heads });
         }
-        let row_bytes = self.bytes.len() / rows;
-        let head_bytes = rows / heads * row_bytes;
-        let mut unpermuted = Vec::with_capacity(self.bytes.len());
-        for head in self.bytes.chunks_exact(head_bytes) {
-            for side in 0..2 {
-                for pair in head.chunks_exact(2 * row_bytes) {
-                    unpermuted.extend_from_slice(&pair[side * row_bytes..][..row_bytes]);
-                }
+        let (row_bytes, head_rows) = (self.bytes.len() / rows, rows / heads);
+        let mut moved = Vec::with_capacity(self.bytes.len());
+        for head in self.bytes.chunks_exact(head_rows * row_bytes) {
+            for row in 0..head_rows {
+                let from = source(row, head_rows / 2) * row_bytes;
+                moved.extend_from_slice(&head[from..][..row_bytes]);
             }
         }
-        self.bytes = unpermuted;
+        self.bytes = moved.into();
         Ok(())
     }
 
@@ -90,4 +141,19 @@ impl StoredTensor {
         let (shape, got) = (self.shape.clone(), self.bytes.len());
         Err(Problem::StoredLength { encoding: self.encoding, shape, expected, got })
     }
+}
+
+fn quantise(
+    values: &[f32],
+    shape: &[usize],
+    encoding: Encoding,
+) -> std::result::Result<Vec<u8>, Problem> {
+    let row = shape.last().copied().unwrap_or(1);
+    if encoding.row_bytes(row).is_none() {
+        return Err(Problem::SplitBlock { tensor: format!("{encoding:?}"), row });
+    }
+    Tensor::from_slice(values, shape, &Device::Cpu)
+        .and_then(|tensor| QTensor::quantize(&tensor, encoding.ggml()))
+        .and_then(|quantised| Ok(quantised.data()?.into_owned()))
+        .map_err(|cause| Problem::Candle { cause })
 }

@@ -33,6 +33,11 @@ pub enum Problem {
          is the download complete?"
     )]
     Length { tensor: String, needed: u64, len: u64 },
+    #[error(
+        "{what} cannot be said in a config.json: fuse into a GGUF file (--export-gguf), or take \
+         the model's Hugging Face folder as the base"
+    )]
+    NoConfig { what: String },
     #[error("no tensor {tensor:?}")]
     NoTensor { tensor: String },
     #[error("tensor {tensor:?} has dtype {dtype}: expected F32, F16 or BF16")]

@@ -1,14 +1,14 @@
-//! One safetensors file: its header in memory, its tensors on disk.
+//! One safetensors file: its header in memory, its tensors mapped.
 
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
+use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
 
 use metal_candle_graph::DType;
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 
 use super::Problem;
+use crate::io::bytes::{Bytes, MappedBytes};
 use crate::io::gguf::{Encoding, StoredTensor};
 use crate::io::{Error, Result};
 
@@ -20,11 +20,9 @@ const PREFIX_BYTES: u64 = 8;
 #[derive(Debug)]
 pub(super) struct Shard {
     path: PathBuf,
-    /// Behind a lock because a read moves the position.
-    file: Mutex<File>,
     header: Metadata,
-    /// Where the tensors begin.
-    data_bytes: u64,
+    /// From where the tensors begin.
+    data: MappedBytes,
 }
 
 impl Shard {
@@ -58,7 +56,10 @@ impl Shard {
             let tensor = header.offset_keys().pop().unwrap_or_default();
             return fail(Problem::Length { tensor, needed, len });
         }
-        Ok(Self { path, file: Mutex::new(file), header, data_bytes })
+        let too_long = |_| Error::file(&path)(std::io::ErrorKind::FileTooLarge.into());
+        let len = usize::try_from(len).map_err(too_long)?;
+        let map = MappedBytes::map(&file, len).map_err(Error::file(&path))?;
+        Ok(Self { data: map.slice(data_bytes as usize..len), path, header })
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -93,14 +94,8 @@ impl Shard {
     pub(super) fn read(&self, name: &str) -> Result<StoredTensor> {
         let (info, dtype) = (self.info(name)?, self.dtype(name)?);
         let (start, end) = info.data_offsets;
-        let mut bytes = vec![0; end - start];
-        // A panic of another reader cannot have left anything behind but the position.
-        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
-        file.seek(SeekFrom::Start(self.data_bytes + start as u64))
-            .and_then(|_| file.read_exact(&mut bytes))
-            .map_err(Error::file(&self.path))?;
-        let (encoding, shape) = (Encoding::Dense(dtype), info.shape.clone());
-        Ok(StoredTensor { encoding, shape, bytes })
+        let bytes = Bytes::Mapped(self.data.slice(start..end));
+        Ok(StoredTensor { encoding: Encoding::Dense(dtype), shape: info.shape.clone(), bytes })
     }
 
     fn info(&self, name: &str) -> Result<&TensorInfo> {

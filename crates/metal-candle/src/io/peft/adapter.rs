@@ -3,34 +3,18 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
-use half::{bf16, f16};
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde_json::{Map, Value};
 
-use super::{LoraConfig, Problem};
+use super::pair::{self, Orientation, Side};
+use super::{LoraConfig, LoraPair, Problem, Target};
 use crate::io::{Error, Result, file};
 
-const CONFIG: &str = "adapter_config.json";
-const WEIGHTS: &str = "adapter_model.safetensors";
+pub(crate) const CONFIG: &str = "adapter_config.json";
+pub(crate) const WEIGHTS: &str = "adapter_model.safetensors";
 /// What PEFT puts before the base's own names.
 const PREFIX: &str = "base_model.model.";
 const A: &str = ".lora_A.weight";
 const B: &str = ".lora_B.weight";
-
-/// The two factors of one module's update, row-major: `y += scale · B · (A · x)`.
-#[derive(Clone, Debug, PartialEq)]
-pub struct LoraPair {
-    /// `[rank, inputs]`.
-    pub a: Vec<f32>,
-    /// `[outputs, rank]`.
-    pub b: Vec<f32>,
-    /// Rank.
-    pub rank: usize,
-    /// Columns of the base's weight.
-    pub inputs: usize,
-    /// Rows of the base's weight.
-    pub outputs: usize,
-}
 
 /// A LoRA adapter in memory.
 #[derive(Clone, Debug, PartialEq)]
@@ -55,7 +39,8 @@ impl PeftAdapter {
         };
         let json: Map<String, Value> = file::read_json(&folder.join(CONFIG))?;
         let config = LoraConfig::from_json(&json).map_err(at(CONFIG))?;
-        let modules = parse(&file::read(&folder.join(WEIGHTS))?).map_err(at(WEIGHTS))?;
+        let bytes = file::read(&folder.join(WEIGHTS))?;
+        let modules = pair::parse(&bytes, Orientation::OutIn, parse_key).map_err(at(WEIGHTS))?;
         Ok(Self { config, modules })
     }
 
@@ -80,28 +65,55 @@ impl PeftAdapter {
     ///
     /// # Errors
     /// [`Problem::Missing`], [`Problem::Unexpected`], [`Problem::BaseShape`], [`Problem::Rank`];
-    /// as [`LoraConfig::targets`].
+    /// as [`LoraConfig::targets`]. Within a [`Problem::OtherBase`] where the adapter names its base.
     pub fn check_base(
         &self,
         base: &BTreeMap<String, [usize; 2]>,
     ) -> std::result::Result<(), Problem> {
+        self.fits(base).map_err(|problem| match &self.config.base_model_name_or_path {
+            Some(base) if !base.is_empty() => {
+                Problem::OtherBase { problem: Box::new(problem), base: base.clone() }
+            }
+            _ => problem,
+        })
+    }
+
+    /// Rank and scale of each of its modules, in the order of their names.
+    ///
+    /// # Errors
+    /// [`Problem::Unexpected`] for a module that the configuration does not choose;
+    /// [`Problem::PairLength`]; as [`LoraConfig::targets`].
+    pub fn targets(&self) -> std::result::Result<Vec<Target>, Problem> {
+        self.modules.iter().try_for_each(|(module, pair)| pair.check(module))?;
+        let targets = self.config.targets(self.modules.keys().map(String::as_str))?;
+        if targets.len() == self.modules.len() {
+            return Ok(targets);
+        }
+        let chosen = |name: &&String| targets.iter().any(|target| target.module == **name);
+        let modules = self.modules.keys().filter(|name| !chosen(name)).cloned().collect();
+        Err(Problem::Unexpected { modules })
+    }
+
+    fn fits(&self, base: &BTreeMap<String, [usize; 2]>) -> std::result::Result<(), Problem> {
+        // First what the base lacks: of another depth or family, whatever the options say.
+        let of_another = |name: &&String| !base.contains_key(*name);
+        let unexpected: Vec<String> = self.modules.keys().filter(of_another).cloned().collect();
+        if !unexpected.is_empty() {
+            return Err(Problem::Unexpected { modules: unexpected });
+        }
         let targets = self.config.targets(base.keys().map(String::as_str))?;
+        let wanted: HashMap<&str, usize> =
+            targets.iter().map(|target| (target.module.as_str(), target.rank)).collect();
+        let unwanted = |name: &&String| !wanted.contains_key(name.as_str());
+        let unexpected: Vec<String> = self.modules.keys().filter(unwanted).cloned().collect();
+        if !unexpected.is_empty() {
+            return Err(Problem::Unexpected { modules: unexpected });
+        }
         let missing: Vec<String> = targets
             .iter()
             .filter(|target| !self.modules.contains_key(&target.module))
             .map(|target| target.module.clone())
             .collect();
-        let wanted: HashMap<&str, usize> =
-            targets.iter().map(|target| (target.module.as_str(), target.rank)).collect();
-        let unexpected: Vec<String> = self
-            .modules
-            .keys()
-            .filter(|name| !wanted.contains_key(name.as_str()))
-            .cloned()
-            .collect();
-        if !unexpected.is_empty() {
-            return Err(Problem::Unexpected { modules: unexpected });
-        }
         if !missing.is_empty() {
             return Err(Problem::Missing { modules: missing });
         }
@@ -120,37 +132,16 @@ impl PeftAdapter {
     }
 }
 
-type Tensor = (Vec<usize>, Vec<f32>);
-
-/// One module while its two tensors are being collected.
-#[derive(Default)]
-struct Halves {
-    a: Option<Tensor>,
-    b: Option<Tensor>,
-}
-
-fn parse(bytes: &[u8]) -> std::result::Result<BTreeMap<String, LoraPair>, Problem> {
-    let file = SafeTensors::deserialize(bytes).map_err(|cause| Problem::SafeTensors { cause })?;
-    let mut halves: BTreeMap<String, Halves> = BTreeMap::new();
-    for (key, view) in file.iter() {
-        let (module, side) = parse_key(key)?;
-        let halves = halves.entry(module.to_owned()).or_default();
-        let half = if side == A { &mut halves.a } else { &mut halves.b };
-        *half = Some((view.shape().to_vec(), to_f32(key, &view)?));
-    }
-    halves.into_iter().map(|(module, halves)| pair(module, halves)).collect()
-}
-
-/// The module's name, and [`A`] or [`B`].
-fn parse_key(key: &str) -> std::result::Result<(&str, &'static str), Problem> {
+/// The module's name, and which factor.
+fn parse_key(key: &str) -> std::result::Result<(&str, Side), Problem> {
     let refuse = |reason| Err(Problem::Key { key: key.to_owned(), reason });
     let Some(name) = key.strip_prefix(PREFIX) else {
         return refuse(
             "expected a name that begins with \"base_model.model.\"; is it PEFT's file?",
         );
     };
-    for side in [A, B] {
-        if let Some(module) = name.strip_suffix(side) {
+    for (suffix, side) in [(A, Side::A), (B, Side::B)] {
+        if let Some(module) = name.strip_suffix(suffix) {
             return Ok((module, side));
         }
     }
@@ -163,54 +154,14 @@ fn parse_key(key: &str) -> std::result::Result<(&str, &'static str), Problem> {
     refuse("expected a name that ends with \".lora_A.weight\" or \".lora_B.weight\"")
 }
 
-fn pair(module: String, halves: Halves) -> std::result::Result<(String, LoraPair), Problem> {
-    let lacks = |has, lacks| Problem::HalfPair { module: module.clone(), has, lacks };
-    let (a, b) = match (halves.a, halves.b) {
-        (Some(a), Some(b)) => (a, b),
-        (Some(_), None) => return Err(lacks("lora_A", "lora_B")),
-        (None, _) => return Err(lacks("lora_B", "lora_A")),
-    };
-    let ((a_shape, a), (b_shape, b)) = (a, b);
-    match (&a_shape[..], &b_shape[..]) {
-        (&[rank, inputs], &[outputs, same]) if rank == same && rank > 0 => {
-            Ok((module, LoraPair { a, b, rank, inputs, outputs }))
-        }
-        _ => Err(Problem::PairShape { module, a: a_shape, b: b_shape }),
-    }
-}
-
-fn to_f32(key: &str, view: &TensorView<'_>) -> std::result::Result<Vec<f32>, Problem> {
-    fn read<const N: usize>(bytes: &[u8], convert: impl Fn([u8; N]) -> f32) -> Vec<f32> {
-        bytes.as_chunks::<N>().0.iter().map(|&element| convert(element)).collect()
-    }
-    let bytes = view.data();
-    Ok(match view.dtype() {
-        Dtype::F32 => read(bytes, f32::from_le_bytes),
-        Dtype::F64 => read(bytes, |element| f64::from_le_bytes(element) as f32),
-        Dtype::F16 => read(bytes, |element| f16::from_le_bytes(element).to_f32()),
-        Dtype::BF16 => read(bytes, |element| bf16::from_le_bytes(element).to_f32()),
-        other => {
-            return Err(Problem::DType { key: key.to_owned(), dtype: format!("{other:?}") });
-        }
-    })
-}
-
 fn serialize(modules: &BTreeMap<String, LoraPair>) -> std::result::Result<Vec<u8>, Problem> {
-    let mut tensors: Vec<(String, Vec<usize>, Vec<u8>)> = Vec::with_capacity(2 * modules.len());
+    let mut tensors = Vec::with_capacity(2 * modules.len());
     for (module, pair) in modules {
         let (a, b) = ([pair.rank, pair.inputs], [pair.outputs, pair.rank]);
-        for (side, shape, values) in [(A, a, &pair.a), (B, b, &pair.b)] {
-            let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-            tensors.push((format!("{PREFIX}{module}{side}"), shape.to_vec(), bytes));
-        }
+        tensors.push((format!("{PREFIX}{module}{A}"), a, pair.a.clone()));
+        tensors.push((format!("{PREFIX}{module}{B}"), b, pair.b.clone()));
     }
-    let views = tensors
-        .iter()
-        .map(|(key, shape, bytes)| Ok((key, TensorView::new(Dtype::F32, shape.clone(), bytes)?)))
-        .collect::<std::result::Result<Vec<_>, _>>();
     // PEFT and transformers refuse a file that does not say which framework it is for.
     let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    views
-        .and_then(|views| safetensors::serialize(views, Some(metadata)))
-        .map_err(|cause| Problem::SafeTensors { cause })
+    pair::serialize(tensors, Some(metadata))
 }

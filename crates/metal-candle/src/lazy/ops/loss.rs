@@ -5,7 +5,7 @@ use crate::error::AtCaller;
 use crate::lazy::State;
 use crate::{DType, LazyTensor, Result};
 use metal_candle_graph::composite::CrossEntropyAttrs;
-use metal_candle_graph::{Composite, Error, Scalar, Shape};
+use metal_candle_graph::{BlockFormat, Composite, Error, Scalar, Shape};
 
 /// How a cross-entropy weighs rows and what it makes of their losses.
 ///
@@ -71,7 +71,7 @@ impl CrossEntropy {
 
     fn attrs(&self) -> CrossEntropyAttrs {
         let label_smoothing = Scalar::from_f64(DType::F64, self.label_smoothing);
-        CrossEntropyAttrs { ignore_index: self.ignore_index, label_smoothing }
+        CrossEntropyAttrs { ignore_index: self.ignore_index, label_smoothing, blocks: None }
     }
 
     /// # Errors
@@ -174,6 +174,34 @@ impl LazyTensor {
         let [x, rows] = self.rows("linear_cross_entropy", labels)?;
         let loss = Composite::LinearCrossEntropy(options.attrs());
         let losses = composite(loss, &[&x, weight, &rows])?;
+        options.reduced(&losses, labels)
+    }
+
+    /// [`LazyTensor::linear_cross_entropy`] with a weight that stays in its GGUF blocks, which are unpacked
+    /// chunk by chunk.
+    ///
+    /// The gradient goes to x only.
+    ///
+    /// # Shapes
+    /// `x: [.., features]`, `blocks: u8[bytes]`, the blocks of `features` weights of one class after the other,
+    /// and integer labels `[..]` give rank 0, or the labels' shape per row.
+    ///
+    /// # Numerics
+    /// As [`LazyTensor::quant_matmul`]; losses and sums are f32 (f64 for f64).
+    ///
+    /// # Errors
+    /// As [`LazyTensor::cross_entropy`], and where the blocks are not those of whole classes.
+    #[track_caller]
+    pub fn quant_linear_cross_entropy(
+        &self,
+        blocks: &LazyTensor,
+        format: BlockFormat,
+        labels: &LazyTensor,
+        options: CrossEntropy,
+    ) -> Result<LazyTensor> {
+        let [x, rows] = self.rows("linear_cross_entropy", labels)?;
+        let attrs = CrossEntropyAttrs { blocks: Some(format), ..options.attrs() };
+        let losses = composite(Composite::LinearCrossEntropy(attrs), &[&x, blocks, &rows])?;
         options.reduced(&losses, labels)
     }
 

@@ -82,7 +82,9 @@ impl LazyTensor {
     /// after the other, give `[.., rows]`.
     ///
     /// # Numerics
-    /// Weights are dequantised to f32, products accumulated in f32 (f64 for f64), and rounded once.
+    /// Products are accumulated in f32 and rounded once. On a processor with the instructions for it, factors
+    /// are rounded before: a few rows of x to eight bits, relative to the largest of 32 elements (weights are
+    /// taken as they are); of many rows both x and the weights to bf16. f64 is not rounded.
     ///
     /// # Errors
     /// Where `cols` is no multiple of the block, `blocks` has another length or dtype, x another

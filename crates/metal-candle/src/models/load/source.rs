@@ -1,9 +1,10 @@
 //! Weights by Hugging Face's names, whatever holds them.
 
-use crate::Result;
 use crate::io::gguf::{Encoding, GgufFile, StoredTensor};
 use crate::io::{self, HfFolder};
+use crate::{DType, Result};
 use candle_core::Tensor;
+use half::f16;
 use std::path::Path;
 
 #[derive(Clone, Copy)]
@@ -47,11 +48,30 @@ impl WeightSource<'_> {
         })
     }
 
-    pub(super) fn dequantise(&self, name: &str, stored: &StoredTensor) -> Result<Tensor> {
-        stored.dequantize().or_else(|problem| {
-            let path = self.shape(name)?.0.to_owned();
-            Err(io::Error::Gguf { path, problem }.into())
-        })
+    /// The elements as a float type.
+    pub(super) fn dequantise(
+        &self,
+        name: &str,
+        stored: &StoredTensor,
+        dtype: DType,
+    ) -> Result<Tensor> {
+        let path = || Ok::<_, io::Error>(self.shape(name)?.0.to_owned());
+        let values = match stored.dequantize() {
+            Ok(values) => values,
+            Err(problem) => return Err(io::Error::Gguf { path: path()?, problem }.into()),
+        };
+        if dtype == DType::F16
+            && let Some(value) = beyond_f16(&values)?
+        {
+            let (path, tensor) = (path()?, name.to_owned());
+            return Err(io::Error::WeightRange { path, tensor, value }.into());
+        }
+        let dtype = match dtype {
+            DType::BF16 => candle_core::DType::BF16,
+            DType::F16 => candle_core::DType::F16,
+            _ => candle_core::DType::F32,
+        };
+        Ok(values.to_dtype(dtype)?)
     }
 
     fn shape(&self, name: &str) -> io::Result<(&Path, &[usize])> {
@@ -60,4 +80,11 @@ impl WeightSource<'_> {
             WeightSource::Folder(folder) => folder.weight_shape(name),
         }
     }
+}
+
+/// A number that f16 would make infinite.
+fn beyond_f16(values: &Tensor) -> Result<Option<f32>> {
+    let largest = f16::MAX.to_f32();
+    let values: Vec<f32> = values.flatten_all()?.to_vec1()?;
+    Ok(values.into_iter().find(|value| value.is_finite() && value.abs() > largest))
 }

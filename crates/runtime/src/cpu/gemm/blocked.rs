@@ -1,0 +1,225 @@
+//! The product of two packed operands, tile by tile (Goto and van de Geijn 2008).
+//!
+//! The smaller operand is packed as a whole; every task packs a few panels of the other one and multiplies them with
+//! all of it. So each element is packed once, and each sum is made by one task, in an order that depends on `k` alone.
+
+use super::micro::{Kernels, Tile};
+use super::pack::Source;
+use crate::cpu::matrix::MatMut;
+use crate::cpu::number::{Accumulator, Number, Real};
+use crate::cpu::parallel::{self, Parts};
+use crate::cpu::scratch::{self, Pod};
+use crate::element::Element;
+use std::ops::Range;
+
+/// Packed steps that are summed in registers, at most: a panel stays in the cache.
+const MAX_STEPS: usize = 1024;
+/// Rows or columns of the operand that is packed as a whole, at most.
+const MAX_WHOLE: usize = 2048;
+/// Panels that a task packs at a time, where there are many.
+const GROUP: usize = 4;
+/// Tasks that there should be at least.
+const TASKS: usize = 8;
+/// Packed words from which on packing is worth a second thread.
+const PARALLEL_PACK: usize = 1 << 17;
+/// Elements of the largest tile of any kernel.
+const MAX_TILE: usize = 14 * 32;
+
+/// `[m, n, k]`, and what is made of the sums.
+pub(super) struct Product<S> {
+    pub(super) extents: [usize; 3],
+    /// Elements of `k` in a packed word.
+    pub(super) steps: usize,
+    pub(super) alpha: S,
+    pub(super) accumulate: bool,
+}
+
+/// `c = alpha · a b`, or `c += alpha · a b`. Neither extent is 0.
+pub(super) fn product<P, T>(
+    kernels: &'static Kernels<P, T::Acc>,
+    mut c: MatMut<'_, T>,
+    a: &dyn Source<P>,
+    b: &dyn Source<P>,
+    it: &Product<T::Acc>,
+    parallel: bool,
+) where
+    P: Pod + Send + Sync,
+    T: Number<Acc: Real>,
+{
+    let [m, n, k] = it.extents;
+    // Sums that are rounded when they are stored are made in one go.
+    let slices = if T::DTYPE == T::Acc::DTYPE { k.div_ceil(MAX_STEPS * it.steps) } else { 1 };
+    // Whole blocks of every quantised format.
+    let slice_len = k.div_ceil(slices).next_multiple_of(256);
+    let out = Target { data: c.as_mut_ptr(), strides: [c.row_stride(), c.col_stride()] };
+    for start in (0..k).step_by(slice_len) {
+        let run = Run {
+            kernels,
+            out: &out,
+            operands: [a, b],
+            extents: [m, n],
+            widths: [kernels.max_rows(), 2 * kernels.lanes],
+            k: start..(start + slice_len).min(k),
+            steps: it.steps,
+            alpha: it.alpha,
+            accumulate: it.accumulate || start != 0,
+        };
+        run.all(parallel);
+    }
+}
+
+/// Where the result goes; tasks write disjoint parts of it.
+struct Target<T> {
+    data: *mut T,
+    strides: [isize; 2],
+}
+
+// SAFETY: a matrix that is borrowed for the product; every tile of it belongs to one task.
+unsafe impl<T: Send> Sync for Target<T> {}
+
+/// One slice of `k`. Index 0 stands for rows and `a`, 1 for columns and `b`.
+struct Run<'a, P: 'static, T: Number<Acc: 'static>> {
+    kernels: &'static Kernels<P, T::Acc>,
+    out: &'a Target<T>,
+    operands: [&'a dyn Source<P>; 2],
+    extents: [usize; 2],
+    /// Of a panel.
+    widths: [usize; 2],
+    k: Range<usize>,
+    steps: usize,
+    alpha: T::Acc,
+    accumulate: bool,
+}
+
+/// Panels of one operand, one after the other: those of `range`.
+struct Panels<'p, P> {
+    packed: &'p [P],
+    first: usize,
+}
+
+impl<P: Pod + Send + Sync, T: Number<Acc: Real>> Run<'_, P, T> {
+    fn all(&self, parallel: bool) {
+        let whole = usize::from(self.extents[1] <= self.extents[0]);
+        let other = 1 - whole;
+        let panels = [0, 1].map(|side| self.extents[side].div_ceil(self.widths[side]));
+        let at_a_time = (MAX_WHOLE / self.widths[whole]).max(1);
+        let group = if panels[other] >= TASKS * GROUP { GROUP } else { 1 };
+        for first in (0..panels[whole]).step_by(at_a_time) {
+            let count = at_a_time.min(panels[whole] - first);
+            scratch::with(count * self.panel_len(whole), |packed: &mut [P]| {
+                self.pack_all(whole, first, count, packed, parallel);
+                let whole_panels = Panels { packed, first };
+                parallel::for_each(parallel, panels[other].div_ceil(group), |task| {
+                    let first = task * group;
+                    let count = group.min(panels[other] - first);
+                    scratch::with(count * self.panel_len(other), |packed: &mut [P]| {
+                        for (i, to) in packed.chunks_exact_mut(self.panel_len(other)).enumerate() {
+                            self.pack(other, first + i, to);
+                        }
+                        let panels = Panels { packed, first };
+                        if whole == 0 {
+                            self.tiles(&whole_panels, &panels);
+                        } else {
+                            self.tiles(&panels, &whole_panels);
+                        }
+                    });
+                });
+            });
+        }
+    }
+
+    /// Packed steps of this slice.
+    fn packed_k(&self) -> usize {
+        self.k.len().div_ceil(self.steps)
+    }
+
+    fn panel_len(&self, side: usize) -> usize {
+        self.packed_k() * self.widths[side]
+    }
+
+    /// What a panel holds.
+    fn range(&self, side: usize, panel: usize) -> Range<usize> {
+        let start = panel * self.widths[side];
+        start..(start + self.widths[side]).min(self.extents[side])
+    }
+
+    /// The width at which a panel is packed: that of the smallest tile that holds it.
+    fn width(&self, side: usize, len: usize) -> usize {
+        match side {
+            0 => self.kernels.of_rows(len).0,
+            _ => len.next_multiple_of(self.kernels.lanes),
+        }
+    }
+
+    fn pack(&self, side: usize, panel: usize, to: &mut [P]) {
+        let range = self.range(side, panel);
+        let width = self.width(side, range.len());
+        self.operands[side].pack(range, self.k.clone(), width, to);
+    }
+
+    fn pack_all(&self, side: usize, first: usize, count: usize, to: &mut [P], parallel: bool) {
+        let len = self.panel_len(side);
+        let tasks = if parallel && to.len() >= PARALLEL_PACK { count.min(TASKS) } else { 1 };
+        let parts = Parts::new(to);
+        parallel::for_each(parallel, tasks, |task| {
+            for i in task * count / tasks..(task + 1) * count / tasks {
+                // SAFETY: a panel belongs to one task.
+                self.pack(side, first + i, unsafe { parts.part(i * len, len) });
+            }
+        });
+    }
+
+    /// Every panel of `a` with every panel of `b`.
+    fn tiles(&self, a: &Panels<P>, b: &Panels<P>) {
+        let [a_len, b_len] = [self.panel_len(0), self.panel_len(1)];
+        for (j, b_panel) in b.packed.chunks_exact(b_len).enumerate() {
+            for (i, a_panel) in a.packed.chunks_exact(a_len).enumerate() {
+                let (rows, cols) = (self.range(0, a.first + i), self.range(1, b.first + j));
+                self.tile(a_panel, b_panel, rows, cols);
+            }
+        }
+    }
+
+    fn tile(&self, a: &[P], b: &[P], rows: Range<usize>, cols: Range<usize>) {
+        let (height, by_vectors) = self.kernels.of_rows(rows.len());
+        let vectors = cols.len().div_ceil(self.kernels.lanes);
+        let width = vectors * self.kernels.lanes;
+        let kernel = by_vectors[vectors - 1];
+        let [row_stride, col_stride] = self.out.strides;
+        let at = rows.start as isize * row_stride + cols.start as isize * col_stride;
+        let c = self.out.data.wrapping_offset(at);
+        let mut tile = Tile {
+            k: self.packed_k(),
+            a: a.as_ptr(),
+            b: b.as_ptr(),
+            b_stride: width,
+            c: c.cast::<T::Acc>(),
+            row_stride: row_stride.unsigned_abs(),
+            alpha: self.alpha,
+            accumulate: self.accumulate,
+        };
+        let same = T::DTYPE == T::Acc::DTYPE;
+        let fits =
+            *height == rows.len() && width == cols.len() && col_stride == 1 && row_stride > 0;
+        if same && fits {
+            // SAFETY: the panels hold the tile's rows and columns; all of it is within the result, ours alone.
+            unsafe { kernel(&tile) };
+            return;
+        }
+        let mut sums = [T::Acc::ZERO; MAX_TILE];
+        assert!(height * width <= sums.len(), "metal-candle bug: a tile of {height} x {width}");
+        (tile.c, tile.row_stride, tile.accumulate) = (sums.as_mut_ptr(), width, false);
+        // SAFETY: as above, into memory of the tile's size.
+        unsafe { kernel(&tile) };
+        for (i, sums) in sums.chunks_exact(width).take(rows.len()).enumerate() {
+            for (j, sum) in sums.iter().take(cols.len()).enumerate() {
+                let to = c.wrapping_offset(i as isize * row_stride + j as isize * col_stride);
+                // SAFETY: within the result; read only where it is accumulated onto.
+                unsafe {
+                    let base = if self.accumulate { (*to).widen() } else { T::Acc::ZERO };
+                    to.write(T::narrow(if self.accumulate { base + *sum } else { *sum }));
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,235 @@
+//! Vectors of every instruction set, as the micro kernel asks for them.
+
+/// A vector of sums, and what is multiplied into it.
+///
+/// # Safety
+/// The methods may be called where the processor has the instruction set, from a function that is compiled for it.
+pub(super) unsafe trait Lanes: Copy {
+    /// What is packed: one factor, or as many of consecutive `k` as one instruction multiplies.
+    type Packed: Copy;
+    type Sum: Copy;
+    const LANES: usize;
+
+    unsafe fn zero() -> Self;
+    unsafe fn splat(from: *const Self::Packed) -> Self;
+    unsafe fn load(from: *const Self::Packed) -> Self;
+    unsafe fn load_sums(from: *const Self::Sum) -> Self;
+    unsafe fn splat_sum(value: Self::Sum) -> Self;
+    unsafe fn store(self, to: *mut Self::Sum);
+    /// `self + a b`, of packed factors.
+    unsafe fn multiply_add(self, a: Self, b: Self) -> Self;
+    /// `self + a b`, of sums.
+    unsafe fn multiply_add_sums(self, a: Self, b: Self) -> Self;
+    /// `self · by`, of sums.
+    unsafe fn scaled(self, by: Self) -> Self;
+}
+
+/// The same few intrinsics under the names of another instruction set.
+macro_rules! lanes {
+    ($(#[$meta:meta])* $name:ident($vector:ty): $sum:ty, $lanes:literal, $zero:ident, $splat:ident, $load:ident,
+     $store:ident, $multiply:ident, |$acc:ident, $a:ident, $b:ident| $multiply_add:expr) => {
+        $(#[$meta])*
+        #[derive(Clone, Copy)]
+        pub(in crate::cpu::gemm) struct $name($vector);
+
+        // SAFETY: the trait's callers promise the instruction set; pointers are theirs.
+        unsafe impl Lanes for $name {
+            type Packed = $sum;
+            type Sum = $sum;
+            const LANES: usize = $lanes;
+
+            #[inline(always)]
+            unsafe fn zero() -> Self {
+                // SAFETY: as above.
+                unsafe { $name($zero(0.0)) }
+            }
+            #[inline(always)]
+            unsafe fn splat(from: *const $sum) -> Self {
+                // SAFETY: as above.
+                unsafe { $name($splat(*from)) }
+            }
+            #[inline(always)]
+            unsafe fn load(from: *const $sum) -> Self {
+                // SAFETY: as above.
+                unsafe { $name($load(from)) }
+            }
+            #[inline(always)]
+            unsafe fn load_sums(from: *const $sum) -> Self {
+                // SAFETY: as above.
+                unsafe { $name($load(from)) }
+            }
+            #[inline(always)]
+            unsafe fn splat_sum(value: $sum) -> Self {
+                // SAFETY: as above.
+                unsafe { $name($splat(value)) }
+            }
+            #[inline(always)]
+            unsafe fn store(self, to: *mut $sum) {
+                // SAFETY: as above.
+                unsafe { $store(to, self.0) }
+            }
+            #[inline(always)]
+            unsafe fn multiply_add(self, a: Self, b: Self) -> Self {
+                let ($acc, $a, $b) = (self.0, a.0, b.0);
+                // SAFETY: as above.
+                unsafe { $name($multiply_add) }
+            }
+            #[inline(always)]
+            unsafe fn multiply_add_sums(self, a: Self, b: Self) -> Self {
+                // SAFETY: as above.
+                unsafe { self.multiply_add(a, b) }
+            }
+            #[inline(always)]
+            unsafe fn scaled(self, by: Self) -> Self {
+                // SAFETY: as above.
+                unsafe { $name($multiply(self.0, by.0)) }
+            }
+        }
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+pub(super) mod x86 {
+    use super::Lanes;
+    use std::arch::x86_64::*;
+
+    lanes!(F32x16(__m512): f32, 16, _mm512_set1_ps, _mm512_set1_ps, _mm512_loadu_ps, _mm512_storeu_ps, _mm512_mul_ps,
+        |acc, a, b| _mm512_fmadd_ps(a, b, acc));
+    lanes!(F64x8(__m512d): f64, 8, _mm512_set1_pd, _mm512_set1_pd, _mm512_loadu_pd, _mm512_storeu_pd, _mm512_mul_pd,
+        |acc, a, b| _mm512_fmadd_pd(a, b, acc));
+    lanes!(F32x8(__m256): f32, 8, _mm256_set1_ps, _mm256_set1_ps, _mm256_loadu_ps, _mm256_storeu_ps, _mm256_mul_ps,
+        |acc, a, b| _mm256_fmadd_ps(a, b, acc));
+    lanes!(F64x4(__m256d): f64, 4, _mm256_set1_pd, _mm256_set1_pd, _mm256_loadu_pd, _mm256_storeu_pd, _mm256_mul_pd,
+        |acc, a, b| _mm256_fmadd_pd(a, b, acc));
+
+    /// Pairs of bf16, of two consecutive `k`, into sums of f32.
+    #[derive(Clone, Copy)]
+    pub(in crate::cpu::gemm) struct Bf16Pairs(__m512);
+
+    // SAFETY: the trait's callers promise the instruction set; pointers are theirs.
+    unsafe impl Lanes for Bf16Pairs {
+        type Packed = u32;
+        type Sum = f32;
+        const LANES: usize = 16;
+
+        #[inline(always)]
+        unsafe fn zero() -> Self {
+            // SAFETY: as above.
+            unsafe { Bf16Pairs(_mm512_setzero_ps()) }
+        }
+        #[inline(always)]
+        unsafe fn splat(from: *const u32) -> Self {
+            // SAFETY: as above.
+            unsafe { Bf16Pairs(_mm512_castsi512_ps(_mm512_set1_epi32((*from).cast_signed()))) }
+        }
+        #[inline(always)]
+        unsafe fn load(from: *const u32) -> Self {
+            // SAFETY: as above.
+            unsafe { Bf16Pairs(_mm512_loadu_ps(from.cast())) }
+        }
+        #[inline(always)]
+        unsafe fn load_sums(from: *const f32) -> Self {
+            // SAFETY: as above.
+            unsafe { Bf16Pairs(_mm512_loadu_ps(from)) }
+        }
+        #[inline(always)]
+        unsafe fn splat_sum(value: f32) -> Self {
+            // SAFETY: as above.
+            unsafe { Bf16Pairs(_mm512_set1_ps(value)) }
+        }
+        #[inline(always)]
+        unsafe fn store(self, to: *mut f32) {
+            // SAFETY: as above.
+            unsafe { _mm512_storeu_ps(to, self.0) }
+        }
+        #[inline(always)]
+        unsafe fn multiply_add(self, a: Self, b: Self) -> Self {
+            // SAFETY: as above; both are 64 bytes, of which any are 32 bf16.
+            unsafe {
+                let pairs = |x: __m512| std::mem::transmute::<__m512, __m512bh>(x);
+                Bf16Pairs(_mm512_dpbf16_ps(self.0, pairs(a.0), pairs(b.0)))
+            }
+        }
+        #[inline(always)]
+        unsafe fn multiply_add_sums(self, a: Self, b: Self) -> Self {
+            // SAFETY: as above.
+            unsafe { Bf16Pairs(_mm512_fmadd_ps(a.0, b.0, self.0)) }
+        }
+        #[inline(always)]
+        unsafe fn scaled(self, by: Self) -> Self {
+            // SAFETY: as above.
+            unsafe { Bf16Pairs(_mm512_mul_ps(self.0, by.0)) }
+        }
+    }
+}
+
+#[cfg(target_arch = "aarch64")]
+pub(super) mod neon {
+    use super::Lanes;
+    use std::arch::aarch64::*;
+
+    lanes!(F32x4(float32x4_t): f32, 4, vdupq_n_f32, vdupq_n_f32, vld1q_f32, vst1q_f32, vmulq_f32,
+        |acc, a, b| vfmaq_f32(acc, a, b));
+    lanes!(F64x2(float64x2_t): f64, 2, vdupq_n_f64, vdupq_n_f64, vld1q_f64, vst1q_f64, vmulq_f64,
+        |acc, a, b| vfmaq_f64(acc, a, b));
+}
+
+/// What every processor has: arrays, which the compiler makes vectors of where it can. Multiplications and
+/// additions round one after the other.
+#[derive(Clone, Copy)]
+pub(super) struct Plain<T>([T; 4]);
+
+macro_rules! plain {
+    ($sum:ty) => {
+        // SAFETY: no instruction set is needed; pointers are the callers'.
+        unsafe impl Lanes for Plain<$sum> {
+            type Packed = $sum;
+            type Sum = $sum;
+            const LANES: usize = 4;
+
+            #[inline(always)]
+            unsafe fn zero() -> Self {
+                Plain([0.0; 4])
+            }
+            #[inline(always)]
+            unsafe fn splat(from: *const $sum) -> Self {
+                // SAFETY: as above.
+                Plain([unsafe { *from }; 4])
+            }
+            #[inline(always)]
+            unsafe fn load(from: *const $sum) -> Self {
+                // SAFETY: as above.
+                Plain(unsafe { from.cast::<[$sum; 4]>().read() })
+            }
+            #[inline(always)]
+            unsafe fn load_sums(from: *const $sum) -> Self {
+                // SAFETY: as above.
+                Plain(unsafe { from.cast::<[$sum; 4]>().read() })
+            }
+            #[inline(always)]
+            unsafe fn splat_sum(value: $sum) -> Self {
+                Plain([value; 4])
+            }
+            #[inline(always)]
+            unsafe fn store(self, to: *mut $sum) {
+                // SAFETY: as above.
+                unsafe { to.cast::<[$sum; 4]>().write(self.0) }
+            }
+            #[inline(always)]
+            unsafe fn multiply_add(self, a: Self, b: Self) -> Self {
+                Plain(std::array::from_fn(|i| self.0[i] + a.0[i] * b.0[i]))
+            }
+            #[inline(always)]
+            unsafe fn multiply_add_sums(self, a: Self, b: Self) -> Self {
+                // SAFETY: as above.
+                unsafe { self.multiply_add(a, b) }
+            }
+            #[inline(always)]
+            unsafe fn scaled(self, by: Self) -> Self {
+                Plain(std::array::from_fn(|i| self.0[i] * by.0[i]))
+            }
+        }
+    };
+}
+plain!(f32);
+plain!(f64);

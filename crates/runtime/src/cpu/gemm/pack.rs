@@ -1,0 +1,356 @@
+//! Operands laid out for the micro kernel: panels `[k, width]`, in which it reads on and on.
+
+use crate::cpu::matrix::Mat;
+use crate::cpu::number::{Accumulator, Number};
+use crate::cpu::scratch::Pod;
+use crate::cpu::simd::widest;
+use half::{bf16, f16};
+use std::ops::Range;
+
+/// Words of a tile that is transposed at a time, each way.
+const TILE: usize = 16;
+/// The most `k` that one packed word holds.
+const MAX_STEPS: usize = 2;
+
+/// A factor of a product: rows of `a` or columns of `b`, by `k`.
+pub(crate) trait Source<P>: Sync {
+    /// Packs `outer` by `k` into `[k, width]`, with zeros for what is missing.
+    fn pack(&self, outer: Range<usize>, k: Range<usize>, width: usize, to: &mut [P]);
+}
+
+/// What the micro kernel multiplies: `STEPS` consecutive elements along `k`.
+pub(crate) trait Packed<T>: Pod {
+    const STEPS: usize;
+    const ZERO: Self;
+    /// The words of up to `TILE · STEPS` consecutive elements.
+    fn along(from: &[T], to: &mut [Self; TILE]);
+    /// The words of elements that lie side by side; each of `from` is one of the word's steps.
+    fn across(from: [&[T]; MAX_STEPS], to: &mut [Self]);
+    fn word(from: [T; MAX_STEPS]) -> Self;
+    /// Writes the first `width` columns of the tile's transpose, `stride` words apart.
+    ///
+    /// # Safety
+    /// `to` has room for `steps` rows of `stride` words, of which the first `width` are written.
+    unsafe fn transpose(
+        tile: &[[Self; TILE]; TILE],
+        to: *mut Self,
+        stride: usize,
+        width: usize,
+        steps: usize,
+    );
+}
+
+impl<T: Number, P: Packed<T>> Source<P> for Mat<'_, T> {
+    fn pack(&self, outer: Range<usize>, k: Range<usize>, width: usize, to: &mut [P]) {
+        let from = self.row_range(outer.start, outer.len()).col_range(k.start, k.len());
+        let room = k.len().div_ceil(P::STEPS) * width;
+        assert!(outer.len() <= width && to.len() >= room, "metal-candle bug: a panel of its size");
+        pack(from, width, to);
+    }
+}
+
+fn pack<T: Number, P: Packed<T>>(from: Mat<'_, T>, width: usize, to: &mut [P]) {
+    let to = &mut to[..from.cols().div_ceil(P::STEPS) * width];
+    if from.row_stride() == 1 && from.cols() > 1 {
+        let f = widest!([T: Number, P: Packed<T>] pack_across<T, P>(from: Mat<'_, T>, width: usize, to: &mut [P]));
+        // SAFETY: this processor has what the function was compiled for.
+        unsafe { f(from, width, to) }
+    } else if from.col_stride() == 1 {
+        let f = widest!([T: Number, P: Packed<T>] pack_along<T, P>(from: Mat<'_, T>, width: usize, to: &mut [P]));
+        // SAFETY: as above.
+        unsafe { f(from, width, to) }
+    } else {
+        pack_strided(from, width, to);
+    }
+}
+
+/// Where outer elements lie side by side: the panel's rows are copied as they are.
+#[inline(always)]
+unsafe fn pack_across<T: Number, P: Packed<T>>(from: Mat<'_, T>, width: usize, to: &mut [P]) {
+    let outer = from.rows();
+    let by_k = from.transposed();
+    for (step, to) in to.chunks_exact_mut(width).enumerate() {
+        let k = step * P::STEPS;
+        let row = |k| by_k.row_slice(k).expect("metal-candle bug: no dense rows");
+        let (to, padding) = to.split_at_mut(outer);
+        padding.fill(P::ZERO);
+        if k + P::STEPS <= from.cols() {
+            P::across([row(k), row(k + P::STEPS - 1)], to);
+        } else {
+            for (to, x) in to.iter_mut().zip(row(k)) {
+                *to = P::word([*x, T::narrow(T::Acc::ZERO)]);
+            }
+        }
+    }
+}
+
+/// Where elements along `k` lie side by side: tiles are transposed.
+#[inline(always)]
+unsafe fn pack_along<T: Number, P: Packed<T>>(from: Mat<'_, T>, width: usize, to: &mut [P]) {
+    let (outer, k) = (from.rows(), from.cols());
+    let mut tile = [[P::ZERO; TILE]; TILE];
+    for first in (0..width).step_by(TILE) {
+        let lanes = TILE.min(width - first);
+        let rows = outer.saturating_sub(first).min(TILE);
+        tile[rows..].fill([P::ZERO; TILE]);
+        for start in (0..k).step_by(TILE * P::STEPS) {
+            let end = k.min(start + TILE * P::STEPS);
+            for (i, words) in tile[..rows].iter_mut().enumerate() {
+                let row = from.row_slice(first + i).expect("metal-candle bug: no dense rows");
+                P::along(&row[start..end], words);
+            }
+            let steps = (end - start).div_ceil(P::STEPS);
+            let to = &mut to[start / P::STEPS * width + first..];
+            assert!(
+                (steps - 1) * width + lanes <= to.len(),
+                "metal-candle bug: a panel of its size"
+            );
+            // SAFETY: as was just seen.
+            unsafe { P::transpose(&tile, to.as_mut_ptr(), width, lanes, steps) };
+        }
+    }
+}
+
+fn pack_strided<T: Number, P: Packed<T>>(from: Mat<'_, T>, width: usize, to: &mut [P]) {
+    let zero = T::narrow(T::Acc::ZERO);
+    for (step, to) in to.chunks_exact_mut(width).enumerate() {
+        to.fill(P::ZERO);
+        let k = step * P::STEPS;
+        for (i, to) in to.iter_mut().enumerate().take(from.rows()) {
+            let last = k + P::STEPS - 1;
+            let next = if last < from.cols() { from.get(i, last) } else { zero };
+            *to = P::word([from.get(i, k), next]);
+        }
+    }
+}
+
+/// Elements that are their own words.
+macro_rules! itself {
+    ($ty:ty) => {
+        impl Packed<$ty> for $ty {
+            const STEPS: usize = 1;
+            const ZERO: $ty = 0.0;
+            #[inline(always)]
+            fn along(from: &[$ty], to: &mut [$ty; TILE]) {
+                to[..from.len()].copy_from_slice(from);
+            }
+            #[inline(always)]
+            fn across([from, _]: [&[$ty]; MAX_STEPS], to: &mut [$ty]) {
+                to.copy_from_slice(from);
+            }
+            #[inline(always)]
+            fn word([x, _]: [$ty; MAX_STEPS]) -> $ty {
+                x
+            }
+            #[inline(always)]
+            unsafe fn transpose(
+                tile: &[[$ty; TILE]; TILE],
+                to: *mut $ty,
+                stride: usize,
+                width: usize,
+                steps: usize,
+            ) {
+                // SAFETY: the caller's promise.
+                unsafe { transpose(tile, to, stride, width, steps) }
+            }
+        }
+    };
+}
+itself!(f32);
+itself!(f64);
+
+/// bf16 and f16 in f32 words.
+macro_rules! widened {
+    ($ty:ty) => {
+        impl Packed<$ty> for f32 {
+            const STEPS: usize = 1;
+            const ZERO: f32 = 0.0;
+            #[inline(always)]
+            fn along(from: &[$ty], to: &mut [f32; TILE]) {
+                <$ty>::widen_all(from, &mut to[..from.len()]);
+            }
+            #[inline(always)]
+            fn across([from, _]: [&[$ty]; MAX_STEPS], to: &mut [f32]) {
+                <$ty>::widen_all(from, to);
+            }
+            #[inline(always)]
+            fn word([x, _]: [$ty; MAX_STEPS]) -> f32 {
+                x.widen()
+            }
+            #[inline(always)]
+            unsafe fn transpose(
+                tile: &[[f32; TILE]; TILE],
+                to: *mut f32,
+                stride: usize,
+                width: usize,
+                steps: usize,
+            ) {
+                // SAFETY: the caller's promise.
+                unsafe { transpose(tile, to, stride, width, steps) }
+            }
+        }
+    };
+}
+widened!(bf16);
+widened!(f16);
+
+/// The bits of a float in bf16, rounded to nearest even.
+trait ToBf16: Copy {
+    fn to_bf16(self) -> u32;
+}
+
+impl ToBf16 for f32 {
+    #[inline(always)]
+    fn to_bf16(self) -> u32 {
+        let bits = self.to_bits();
+        let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
+        // A NaN stays one, whatever its low bits.
+        if bits & 0x7fff_ffff > 0x7f80_0000 { (bits >> 16) | 0x40 } else { rounded }
+    }
+}
+
+impl ToBf16 for bf16 {
+    #[inline(always)]
+    fn to_bf16(self) -> u32 {
+        u32::from(self.to_bits())
+    }
+}
+
+impl ToBf16 for f16 {
+    #[inline(always)]
+    fn to_bf16(self) -> u32 {
+        self.to_f32().to_bf16()
+    }
+}
+
+/// Pairs of bf16, the first in the low half.
+macro_rules! pairs {
+    ($ty:ty) => {
+        impl Packed<$ty> for u32 {
+            const STEPS: usize = 2;
+            const ZERO: u32 = 0;
+            #[inline(always)]
+            fn along(from: &[$ty], to: &mut [u32; TILE]) {
+                let pairs = from.chunks_exact(2);
+                let odd = pairs.remainder();
+                let whole = pairs.len();
+                for (to, pair) in to.iter_mut().zip(pairs) {
+                    *to = pair[0].to_bf16() | pair[1].to_bf16() << 16;
+                }
+                if let [last] = odd {
+                    to[whole] = last.to_bf16();
+                }
+            }
+            #[inline(always)]
+            fn across([first, second]: [&[$ty]; MAX_STEPS], to: &mut [u32]) {
+                for ((to, x), y) in to.iter_mut().zip(first).zip(second) {
+                    *to = x.to_bf16() | y.to_bf16() << 16;
+                }
+            }
+            #[inline(always)]
+            fn word([x, y]: [$ty; MAX_STEPS]) -> u32 {
+                x.to_bf16() | y.to_bf16() << 16
+            }
+            #[inline(always)]
+            unsafe fn transpose(
+                tile: &[[u32; TILE]; TILE],
+                to: *mut u32,
+                stride: usize,
+                width: usize,
+                steps: usize,
+            ) {
+                // SAFETY: the caller's promise.
+                unsafe { transpose(tile, to, stride, width, steps) }
+            }
+        }
+    };
+}
+pairs!(f32);
+pairs!(bf16);
+pairs!(f16);
+
+/// # Safety
+/// See [`Packed::transpose`].
+#[inline(always)]
+unsafe fn transpose<W: Copy>(
+    tile: &[[W; TILE]; TILE],
+    to: *mut W,
+    stride: usize,
+    width: usize,
+    steps: usize,
+) {
+    #[cfg(target_arch = "x86_64")]
+    if size_of::<W>() == 4 && matches!(crate::cpu::simd::level(), crate::cpu::simd::Level::Avx512) {
+        // SAFETY: words of four bytes; the caller's promise, and the processor has AVX-512.
+        return unsafe { avx512::transpose(tile.as_ptr().cast(), to.cast(), stride, width, steps) };
+    }
+    for step in 0..steps {
+        for (lane, row) in tile[..width].iter().enumerate() {
+            // SAFETY: the caller's promise.
+            unsafe { *to.add(step * stride + lane) = row[step] };
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod avx512 {
+    use super::TILE;
+    use std::arch::x86_64::*;
+
+    /// Four rounds of pairwise exchanges, of words, pairs, quarters and halves.
+    ///
+    /// # Safety
+    /// As [`super::transpose`], with a tile of `TILE` rows of `TILE` words.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    pub(super) unsafe fn transpose(
+        tile: *const u32,
+        to: *mut u32,
+        stride: usize,
+        width: usize,
+        steps: usize,
+    ) {
+        let row = |i: usize| {
+            // SAFETY: one of the tile's rows.
+            unsafe { _mm512_loadu_si512(tile.add(i * TILE).cast()) }
+        };
+        let x: [__m512i; TILE] = std::array::from_fn(row);
+        let mut y = [_mm512_setzero_si512(); TILE];
+        for i in (0..TILE).step_by(2) {
+            y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+            y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+        }
+        // z[4 q + c]: column c of every lane, of rows 4 q .. 4 q + 4.
+        let mut z = [_mm512_setzero_si512(); TILE];
+        for i in (0..TILE).step_by(4) {
+            z[i] = _mm512_unpacklo_epi64(y[i], y[i + 2]);
+            z[i + 1] = _mm512_unpackhi_epi64(y[i], y[i + 2]);
+            z[i + 2] = _mm512_unpacklo_epi64(y[i + 1], y[i + 3]);
+            z[i + 3] = _mm512_unpackhi_epi64(y[i + 1], y[i + 3]);
+        }
+        let mask = ((1u32 << width) - 1) as __mmask16;
+        for c in 0..4 {
+            let (a, b) = (z[c], z[c + 4]);
+            let (p, q) = (z[c + 8], z[c + 12]);
+            let (ab_low, ab_high) =
+                (_mm512_shuffle_i32x4::<0x44>(a, b), _mm512_shuffle_i32x4::<0xee>(a, b));
+            let (pq_low, pq_high) =
+                (_mm512_shuffle_i32x4::<0x44>(p, q), _mm512_shuffle_i32x4::<0xee>(p, q));
+            let columns = [
+                _mm512_shuffle_i32x4::<0x88>(ab_low, pq_low),
+                _mm512_shuffle_i32x4::<0xdd>(ab_low, pq_low),
+                _mm512_shuffle_i32x4::<0x88>(ab_high, pq_high),
+                _mm512_shuffle_i32x4::<0xdd>(ab_high, pq_high),
+            ];
+            for (lane, column) in columns.into_iter().enumerate() {
+                let step = 4 * lane + c;
+                if step < steps {
+                    // SAFETY: the caller's promise: `width` words of a step.
+                    unsafe {
+                        let to = to.add(step * stride).cast();
+                        _mm512_mask_storeu_epi32(to, mask, column);
+                    }
+                }
+            }
+        }
+    }
+}

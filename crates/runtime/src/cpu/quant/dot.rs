@@ -1,0 +1,135 @@
+//! Rows of blocks times a vector: integer dot products, as llama.cpp makes them.
+//!
+//! The vector is rounded to eight bits, every 32 elements by a scale of their own; the weights are taken as they are.
+//! Relative to the largest of those elements, its rounding error is at most 1/254.
+
+use super::format::{Format, LEN};
+use super::isa::{Isa, for_isa};
+use crate::cpu::simd::multiversion;
+use std::cell::Cell;
+
+/// Vectors in eight bits.
+#[derive(Default)]
+pub(super) struct Rounded {
+    parts: Vec<RoundedPart>,
+    /// Of one vector.
+    len: usize,
+}
+
+/// 32 elements: `q · scale`.
+#[derive(Clone, Copy)]
+pub(super) struct RoundedPart {
+    q: [i8; LEN],
+    scale: f32,
+    /// `Σ q · scale`, of each half and of both.
+    sums: [f32; 2],
+    sum: f32,
+}
+
+/// `*y = Σ row · x`
+pub(super) type DotFn = unsafe fn(&[u8], &[RoundedPart], &mut f32);
+
+thread_local! {
+    static KEPT: Cell<Rounded> = Cell::default();
+}
+
+multiversion! {
+    /// The largest magnitude, NaN if an element is.
+    fn magnitude(x: &[f32; LEN]) -> f32 {
+        x.iter().fold(0.0, |max, x| if x.abs() > max || x.is_nan() { x.abs() } else { max })
+    }
+
+    fn round(x: &[f32; LEN], by: f32, to: &mut [i8; LEN]) {
+        // Adding and subtracting this rounds to an integer, half to even.
+        const ROUND: f32 = 12_582_912.0;
+        for i in 0..LEN {
+            to[i] = ((x[i] * by + ROUND) - ROUND) as i8;
+        }
+    }
+}
+
+impl Rounded {
+    /// Gives `f` the rows of `x`, whose length is a multiple of 32, rounded in memory that the thread keeps.
+    pub(super) fn with<R>(x: &[f32], cols: usize, f: impl FnOnce(&Rounded) -> R) -> R {
+        let mut rounded = KEPT.take();
+        rounded.len = cols / LEN;
+        rounded.parts.clear();
+        rounded.parts.extend(x.as_chunks::<LEN>().0.iter().map(RoundedPart::new));
+        let result = f(&rounded);
+        KEPT.set(rounded);
+        result
+    }
+
+    pub(super) fn rows(&self) -> impl Iterator<Item = &[RoundedPart]> {
+        self.parts.chunks_exact(self.len.max(1))
+    }
+}
+
+impl RoundedPart {
+    fn new(x: &[f32; LEN]) -> RoundedPart {
+        let scale = magnitude(x) / 127.0;
+        let by = if scale == 0.0 { 0.0 } else { 1.0 / scale };
+        let mut q = [0; LEN];
+        round(x, by, &mut q);
+        let sum = |q: &[i8]| q.iter().map(|q| i32::from(*q)).sum::<i32>() as f32 * scale;
+        let sums = [sum(&q[..LEN / 2]), sum(&q[LEN / 2..])];
+        RoundedPart { q, scale, sums, sum: sum(&q) }
+    }
+}
+
+/// Running sums. They are kept in lanes, the same number on every machine: their order is part of the value.
+struct Sums<I: Isa> {
+    products: I::Sums,
+    shifts: f32,
+}
+
+impl<I: Isa> Sums<I> {
+    #[inline(always)]
+    fn zero() -> Sums<I> {
+        Sums { products: I::sums([0.0; LEN / 4]), shifts: 0.0 }
+    }
+
+    /// Adds part `index` of a row.
+    #[inline(always)]
+    fn add<F: Format>(&mut self, row: &[u8], index: usize, x: &RoundedPart) {
+        let at = index / F::PARTS * F::BLOCK_BYTES;
+        let part = F::part::<I>(&row[at..at + F::BLOCK_BYTES], index % F::PARTS);
+        let scale = part.scale.map(|scale| scale * x.scale);
+        self.products = I::add(self.products, scale, &part.q, &x.q);
+        self.shifts += if F::HALVES {
+            part.shift[0] * x.sums[0] + part.shift[1] * x.sums[1]
+        } else {
+            part.shift[0] * x.sum
+        };
+    }
+}
+
+#[inline(always)]
+unsafe fn dot_body<F: Format, I: Isa>(row: &[u8], x: &[RoundedPart], y: &mut f32) {
+    // Two chains of additions, neither of which waits for the other.
+    let (mut even, mut odd) = (Sums::<I>::zero(), Sums::<I>::zero());
+    let (pairs, last) = x.as_chunks::<2>();
+    for (i, [first, second]) in pairs.iter().enumerate() {
+        even.add::<F>(row, 2 * i, first);
+        odd.add::<F>(row, 2 * i + 1, second);
+    }
+    if let [last] = last {
+        even.add::<F>(row, 2 * pairs.len(), last);
+    }
+    let (mut sums, odd_sums) = (I::array(even.products), I::array(odd.products));
+    for (sum, odd) in sums.iter_mut().zip(odd_sums) {
+        *sum += odd;
+    }
+    let mut half = sums.len() / 2;
+    while half > 0 {
+        for i in 0..half {
+            sums[i] += sums[i + half];
+        }
+        half /= 2;
+    }
+    *y = sums[0] + (even.shifts + odd.shifts);
+}
+
+pub(super) fn dot<F: Format>() -> DotFn {
+    for_isa!(F, dot_body(row: &[u8], x: &[RoundedPart], y: &mut f32))
+}
