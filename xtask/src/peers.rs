@@ -53,9 +53,9 @@ pub(crate) fn run() -> Result<()> {
         convert.args(["--to", format]).arg("--model").arg(&base);
         execute(convert.arg("--adapter-path").arg(at(from)).arg("--save-path").arg(at(to)))?;
     }
-    let mut fuse = metal_candle("fuse", &base);
+    let mut fuse = metal_candle("fuse", &at("base.gguf"));
     fuse.arg("--adapter-path").arg(at("ours")).arg("--save-path").arg(&folder);
-    execute(fuse.args(["--dequantize", "--export-gguf", "--gguf-path", "fused.gguf"]))?;
+    execute(fuse.args(["--export-gguf", "--gguf-path", "fused.gguf"]))?;
 
     println!("\n== everybody's logits");
     logits(&base, OsStr::new("-"), &at("base.f32"))?;

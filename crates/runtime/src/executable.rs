@@ -26,7 +26,7 @@ const IDLE_WORKSPACES: usize = 4;
 const PARALLEL_KERNEL_WORK: u64 = 1 << 19;
 
 /// The same for a library call, whose operations are dearer, and which seldom comes alone.
-const PARALLEL_CALL_WORK: u64 = 1 << 17;
+const PARALLEL_CALL_WORK: u64 = 1 << 16;
 
 /// A [`Plan`] made ready to run: its kernels compiled, its memory kept from run to run.
 ///
