@@ -1,5 +1,6 @@
 //! `metal-candle adapter`
 
+use crate::model::ModelSource;
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 use metal_candle::io::{AdapterFormat, adapter};
@@ -23,9 +24,9 @@ pub(crate) struct ConvertArgs {
     /// A folder, or a file for gguf
     #[arg(long)]
     save_path: PathBuf,
-    /// The base: needed from and to gguf, and to make sure that the adapter fits
-    #[arg(long)]
-    model: Option<PathBuf>,
+    // The base: needed from and to gguf, and to make sure that the adapter fits.
+    #[command(flatten)]
+    model: Option<ModelSource>,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -46,7 +47,10 @@ pub(crate) fn run(command: &Command) -> Result<()> {
 
 fn convert(args: &ConvertArgs) -> Result<()> {
     let ConvertArgs { adapter_path: from, save_path: to, model, .. } = args;
-    let base = model.as_deref().map(decoder_config).transpose()?;
+    let base = match model {
+        Some(model) => Some(decoder_config(&model.path()?)?),
+        None => None,
+    };
     let from_format = AdapterFormat::detect(from)?;
     let to_format = match args.to {
         Format::Peft => AdapterFormat::Peft,

@@ -3,12 +3,13 @@
 use crate::is_closed_pipe;
 use crate::model::ModelArgs;
 use crate::sampling::{SamplingArgs, summary};
-use anyhow::{Context, Result};
-use metal_candle::generate::{Finish, Generator, GeneratorConfig};
-use metal_candle::io::Tokenizer;
+use crate::ui::note;
+use anyhow::{Context, Result, bail};
+use metal_candle::generate::{Finish, Generated, Generator, GeneratorConfig, Session};
 use metal_candle::io::chat::Message;
+use metal_candle::io::{Tokenizer, file};
 use std::io::{BufRead, IsTerminal, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// Names follow mlx-lm where it has them.
@@ -29,31 +30,31 @@ pub(crate) struct Args {
     verbose: bool,
 }
 
-const HELP: &str = "/reset forgets the conversation, /exit or Ctrl-D ends it, /help shows this.";
+const HELP: &str = "\
+/undo takes the last question and its answer back, /reset forgets the conversation,
+/save FILE appends it to a file of training rows, /stats prints the speed of the last answer,
+/exit or Ctrl-D ends it, /help shows this.";
 
 pub(crate) fn run(args: &Args) -> Result<()> {
     let loaded = args.model.load_with(args.adapter_path.as_deref())?;
     let tokenizer = Arc::new(loaded.tokenizer);
     tokenizer.chat_template().context("the model has no chat template: use generate")?;
-    let config = args.sampling.config(&tokenizer)?;
+    let config = args.sampling.config(&tokenizer, &loaded.generation)?;
     let generator = Generator::new(Arc::new(loaded.decoder), Arc::clone(&tokenizer))?;
-    let mut chat = Chat { generator, tokenizer, config, messages: Vec::new() };
-    chat.reset(args);
+    let system = args.system_prompt.iter().map(|text| Message::new("system", text)).collect();
+    let session = Session::default();
+    let mut chat =
+        Chat { generator, tokenizer, config, system, turns: Vec::new(), session, last: None };
 
     let interactive = std::io::stdin().is_terminal();
     if interactive {
-        eprintln!("{HELP}");
+        note!("{HELP}");
     }
     while let Some(line) = read_line(interactive)? {
         match line.trim() {
             "" => {}
             "/exit" | "/quit" => break,
-            "/help" => eprintln!("{HELP}"),
-            "/reset" => chat.reset(args),
-            command if command.starts_with('/') => {
-                eprintln!("unknown command {command}. {HELP}");
-            }
-            said => match chat.answer(said, args.verbose) {
+            said => match chat.take(said, args.verbose) {
                 // A person can go on from here; a script had better know.
                 Err(error) if interactive && !is_closed_pipe(&error) => {
                     eprintln!("error: {error:#}");
@@ -70,32 +71,88 @@ struct Chat {
     generator: Generator,
     tokenizer: Arc<Tokenizer>,
     config: GeneratorConfig,
-    messages: Vec<Message>,
+    /// What comes before the first turn, if anything.
+    system: Vec<Message>,
+    /// Questions and their answers.
+    turns: Vec<[Message; 2]>,
+    /// Compared with every prompt, so that it follows whatever is undone.
+    session: Session,
+    last: Option<Generated>,
 }
 
 impl Chat {
-    fn reset(&mut self, args: &Args) {
-        let system = args.system_prompt.iter().map(|text| Message::new("system", text));
-        self.messages = system.collect();
+    /// A command or a question.
+    fn take(&mut self, line: &str, verbose: bool) -> Result<()> {
+        let (command, rest) = line.split_once(char::is_whitespace).unwrap_or((line, ""));
+        match command {
+            "/help" => eprintln!("{HELP}"),
+            "/reset" => self.turns.clear(),
+            "/undo" => match self.turns.pop() {
+                Some([question, _]) => {
+                    note!("taken back: {}", question.content().unwrap_or_default());
+                }
+                None => bail!("/undo: there is nothing to take back"),
+            },
+            "/save" => self.save(Path::new(rest.trim()))?,
+            "/stats" => match &self.last {
+                Some(generated) => eprintln!("{}", summary(generated)),
+                None => bail!("/stats: there was no answer yet"),
+            },
+            _ if line.starts_with('/') => bail!("unknown command {command}: /help lists them"),
+            _ => self.answer(line, verbose)?,
+        }
+        Ok(())
     }
 
     /// Prints what the model says to this and remembers both; neither where it fails.
     fn answer(&mut self, said: &str, verbose: bool) -> Result<()> {
         let template = self.tokenizer.chat_template().context("the model has no chat template")?;
-        let mut messages = self.messages.clone();
-        messages.push(Message::new("user", said));
+        let question = Message::new("user", said);
+        let messages: Vec<Message> = self.messages().chain([question.clone()]).collect();
         let prompt = template.render(&messages, None, true)?;
         let mut out = std::io::stdout();
-        let generated = self.generator.generate(&prompt, &self.config, |token| {
+        let on_token = |token: &metal_candle::generate::StreamToken| {
             // A closed pipe ends the program at the last line of the answer.
             let _ = out.write_all(token.text.as_bytes()).and_then(|()| out.flush());
-        })?;
-        writeln!(out)?;
+        };
+        let generated =
+            self.generator.generate_in(&mut self.session, &prompt, &self.config, on_token)?;
+        writeln!(std::io::stdout())?;
         if verbose || matches!(generated.finish, Finish::Length | Finish::Context) {
-            eprintln!("{}", summary(&generated));
+            note!("{}", summary(&generated));
         }
-        messages.push(Message::new("assistant", generated.text));
-        self.messages = messages;
+        self.turns.push([question, Message::new("assistant", &generated.text)]);
+        self.last = Some(generated);
+        Ok(())
+    }
+
+    fn messages(&self) -> impl Iterator<Item = Message> {
+        self.system.iter().chain(self.turns.iter().flatten()).cloned()
+    }
+
+    /// Adds the conversation to a file, as a row that `train` reads.
+    fn save(&self, path: &Path) -> Result<()> {
+        if path.as_os_str().is_empty() {
+            bail!("/save: expected a file's name");
+        }
+        if self.turns.is_empty() {
+            bail!("/save: nothing was said yet");
+        }
+        let at = || format!("cannot write {}", path.display());
+        let mut rows = match path.exists() {
+            true => std::fs::read(path).with_context(at)?,
+            false => Vec::new(),
+        };
+        if rows.last().is_some_and(|last| *last != b'\n') {
+            rows.push(b'\n');
+        }
+        let messages = self.messages().map(
+            |m| serde_json::json!({ "role": m.role(), "content": m.content().unwrap_or_default() }),
+        );
+        let row = serde_json::json!({ "messages": messages.collect::<Vec<_>>() });
+        writeln!(rows, "{row}")?;
+        file::write_atomic(path, &rows).with_context(at)?;
+        note!("saved to {}", path.display());
         Ok(())
     }
 }

@@ -1,14 +1,16 @@
 //! What the commands that read rows share: the data, and what its columns are called.
 
+use anyhow::{Context, Result};
 use metal_candle::io::data::Columns;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// The rows to read.
 #[derive(clap::Args)]
 pub(crate) struct DataArgs {
     /// A folder with train, valid and test (.jsonl or .csv), or one such file
-    #[arg(long)]
-    pub(crate) data: PathBuf,
+    // Optional in `plan` alone, which needs no rows.
+    #[arg(long, required = true)]
+    pub(crate) data: Option<PathBuf>,
     /// The column that holds the chat, instead of messages
     #[arg(long, value_name = "COLUMN")]
     chat_field: Option<String>,
@@ -24,6 +26,10 @@ pub(crate) struct DataArgs {
 }
 
 impl DataArgs {
+    pub(crate) fn path(&self) -> Result<&Path> {
+        self.data.as_deref().context("--data is missing")
+    }
+
     pub(crate) fn columns(&self) -> Columns {
         Columns {
             chat: self.chat_field.clone(),

@@ -1,10 +1,12 @@
 //! `metal-candle data`
 
 use crate::columns::DataArgs;
+use crate::model::ModelSource;
+use crate::ui::stdout_has_color;
 use anyhow::{Context, Result};
 use metal_candle::io::data::{Example, Problem, Row, Rows, TokenizeOptions, split_file, tokenize};
 use metal_candle::io::{Error, GgufFile, Tokenizer};
-use std::io::{IsTerminal, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 #[derive(clap::Subcommand)]
@@ -15,9 +17,8 @@ pub(crate) enum Command {
 
 #[derive(clap::Args)]
 pub(crate) struct Inspect {
-    /// The model whose tokenizer and chat template are used: a GGUF file or a folder
-    #[arg(long)]
-    model: PathBuf,
+    #[command(flatten)]
+    model: ModelSource,
     #[command(flatten)]
     data: DataArgs,
     /// Tokens of a row; longer ones are cut and counted
@@ -38,8 +39,8 @@ pub(crate) fn run(command: &Command) -> Result<()> {
 }
 
 fn inspect(args: &Inspect) -> Result<()> {
-    let files = files(&args.data.data)?;
-    let tokenizer = tokenizer(&args.model)?;
+    let files = files(args.data.path()?)?;
+    let tokenizer = tokenizer(&args.model.path()?)?;
     let marks = Marks::choose();
     let mut out = std::io::stdout();
     for file in files {
@@ -82,11 +83,9 @@ struct Marks {
 }
 
 impl Marks {
-    /// Colours on a terminal, unless `NO_COLOR` is set (<https://no-color.org>); brackets
-    /// elsewhere.
+    /// Colours or brackets.
     fn choose() -> Marks {
-        let no_color = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
-        match std::io::stdout().is_terminal() && !no_color {
+        match stdout_has_color() {
             true => Marks { trained: ["\x1b[32m", "\x1b[0m"], other: ["\x1b[2m", "\x1b[0m"] },
             false => Marks { trained: ["[", "]"], other: ["", ""] },
         }

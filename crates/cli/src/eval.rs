@@ -2,8 +2,8 @@
 
 use crate::columns::DataArgs;
 use crate::model::ModelArgs;
+use crate::ui::progress;
 use anyhow::{Context, Result, bail};
-use indicatif::{ProgressBar, ProgressStyle};
 use metal_candle::generate::{Generator, GeneratorConfig};
 use metal_candle::io::Tokenizer;
 use metal_candle::io::chat::Message;
@@ -52,7 +52,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let tokenizer = Arc::new(loaded.tokenizer);
     let generator = Generator::new(Arc::new(loaded.decoder), Arc::clone(&tokenizer))?;
 
-    let bar = progress(questions.len() as u64);
+    let bar = progress(questions.len() as u64, "{bar:30} {pos}/{len} eta {eta}");
     let mut matches = 0;
     let mut samples = Vec::new();
     for (i, question) in questions.iter().enumerate() {
@@ -79,7 +79,7 @@ const SLACK: usize = 4;
 
 /// The questions of a file, each with its answer.
 fn questions(data: &DataArgs, tokenizer: &Tokenizer) -> Result<Vec<Question>> {
-    let rows = Rows::read_split(&data.data, "test", &data.columns())?;
+    let rows = Rows::read_split(data.path()?, "test", &data.columns())?;
     let question = |row: &Row| {
         question(&row.content, tokenizer)
             .with_context(|| format!("{}:{}", rows.path.display(), row.line))
@@ -130,10 +130,4 @@ fn print(args: &Args, matches: usize, rows: usize, samples: &[Sample]) {
     }
     let percent = 100.0 * matches as f64 / rows as f64;
     println!("exact match {matches}/{rows} ({percent:.1} %)");
-}
-
-/// A bar on a terminal, nothing elsewhere.
-fn progress(rows: u64) -> ProgressBar {
-    let style = ProgressStyle::with_template("{bar:30} {pos}/{len} eta {eta}");
-    ProgressBar::new(rows).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
 }

@@ -1,5 +1,6 @@
 //! `metal-candle fuse`
 
+use crate::model::ModelSource;
 use anyhow::{Context, Result};
 use clap::ValueEnum;
 use metal_candle::DType;
@@ -9,9 +10,8 @@ use std::path::PathBuf;
 /// Names follow mlx-lm's.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// A GGUF file, or a Hugging Face folder
-    #[arg(long)]
-    model: PathBuf,
+    #[command(flatten)]
+    model: ModelSource,
     /// The adapter to merge: a folder of PEFT's or mlx-lm's, or a GGUF file
     #[arg(long, default_value = "adapters")]
     adapter_path: PathBuf,
@@ -50,8 +50,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         Float::F16 => DType::F16,
         Float::Bf16 => DType::BF16,
     });
-    let (base, adapter, folder) = (&args.model, &args.adapter_path, &args.save_path);
-    let cannot = || format!("cannot fuse {} into {}", adapter.display(), base.display());
+    let (adapter, folder) = (&args.adapter_path, &args.save_path);
+    let base = &args.model.path()?;
+    let cannot = || format!("cannot fuse {} into {}", adapter.display(), args.model.given());
     let (to, fused) = if args.export_gguf {
         let to = folder.join(&args.gguf_path);
         let parent = to.parent().unwrap_or(folder);

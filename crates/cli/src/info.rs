@@ -1,5 +1,6 @@
 //! `metal-candle info`
 
+use crate::model::locate;
 use crate::units::{Bytes, Count};
 use anyhow::{Context, Result, bail};
 use metal_candle::io::gguf::{Encoding, GgufFile, lora};
@@ -13,12 +14,13 @@ use std::path::{Path, PathBuf};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// A GGUF file, a Hugging Face folder, or an adapter of PEFT, mlx-lm or llama.cpp
-    path: PathBuf,
+    /// A GGUF file, a Hugging Face folder, an adapter of PEFT, mlx-lm or llama.cpp, or a model's
+    /// name on the hub
+    path: String,
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let path = &args.path;
+    let path = &locate(&args.path, None, "main")?;
     let meta = fs::metadata(path).with_context(|| format!("cannot open {}", path.display()))?;
     let page = match meta.is_dir() {
         false => file(path, meta.len())?,

@@ -1,40 +1,79 @@
-//! What `train` and `generate` share: the model to load.
+//! What the commands share: the model to load, from a path or from the hub.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use metal_candle::Device;
 use metal_candle::models::{BaseWeights, LoadedModel, load};
 use metal_candle::nn::{ApplyAdapter, LoRAAdapter};
 use std::path::{Path, PathBuf};
 
+/// Where a model is.
+#[derive(clap::Args)]
+pub(crate) struct ModelSource {
+    /// A GGUF file, a Hugging Face folder (config.json, safetensors, tokenizer.json), or a name on
+    /// the hub: owner/name, or owner/name:file.gguf
+    #[arg(long)]
+    model: String,
+    /// The GGUF file of a folder or of a repository on the hub
+    #[arg(long, value_name = "FILE")]
+    gguf_file: Option<String>,
+    /// Branch, tag or commit on the hub
+    #[arg(long, default_value = "main")]
+    revision: String,
+}
+
 /// The model to work on.
 #[derive(clap::Args)]
 pub(crate) struct ModelArgs {
-    /// A GGUF file, or a Hugging Face folder: config.json, safetensors, tokenizer.json
-    #[arg(long)]
-    pub(crate) model: PathBuf,
+    #[command(flatten)]
+    source: ModelSource,
     /// Hold the weights as f32 instead of in blocks; with --dtype, as that
     #[arg(long)]
-    pub(crate) dequantize: bool,
+    dequantize: bool,
     /// Hold the weights as this [default: blocks as they are stored, floats as f32]
     #[arg(long, value_enum)]
-    pub(crate) dtype: Option<WeightType>,
+    dtype: Option<WeightType>,
 }
 
 /// What a weight may be held as.
 #[derive(Clone, Copy, clap::ValueEnum)]
-pub(crate) enum WeightType {
+enum WeightType {
     F32,
     Bf16,
     F16,
 }
 
-impl ModelArgs {
-    pub(crate) fn load(&self) -> Result<LoadedModel> {
-        load(&self.model, self.base(), &Device::Cpu)
-            .with_context(|| format!("cannot load {}", self.model.display()))
+impl ModelSource {
+    /// The file or folder, fetched if it is on the hub.
+    pub(crate) fn path(&self) -> Result<PathBuf> {
+        locate(&self.model, self.gguf_file.as_deref(), &self.revision)
     }
 
-    fn base(&self) -> BaseWeights {
+    /// As it was given.
+    pub(crate) fn given(&self) -> &str {
+        &self.model
+    }
+
+    /// The name under which an adapter remembers its base.
+    pub(crate) fn name(&self) -> String {
+        let path = Path::new(&self.model);
+        if !path.exists() {
+            return self.model.clone();
+        }
+        // A folder's name is no file's: what follows its last dot belongs to it.
+        let name = if path.is_dir() { path.file_name() } else { path.file_stem() };
+        name.unwrap_or_default().to_string_lossy().into_owned()
+    }
+}
+
+impl ModelArgs {
+    pub(crate) fn load(&self) -> Result<LoadedModel> {
+        let path = self.source.path()?;
+        load(&path, self.base(), &Device::Cpu)
+            .with_context(|| format!("cannot load {}", self.source.model))
+    }
+
+    /// How its weights are held.
+    pub(crate) fn base(&self) -> BaseWeights {
         match (self.dtype, self.dequantize) {
             (None, false) => BaseWeights::AsStored,
             (None, true) | (Some(WeightType::F32), _) => BaseWeights::F32,
@@ -54,11 +93,66 @@ impl ModelArgs {
         Ok(loaded)
     }
 
-    /// The name under which an adapter remembers its base.
+    pub(crate) fn source(&self) -> &ModelSource {
+        &self.source
+    }
+
+    /// As [`ModelSource::name`].
     pub(crate) fn name(&self) -> String {
-        // A folder's name is no file's: what follows its last dot belongs to it.
-        let name =
-            if self.model.is_dir() { self.model.file_name() } else { self.model.file_stem() };
-        name.unwrap_or_default().to_string_lossy().into_owned()
+        self.source.name()
+    }
+}
+
+/// The file or folder of this name here, or else on the hub.
+pub(crate) fn locate(name: &str, gguf_file: Option<&str>, revision: &str) -> Result<PathBuf> {
+    let path = Path::new(name);
+    if path.exists() {
+        return match gguf_file {
+            Some(file) if path.is_dir() => Ok(path.join(file)),
+            _ => Ok(path.to_owned()),
+        };
+    }
+    let (repository, file) = match name.split_once(':') {
+        Some((repository, file)) => (repository, Some(file)),
+        None => (name, gguf_file),
+    };
+    if !is_repository(repository) {
+        bail!(
+            "{name}: no such file or folder: expected a GGUF file, a folder with config.json, \
+             tokenizer.json and model.safetensors, or a name on the Hugging Face hub: owner/name"
+        );
+    }
+    fetch(repository, revision, file).with_context(|| format!("{name}: no such file or folder"))
+}
+
+#[cfg(feature = "hub")]
+use crate::hub::fetch;
+
+#[cfg(not(feature = "hub"))]
+fn fetch(_: &str, _: &str, _: Option<&str>) -> Result<PathBuf> {
+    bail!("this build does not look on the hub: build it with the feature `hub`")
+}
+
+/// Whether this can be a repository's name: `owner/name` of the letters that the hub allows.
+fn is_repository(name: &str) -> bool {
+    let is_part = |part: &str| {
+        let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+        !part.is_empty() && part.chars().all(allowed) && !part.starts_with(['.', '-'])
+    };
+    name.split_once('/').is_some_and(|(owner, name)| is_part(owner) && is_part(name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_repository;
+
+    #[test]
+    fn only_owner_and_name_make_a_repository() {
+        for name in ["HuggingFaceTB/SmolLM2-135M-Instruct", "a/b.c_d-e", "TheBloke/x-GGUF"] {
+            assert!(is_repository(name), "{name}");
+        }
+        for name in ["gpt2", "/a/b", "./a", "../a", "a/b/c", "a/", "~/a", "C:\\a", "a/b c", ""] {
+            assert!(!is_repository(name), "{name}");
+        }
     }
 }

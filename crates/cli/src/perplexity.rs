@@ -2,8 +2,8 @@
 
 use crate::columns::DataArgs;
 use crate::model::ModelArgs;
+use crate::ui::progress;
 use anyhow::{Result, bail};
-use indicatif::{ProgressBar, ProgressStyle};
 use metal_candle::io::data::{
     BatchOptions, Batcher, Examples, Order, Rows, TokenizeOptions, tokenize,
 };
@@ -41,7 +41,7 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let mut rows = Rows::read_split(&args.data.data, "test", &args.data.columns())?;
+    let mut rows = Rows::read_split(args.data.path()?, "test", &args.data.columns())?;
     if args.num_samples > 0 {
         rows.rows.truncate(args.num_samples);
     }
@@ -62,7 +62,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let loss = compile(move |args: &[LazyTensor]| {
         Ok(vec![decoder.loss(&args[0], &args[1], decoder.adapter())?])
     });
-    let bar = progress(batcher.batches_per_epoch() as u64);
+    let bar = progress(batcher.batches_per_epoch() as u64, "{bar:30} {pos}/{len} eta {eta}");
     let started = Instant::now();
     let (mut sum, mut tokens) = (0.0, 0);
     for _ in 0..batcher.batches_per_epoch() {
@@ -101,10 +101,4 @@ fn print(args: &Args, all: &Examples, loss: f64, tokens: usize, seconds: f64) ->
         all.truncated, args.max_seq_length
     )?;
     Ok(())
-}
-
-/// A bar on a terminal, nothing elsewhere.
-fn progress(batches: u64) -> ProgressBar {
-    let style = ProgressStyle::with_template("{bar:30} {pos}/{len} eta {eta}");
-    ProgressBar::new(batches).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
 }

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result};
 use metal_candle::generate::{Finish, Generated, GeneratorConfig, Sampling, SamplingStrategy};
-use metal_candle::io::Tokenizer;
+use metal_candle::io::{GenerationConfig, Tokenizer};
 use std::time::Duration;
 
 /// Names follow mlx-lm where it has them.
@@ -14,21 +14,22 @@ pub(crate) struct SamplingArgs {
     /// Tokens at least: before them the model cannot end
     #[arg(long, default_value_t = 0)]
     min_tokens: usize,
-    /// Sampling temperature; 0 takes the most likely token
-    #[arg(long, default_value_t = 0.0, value_parser = at_least_0, allow_negative_numbers = true)]
-    temp: f64,
-    /// Sample from the k most likely tokens; 0 is all
-    #[arg(long, default_value_t = 0)]
-    top_k: usize,
-    /// Sample from the most likely tokens that together have this probability
-    #[arg(long, default_value_t = 1.0, value_parser = part, allow_negative_numbers = true)]
-    top_p: f64,
+    /// Sampling temperature; 0 takes the most likely token [default: the model's, or 0]
+    #[arg(long, value_parser = at_least_0, allow_negative_numbers = true)]
+    temp: Option<f64>,
+    /// Sample from the k most likely tokens; 0 is all [default: the model's, or 0]
+    #[arg(long)]
+    top_k: Option<usize>,
+    /// Sample from the most likely tokens that together have this probability [default: the
+    /// model's, or 1]
+    #[arg(long, value_parser = part, allow_negative_numbers = true)]
+    top_p: Option<f64>,
     /// Sample from tokens at least this fraction as likely as the most likely one
     #[arg(long, default_value_t = 0.0, value_parser = fraction, allow_negative_numbers = true)]
     min_p: f64,
-    /// Makes tokens that were seen less likely; 1 does nothing
-    #[arg(long, default_value_t = 1.0, value_parser = above_0, allow_negative_numbers = true)]
-    repetition_penalty: f64,
+    /// Makes tokens that were seen less likely; 1 does nothing [default: the model's, or 1]
+    #[arg(long, value_parser = above_0, allow_negative_numbers = true)]
+    repetition_penalty: Option<f64>,
     /// Tokens that count as seen: so many of the last ones; 0 is all
     #[arg(long, default_value_t = 20)]
     repetition_context_size: usize,
@@ -47,11 +48,24 @@ pub(crate) struct SamplingArgs {
 }
 
 impl SamplingArgs {
+    /// The settings; what no flag says is as the model's `generation_config.json` has it.
+    ///
     /// # Errors
     /// Where a token is not in the vocabulary, or the library refuses a setting.
-    pub(crate) fn config(&self, tokenizer: &Tokenizer) -> Result<GeneratorConfig> {
-        let (top_k, top_p, min_p) = (self.top_k, self.top_p, self.min_p);
-        let strategy = match self.temp {
+    pub(crate) fn config(
+        &self,
+        tokenizer: &Tokenizer,
+        model: &GenerationConfig,
+    ) -> Result<GeneratorConfig> {
+        // The model's filters are meant for its temperature.
+        let sampled = model.do_sample && self.temp.is_none();
+        let theirs = |value: Option<f64>| value.filter(|_| sampled);
+        let temp = self.temp.or(theirs(model.temperature.or(Some(1.0)))).unwrap_or(0.0);
+        let top_p = self.top_p.or(theirs(model.top_p)).unwrap_or(1.0);
+        let top_k = self.top_k.or(model.top_k.filter(|_| sampled)).unwrap_or(0);
+        let min_p = self.min_p;
+        let penalty = self.repetition_penalty.or(model.repetition_penalty).unwrap_or(1.0);
+        let strategy = match temp {
             0.0 => SamplingStrategy::Greedy,
             temperature => SamplingStrategy::Sample { temperature, top_k, top_p, min_p },
         };
@@ -60,18 +74,21 @@ impl SamplingArgs {
                 .token_id(token)
                 .with_context(|| format!("--extra-eos-token: the model has no token {token:?}"))
         };
+        let extra = self.extra_eos_token.iter().map(id);
         let config = GeneratorConfig {
             max_tokens: self.max_tokens,
             min_tokens: self.min_tokens,
             sampling: Sampling {
                 strategy,
-                repetition_penalty: self.repetition_penalty,
+                repetition_penalty: penalty,
                 repetition_context: self.repetition_context_size,
                 logit_bias: self.logit_bias.iter().copied().collect(),
             },
             seed: self.seed,
             stop: self.stop.clone(),
-            end_tokens: self.extra_eos_token.iter().map(id).collect::<Result<_>>()?,
+            end_tokens: extra
+                .chain(model.eos_token_ids.iter().map(|id| Ok(*id)))
+                .collect::<Result<_>>()?,
             logprobs: None,
         };
         config.check()?;
@@ -88,10 +105,14 @@ pub(crate) fn summary(g: &Generated) -> String {
         Finish::Length => " (--max-tokens reached)",
         Finish::Context => " (the model's context is full)",
     };
+    let cached = match g.cached_tokens {
+        0 => String::new(),
+        n => format!(" ({n} of them kept)"),
+    };
     format!(
-        "prompt: {} tokens, {:.1} tok/s; generation: {} tokens, {:.1} tok/s{end}",
+        "prompt: {} tokens{cached}, {:.1} tok/s; generation: {} tokens, {:.1} tok/s{end}",
         g.prompt_tokens,
-        rate(g.prompt_tokens, g.prefill),
+        rate(g.prompt_tokens - g.cached_tokens, g.prefill),
         g.ids.len(),
         rate(g.ids.len().saturating_sub(1), g.decode)
     )

@@ -7,12 +7,15 @@ mod page;
 
 use crate::columns::DataArgs;
 use crate::model::ModelArgs;
+use crate::ui::{is_quiet, note, progress};
 use anyhow::Result;
-use indicatif::{ProgressBar, ProgressStyle};
-use metal_candle::io::LoraConfig;
-use metal_candle::io::data::{Batcher, Dataset, Examples, Rows, TokenizeOptions, tokenize};
+use indicatif::ProgressBar;
+use metal_candle::io::data::{
+    Batcher, Dataset, Example, Examples, Rows, TokenizeOptions, tokenize,
+};
 use metal_candle::io::peft::TargetModules;
 use metal_candle::io::tokenizer::Tokenizer;
+use metal_candle::io::{GgufFile, LoraConfig};
 use metal_candle::nn::LoRAAdapter;
 use metal_candle::train::{AdamWConfig, LRScheduler, Report, Trainer, TrainingConfig};
 use observer::Observer;
@@ -54,6 +57,12 @@ pub(crate) struct Args {
     /// Updates until the learning rate is reached
     #[arg(long, default_value_t = 0)]
     warmup: usize,
+    /// Updates after which the learning rate is at its end [default: --iters]
+    #[arg(long, value_name = "N")]
+    lr_decay_iters: Option<usize>,
+    /// Where the cosine ends
+    #[arg(long, default_value_t = 0.0)]
+    min_learning_rate: f64,
     /// Where the adapter goes (PEFT's format)
     #[arg(long, default_value = "adapters")]
     adapter_path: PathBuf,
@@ -117,51 +126,89 @@ enum Schedule {
     Cosine,
 }
 
-pub(crate) fn run(args: &Args) -> Result<()> {
+impl Args {
+    pub(crate) fn model(&self) -> &ModelArgs {
+        &self.model
+    }
+
+    pub(crate) fn lora(&self) -> LoraConfig {
+        LoraConfig {
+            base_model_name_or_path: Some(self.model.name()),
+            r: self.lora_rank,
+            lora_alpha: self.lora_alpha,
+            lora_dropout: self.lora_dropout,
+            target_modules: targets(&self.target_modules),
+            ..LoraConfig::default()
+        }
+    }
+
+    pub(crate) fn config(&self) -> TrainingConfig {
+        config(self)
+    }
+
+    /// What would be trained on, if the flags say it; of the model only its tokenizer is read.
+    pub(crate) fn examples_for_plan(&self) -> Result<Option<Vec<Example>>> {
+        let Some(data) = &self.data.data else { return Ok(None) };
+        let data = Dataset::open_with(data, &self.data.columns())?;
+        let path = self.model.source().path()?;
+        let tokenizer = match path.is_dir() {
+            true => Tokenizer::from_file(path.join("tokenizer.json"))?,
+            false => Tokenizer::from_gguf(&GgufFile::open(path)?)?,
+        };
+        Ok(Some(examples("training", &data.train, &tokenizer, self)?.examples))
+    }
+}
+
+/// How a training that did not fail ended.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum End {
+    Done,
+    /// Stopped by Ctrl-C, and saved.
+    Interrupted,
+}
+
+pub(crate) fn run(args: &Args) -> Result<End> {
     // What cannot be written is said before anything is loaded.
     let mut observer = Observer::open(args)?;
     let loaded = args.model.load()?;
-    let data = Dataset::open_with(&args.data.data, &args.data.columns())?;
+    let data = Dataset::open_with(args.data.path()?, &args.data.columns())?;
     let train = examples("training", &data.train, &loaded.tokenizer, args)?;
     let valid = match &data.valid {
         Some(rows) => Some(examples("validation", rows, &loaded.tokenizer, args)?),
         None => None,
     };
-    let lora = LoraConfig {
-        base_model_name_or_path: Some(args.model.name()),
-        r: args.lora_rank,
-        lora_alpha: args.lora_alpha,
-        lora_dropout: args.lora_dropout,
-        target_modules: targets(&args.target_modules),
-        ..LoraConfig::default()
-    };
     let decoder = Arc::new(loaded.decoder);
-    let adapter = LoRAAdapter::new(lora, decoder.modules(), args.seed, &metal_candle::Device::Cpu)?;
+    let adapter =
+        LoRAAdapter::new(args.lora(), decoder.modules(), args.seed, &metal_candle::Device::Cpu)?;
     let trainable = adapter.num_trainable_parameters();
-    eprintln!("adapter: {} layers, {trainable} trainable parameters", adapter.layers().len());
+    note!("adapter: {} layers, {trainable} trainable parameters", adapter.layers().len());
     let stop = on_interrupt()?;
     let trainer = Trainer::new(decoder, adapter, config(args))?;
     let mut trainer = trainer.stop_when(Arc::clone(&stop));
     let batches = trainer.batches(&train.examples)?;
-    eprintln!("{}", described(&batches));
+    note!("{}", described(&batches));
     if args.show_plan || observer.draws() {
         let plan = trainer.plan(&train.examples)?;
         if args.show_plan {
             println!("{plan}");
         }
-        let summary =
-            observer::summary(args, &plan, [Some(&train), valid.as_ref()], &batches, trainable);
-        observer.describe(summary);
+        let examples = [Some(&train), valid.as_ref()];
+        observer.describe(observer::summary(args, &plan, examples, &batches, trainable)?);
     }
-    let bar = progress(args.iters as u64);
+    let bar = progress(args.iters as u64, "{bar:30} {pos}/{len} {msg} eta {eta}");
     let valid = valid.map_or_else(Vec::new, |valid| valid.examples);
+    let mut end = End::Done;
     let trained = trainer.train(&train.examples, &valid, |report| {
+        if matches!(report, Report::Stopped { .. }) {
+            end = End::Interrupted;
+        }
         observer.see(&report, &stop);
         show(&bar, args, report);
     });
     bar.finish_and_clear();
     trained?;
-    observer.finish()
+    observer.finish()?;
+    Ok(end)
 }
 
 /// The batches of an epoch in a line.
@@ -185,7 +232,7 @@ fn on_interrupt() -> Result<Arc<AtomicBool>> {
         if flag.swap(true, Ordering::Relaxed) {
             std::process::exit(130);
         }
-        eprintln!("finishing the step and saving; press Ctrl-C again to end at once");
+        note!("finishing the step and saving; press Ctrl-C again to end at once");
     })?;
     Ok(stop)
 }
@@ -196,14 +243,14 @@ fn examples(what: &str, rows: &Rows, tokenizer: &Tokenizer, args: &Args) -> Resu
         TokenizeOptions { max_seq_length: args.max_seq_length, mask_prompt: args.mask_prompt };
     let all = tokenize(rows, tokenizer, options)?;
     let (cut, limit) = (all.truncated, args.max_seq_length);
-    eprintln!(
+    note!(
         "{what}: {} rows, {} tokens, {} of them trained; {cut} rows cut to {limit} tokens",
         all.examples.len(),
         all.tokens,
         all.trained_tokens,
     );
     if all.untrained > 0 {
-        eprintln!("{what}: {} rows left out: none of their tokens is trained", all.untrained);
+        note!("{what}: {} rows left out: none of their tokens is trained", all.untrained);
     }
     Ok(all)
 }
@@ -216,12 +263,14 @@ fn targets(names: &[String]) -> TargetModules {
 }
 
 fn config(args: &Args) -> TrainingConfig {
-    let (rate, warmup, total) = (args.learning_rate, args.warmup, args.iters);
+    let (rate, warmup, total) =
+        (args.learning_rate, args.warmup, args.lr_decay_iters.unwrap_or(args.iters));
+    let floor = args.min_learning_rate;
     let schedule = match args.lr_schedule {
         Schedule::Constant if warmup == 0 => LRScheduler::Constant { rate },
         Schedule::Constant => LRScheduler::Warmup { rate, warmup },
         Schedule::Linear => LRScheduler::WarmupLinear { rate, warmup, total },
-        Schedule::Cosine => LRScheduler::WarmupCosine { rate, warmup, total, floor: 0.0 },
+        Schedule::Cosine => LRScheduler::WarmupCosine { rate, warmup, total, floor },
     };
     TrainingConfig {
         iters: args.iters,
@@ -241,12 +290,6 @@ fn config(args: &Args) -> TrainingConfig {
         adapter_path: Some(args.adapter_path.clone()),
         resume: args.resume,
     }
-}
-
-/// A bar on a terminal, nothing elsewhere.
-fn progress(iters: u64) -> ProgressBar {
-    let style = ProgressStyle::with_template("{bar:30} {pos}/{len} {msg} eta {eta}");
-    ProgressBar::new(iters).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
 }
 
 fn show(bar: &ProgressBar, args: &Args, report: Report) {
@@ -282,5 +325,7 @@ fn show(bar: &ProgressBar, args: &Args, report: Report) {
             format!("step {step}: saved to {}", args.adapter_path.display())
         }
     };
-    bar.suspend(|| println!("{line}"));
+    if !is_quiet() {
+        bar.suspend(|| println!("{line}"));
+    }
 }

@@ -43,6 +43,8 @@ pub enum ErrorKind {
          return what you want to see"
     )]
     ArgumentValue { index: u32 },
+    #[error("a placeholder of {ty} has no value: what is recorded on it can only be planned")]
+    PlaceholderValue { ty: TensorType },
     #[error(
         "grad: the loss is a value in memory, which has forgotten how it was made, and so whether \
          from trainable {name}: record the gradients before the loss is evaluated, or evaluate \

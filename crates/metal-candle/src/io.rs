@@ -4,6 +4,7 @@
 //! gguf ─────── a model file: metadata, tensors, names as in Hugging Face
 //! hf ───────── a model folder: config.json and safetensors, whole or in shards
 //! config ───── the shape of a decoder, as plain data
+//! generation ─ how a model's makers mean it to be run
 //! tokenizer ── text <-> ids, from tokenizer.json or from a GGUF's metadata
 //! chat ─────── messages -> text, by the model's own Jinja template
 //! data ─────── rows of JSONL or CSV -> token sequences -> padded batches
@@ -24,6 +25,7 @@ pub mod config;
 pub mod data;
 mod error;
 pub mod file;
+mod generation;
 pub mod gguf;
 pub mod hf;
 pub mod mlx;
@@ -35,6 +37,7 @@ pub use bytes::Bytes;
 pub use chat::{ChatTemplate, Message};
 pub use config::{DecoderConfig, RopeLayout, RopeScaling};
 pub use error::{Error, Result};
+pub use generation::GenerationConfig;
 pub use gguf::GgufFile;
 pub use hf::HfFolder;
 pub use peft::{LoraConfig, PeftAdapter};

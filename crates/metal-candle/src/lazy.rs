@@ -51,6 +51,8 @@ pub(crate) enum State {
     Ready(Buffer),
     /// The argument of a function that is being traced.
     Argument(u32),
+    /// A type without a value.
+    Placeholder,
 }
 
 impl LazyTensor {
@@ -209,6 +211,7 @@ impl fmt::Debug for LazyTensor {
             State::Op { op, .. } => format!("{op}"),
             State::Ready(_) => "in memory".to_string(),
             State::Argument(i) => format!("argument {i}"),
+            State::Placeholder => "placeholder".to_string(),
         };
         write!(f, "LazyTensor({}, {state})", self.0.ty)
     }

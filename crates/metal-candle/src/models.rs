@@ -6,5 +6,5 @@ mod finite;
 pub mod fuse;
 mod load;
 
-pub use decoder::{CacheInput, Decoder, DecoderLayer, PackedInput};
-pub use load::{BaseWeights, LoadedModel, load, load_decoder, load_gguf};
+pub use decoder::{CacheInput, Decoder, DecoderLayer, PackedInput, PaddedRows};
+pub use load::{BaseWeights, LoadedModel, load, load_decoder, load_gguf, load_outline};

@@ -11,5 +11,5 @@ pub use checkpoint::Progress;
 pub use optimizer::AdamWConfig;
 pub use report::Report;
 pub use schedule::LRScheduler;
-pub use step::{StepCount, StepMetrics, TrainStep};
+pub use step::{StepCount, StepMetrics, StepShape, TrainStep};
 pub use trainer::{Trainer, TrainingConfig};

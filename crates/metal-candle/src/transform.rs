@@ -3,5 +3,5 @@
 mod compile;
 mod grad;
 
-pub use compile::{Compiled, compile};
+pub use compile::{Compiled, InputSource, Outline, compile};
 pub use grad::{grad, value_and_grad};

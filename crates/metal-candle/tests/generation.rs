@@ -7,10 +7,12 @@ mod support;
 #[allow(dead_code, reason = "only the model is used here")]
 mod tiny;
 
-use metal_candle::ErrorKind;
 use metal_candle::generate::{
-    Finish, Generated, Generator, GeneratorConfig, Sampling, SamplingStrategy, StreamToken,
+    Finish, Generated, Generator, GeneratorConfig, Sampling, SamplingStrategy, Session, StreamToken,
 };
+use metal_candle::models::{BaseWeights, load_decoder};
+use metal_candle::nn::ApplyAdapter;
+use metal_candle::{Device, ErrorKind};
 use std::pin::pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, Wake, Waker};
@@ -174,4 +176,130 @@ fn settings_without_meaning_are_refused_before_anything_runs() {
     let endless = GeneratorConfig { max_tokens: usize::MAX, ..config() };
     assert!(run(&g, &endless).0.ids.len() <= 128);
     assert!(run(&g, &GeneratorConfig { max_tokens: 0, ..config() }).0.ids.is_empty());
+}
+
+const PROMPTS: [&str; 4] = ["Hello", "A", "A much longer prompt than any other of them all", "Hi!"];
+
+#[test]
+fn a_batch_of_prompts_gives_what_each_gives_alone() {
+    for window in [None, Some(6)] {
+        let model = Tiny { window, ..Tiny::new() }.load();
+        let g = Generator::new(Arc::new(model.decoder), Arc::new(model.tokenizer)).unwrap();
+        let greedy = GeneratorConfig { max_tokens: 20, ..GeneratorConfig::default() };
+        for config in [greedy.clone(), GeneratorConfig { max_tokens: 20, ..config() }] {
+            let mut streamed = vec![String::new(); PROMPTS.len()];
+            let batch = g.generate_batch(&PROMPTS, &config, |row, token| {
+                streamed[row] += &token.text;
+            });
+            for ((prompt, got), streamed) in PROMPTS.iter().zip(batch.unwrap()).zip(streamed) {
+                let want = g.generate(prompt, &config, |_| {}).unwrap();
+                assert_eq!((&got.ids, &got.text, got.finish), (&want.ids, &want.text, want.finish));
+                assert_eq!((streamed, got.prompt_tokens), (got.text, want.prompt_tokens));
+            }
+        }
+    }
+}
+
+#[test]
+fn rows_of_a_batch_end_one_by_one_also_at_the_end_of_the_context() {
+    let g = generator();
+    let long = "x".repeat(120);
+    let prompts = ["Hello", &long, "A"];
+    // Some token of the first answer ends it there and may end others elsewhere.
+    let (whole, _) = run(&g, &config());
+    let end_tokens = vec![whole.ids[5]];
+    let config = GeneratorConfig { max_tokens: 300, end_tokens, ..config() };
+    let batch = g.generate_batch(&prompts, &config, |_, _| {}).unwrap();
+    for (prompt, got) in prompts.iter().zip(&batch) {
+        let want = g.generate(prompt, &config, |_| {}).unwrap();
+        assert_eq!((&got.ids, got.finish), (&want.ids, want.finish), "{prompt}");
+    }
+    let none: [&str; 0] = [];
+    assert!(g.generate_batch(&none, &config, |_, _| {}).unwrap().is_empty());
+    let error = g.generate_batch(&["a", ""], &config, |_, _| {}).unwrap_err();
+    assert!(matches!(error.kind(), ErrorKind::PromptLength { tokens: 0, .. }), "{error}");
+}
+
+#[test]
+fn a_session_takes_in_only_what_is_new_and_answers_as_from_scratch() {
+    let g = generator();
+    let mut session = Session::default();
+    let mut said = String::from("Hello");
+    let mut kept = 0;
+    for turn in 0..6 {
+        let got = g.generate_in(&mut session, &said, &config(), |_| {}).unwrap();
+        let want = g.generate(&said, &config(), |_| {}).unwrap();
+        assert_eq!((&got.ids, &got.text), (&want.ids, &want.text), "turn {turn}");
+        assert_eq!((got.cached_tokens, want.cached_tokens), (kept, 0), "turn {turn}");
+        said = format!("{said}{}", got.text);
+        // Every token is one character. One that the length ended at has not been taken in.
+        kept = said.len() - usize::from(got.finish == Finish::Length);
+        said += " more";
+    }
+    // Another beginning: what is no longer said is forgotten.
+    let got = g.generate_in(&mut session, "Help", &config(), |_| {}).unwrap();
+    assert_eq!(got.cached_tokens, 3);
+    assert_eq!(got.ids, g.generate("Help", &config(), |_| {}).unwrap().ids);
+    // The same again: its last token is computed once more, for its logits.
+    assert_eq!(g.generate_in(&mut session, "Help", &config(), |_| {}).unwrap().cached_tokens, 3);
+    g.generate_in(&mut session, "", &config(), |_| {}).unwrap_err();
+    assert!(g.generate_in(&mut session, "Help", &config(), |_| {}).is_ok());
+}
+
+#[test]
+fn a_session_begins_anew_with_another_adapter() {
+    let mut g = generator();
+    let mut session = Session::default();
+    g.generate_in(&mut session, "Hello", &config(), |_| {}).unwrap();
+    assert!(!session.is_empty());
+    g.apply_adapter(tiny::adapter(&["self_attn.k_proj", "self_attn.v_proj"])).unwrap();
+    let got = g.generate_in(&mut session, "Hello", &config(), |_| {}).unwrap();
+    assert_eq!(got.cached_tokens, 0);
+    assert_eq!(got.ids, g.generate("Hello", &config(), |_| {}).unwrap().ids);
+    g.remove_adapter();
+    assert_eq!(g.generate_in(&mut session, "Hello", &config(), |_| {}).unwrap().cached_tokens, 0);
+}
+
+#[test]
+fn an_adapter_is_swapped_under_a_batch_too() {
+    let mut g = generator();
+    let prompts = ["Hello", "Help me"];
+    let ids = |g: &Generator| -> Vec<Vec<u32>> {
+        let batch = g.generate_batch(&prompts, &config(), |_, _| {}).unwrap();
+        batch.into_iter().map(|generated| generated.ids).collect()
+    };
+    let base = ids(&g);
+    g.apply_adapter(tiny::adapter(&["self_attn.k_proj", "self_attn.v_proj"])).unwrap();
+    let adapted = ids(&g);
+    for (prompt, ids) in prompts.iter().zip(&adapted) {
+        assert_eq!(*ids, g.generate(prompt, &config(), |_| {}).unwrap().ids);
+    }
+    assert_ne!(base, adapted);
+    g.remove_adapter();
+    assert_eq!(ids(&g), base);
+}
+
+/// The tiny model's context is smaller than the smallest cache.
+#[test]
+fn a_session_outgrows_its_cache_and_keeps_what_is_in_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let case = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/models/llama");
+    for name in ["config.json", "model.safetensors"] {
+        std::fs::copy(case.join(name), folder.path().join(name)).unwrap();
+    }
+    let text = std::fs::read_to_string(folder.path().join("config.json")).unwrap();
+    let mut json: serde_json::Value = serde_json::from_str(&text).unwrap();
+    json["max_position_embeddings"] = 1000.into();
+    std::fs::write(folder.path().join("config.json"), json.to_string()).unwrap();
+    let decoder = load_decoder(folder.path(), BaseWeights::AsStored, &Device::Cpu).unwrap();
+    let tokenizer = Tiny::new().load().tokenizer;
+    let g = Generator::new(Arc::new(decoder), Arc::new(tokenizer)).unwrap();
+    let mut session = Session::default();
+    let mut said = "word".repeat(50);
+    for turn in 0..3 {
+        let got = g.generate_in(&mut session, &said, &config(), |_| {}).unwrap();
+        assert_eq!(got.ids, g.generate(&said, &config(), |_| {}).unwrap().ids, "turn {turn}");
+        assert_eq!(got.cached_tokens > 0, turn > 0);
+        said = format!("{said}{}{}", got.text, "more".repeat(40));
+    }
 }

@@ -13,7 +13,8 @@ use metal_candle::io::LoraConfig;
 use metal_candle::io::data::{Batch, BatchOptions, Batcher, Example, Order};
 use metal_candle::io::peft::TargetModules;
 use metal_candle::nn::LoRAAdapter;
-use metal_candle::train::{AdamWConfig, LRScheduler, Report, TrainStep, Trainer, TrainingConfig};
+use metal_candle::train::TrainingConfig;
+use metal_candle::train::{AdamWConfig, LRScheduler, Report, StepShape, TrainStep, Trainer};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -238,8 +239,9 @@ fn accumulated_batches_equal_one_batch_of_all_their_rows_in_less_memory() {
         let (a, b) = (a.gradient_norm, b.gradient_norm);
         assert!((a - b).abs() < 1e-4 * a, "{a} {b}");
     }
-    let whole = whole.plan(&[batch()]).unwrap();
-    let parts = parts.plan(&rows(&batch())).unwrap();
+    let Batch { batch, seq, .. } = batch();
+    let whole = whole.plan(StepShape { batch, seq, accumulated: 1, packed: false }).unwrap();
+    let parts = parts.plan(StepShape { batch: 1, seq, accumulated: batch, packed: false }).unwrap();
     assert!(parts.arena_bytes < whole.arena_bytes, "{} {}", parts.arena_bytes, whole.arena_bytes);
 }
 

@@ -118,8 +118,8 @@ pub(super) fn summary(
     examples: [Option<&Examples>; 2],
     batches: &Batcher,
     trainable: usize,
-) -> Summary {
-    let mut data = vec![("Source".to_owned(), args.data.data.display().to_string())];
+) -> Result<Summary> {
+    let mut data = vec![("Source".to_owned(), args.data.path()?.display().to_string())];
     for (name, examples) in ["Training", "Validation"].into_iter().zip(examples) {
         let Some(examples) = examples else { continue };
         let (rows, tokens) = (count(examples.examples.len()), count(examples.tokens));
@@ -137,14 +137,14 @@ pub(super) fn summary(
     data.push(("Batches of an epoch".to_owned(), count(batches.batches_per_epoch())));
     data.push(("Widths of batches".to_owned(), shapes.join(", ")));
     data.push(("Padding".to_owned(), format!("{:.1} %", 100.0 * batches.occupancy().padding())));
-    Summary {
+    Ok(Summary {
         model: args.model.name(),
         iters: args.iters as u64,
         planned_bytes: plan.peak_bytes() as u64,
         max_gradient_norm: args.max_grad_norm,
         data,
         settings: settings(args, plan, trainable),
-    }
+    })
 }
 
 fn settings(args: &Args, plan: &Plan, trainable: usize) -> Vec<(String, String)> {
@@ -153,7 +153,7 @@ fn settings(args: &Args, plan: &Plan, trainable: usize) -> Vec<(String, String)>
         (schedule, warmup) => format!("{schedule:?}, {warmup} steps of warm-up").to_lowercase(),
     };
     let rows: [(&str, String); 12] = [
-        ("Model", args.model.model.display().to_string()),
+        ("Model", args.model.source().given().to_owned()),
         ("Adapter", args.adapter_path.display().to_string()),
         ("Target modules", args.target_modules.join(", ")),
         (

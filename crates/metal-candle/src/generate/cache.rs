@@ -54,6 +54,24 @@ impl KVCache {
         self.len < self.capacity
     }
 
+    /// Forgets what comes after `len` positions.
+    pub(super) fn truncate(&mut self, len: usize) {
+        self.len = self.len.min(len);
+    }
+
+    /// More positions, for a batch of 1: a position is then a row, and new ones follow the old.
+    pub(super) fn grow(&mut self, capacity: usize) -> Result<()> {
+        for tensor in self.keys.iter_mut().chain(&mut self.values) {
+            let mut dims = tensor.dims().to_vec();
+            dims[1] = capacity;
+            let mut values = tensor.to_vec::<f32>()?;
+            values.resize(dims.iter().product(), 0.0);
+            *tensor = LazyTensor::from_vec(values, &dims, &Device::Cpu)?;
+        }
+        self.capacity = capacity;
+        Ok(())
+    }
+
     pub(super) fn advance(&mut self, tokens: usize) {
         self.len += tokens;
     }

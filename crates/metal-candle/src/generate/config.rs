@@ -89,6 +89,8 @@ pub struct Generated {
     pub finish: Finish,
     /// Tokens of the prompt.
     pub prompt_tokens: usize,
+    /// So many of them had been computed before, in the same session.
+    pub cached_tokens: usize,
     /// Time until the first token was chosen.
     pub prefill: Duration,
     /// Time for the rest.

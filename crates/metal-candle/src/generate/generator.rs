@@ -1,37 +1,43 @@
 //! The loop around the decode step.
 
 use super::run::Run;
-use super::{Generated, GeneratorConfig, KVCache, StreamToken, TokenStream};
+use super::step::{self, DecodeShape};
+use super::{Generated, GeneratorConfig, KVCache, Session, StreamToken, TokenStream};
 use crate::error::ErrorKind;
 use crate::io::tokenizer::Tokenizer;
-use crate::models::{CacheInput, Decoder};
+use crate::models::Decoder;
 use crate::nn::{ApplyAdapter, LoRAAdapter};
-use crate::{Compiled, Device, LazyTensor, Result, compile};
+use crate::{Compiled, LazyTensor, Outline, Result};
 use std::sync::Arc;
 
 /// Generates text with a decoder and the adapter that is on it. Another one is put on by
 /// [`ApplyAdapter`], from an [`AdapterRegistry`](crate::nn::AdapterRegistry) if there are several.
-///
-/// A step's arguments are `[ids, position, last, k.., v..]` and its results `[logits of position
-/// last, k.., v..]`, the cache updated in place.
 #[derive(Debug)]
 pub struct Generator {
     decoder: Arc<Decoder>,
     tokenizer: Arc<Tokenizer>,
-    step: Compiled,
+    one: Compiled,
+    many: Compiled,
 }
 
-/// Prompts are padded to a multiple of this many tokens, so that few plans serve all lengths.
-const PREFILL_BUCKET: usize = 32;
 /// The cache holds a multiple of this many positions.
-const CACHE_BUCKET: usize = 256;
+pub(super) const CACHE_BUCKET: usize = 256;
 
 impl Generator {
     /// # Errors
-    /// Never; the step is traced when it first runs.
+    /// Never; a step is traced when it first runs.
     pub fn new(decoder: Arc<Decoder>, tokenizer: Arc<Tokenizer>) -> Result<Generator> {
-        let step = step(&decoder);
-        Ok(Generator { decoder, tokenizer, step })
+        let (one, many) = steps(&decoder);
+        Ok(Generator { decoder, tokenizer, one, many })
+    }
+
+    /// What a step of this shape would run, and on what; nothing is allocated, and the decoder's
+    /// weights may be placeholders.
+    ///
+    /// # Errors
+    /// Where the adapter on it does not fit, or there are more tokens than positions.
+    pub fn outline(decoder: Arc<Decoder>, shape: DecodeShape) -> Result<Outline> {
+        step::outline(decoder, shape)
     }
 
     /// The same base, without a copy, with what `change` does to its adapter.
@@ -39,7 +45,7 @@ impl Generator {
         let mut decoder = Decoder::clone(&self.decoder);
         let changed = change(&mut decoder)?;
         self.decoder = Arc::new(decoder);
-        self.step = step(&self.decoder);
+        (self.one, self.many) = steps(&self.decoder);
         Ok(changed)
     }
 
@@ -51,18 +57,33 @@ impl Generator {
         &self,
         prompt: &str,
         config: &GeneratorConfig,
+        on_token: impl FnMut(&StreamToken),
+    ) -> Result<Generated> {
+        self.generate_in(&mut Session::default(), prompt, config, on_token)
+    }
+
+    /// As [`Generator::generate`], but what the session's cache has in common with the prompt is
+    /// not computed again: the turns of a conversation take in only what is new.
+    ///
+    /// # Errors
+    /// As [`Generator::generate`]; the session is then empty.
+    pub fn generate_in(
+        &self,
+        session: &mut Session,
+        prompt: &str,
+        config: &GeneratorConfig,
         mut on_token: impl FnMut(&StreamToken),
     ) -> Result<Generated> {
-        let (mut run, mut cache, mut next) = self.begin(prompt, config.clone())?;
+        let (mut run, mut cache, mut next) = self.begin(session, prompt, config.clone())?;
         while !run.is_finished() {
-            let args = arguments(&next, &mut cache)?;
-            let results = self.step.call(args)?;
+            let results = self.one.call(step::arguments(&next, &mut cache)?)?;
             let logits = self.results(results, next.len(), &mut cache)?;
             if let Some(token) = run.accept(logits, cache.has_room())? {
                 on_token(&token);
             }
             next = vec![run.last()];
         }
+        session.keep(&self.decoder, run.seen(), cache);
         Ok(run.into_generated())
     }
 
@@ -71,23 +92,44 @@ impl Generator {
     /// # Errors
     /// As [`Generator::generate`].
     pub fn stream(&self, prompt: &str, config: &GeneratorConfig) -> Result<TokenStream<'_>> {
-        let (run, cache, next) = self.begin(prompt, config.clone())?;
+        let (run, cache, next) = self.begin(&mut Session::default(), prompt, config.clone())?;
         Ok(TokenStream::new(self, run, cache, next))
     }
 
-    /// The run, its cache, and the ids that go into it first.
-    fn begin(&self, prompt: &str, config: GeneratorConfig) -> Result<(Run<'_>, KVCache, Vec<u32>)> {
-        config.check()?;
+    pub(super) fn decoder(&self) -> &Decoder {
+        &self.decoder
+    }
+
+    pub(super) fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+
+    /// The ids of a prompt that fits into the context.
+    pub(super) fn encode(&self, prompt: &str) -> Result<Vec<u32>> {
         let ids = self.tokenizer.encode(prompt, false)?;
         let context = self.decoder.config.max_position_embeddings;
-        if ids.is_empty() || ids.len() > context {
-            return Err(ErrorKind::PromptLength { tokens: ids.len(), context }.into());
+        match ids.is_empty() || ids.len() > context {
+            true => Err(ErrorKind::PromptLength { tokens: ids.len(), context }.into()),
+            false => Ok(ids),
         }
+    }
+
+    /// The run, its cache, and the ids that go into it first.
+    fn begin(
+        &self,
+        session: &mut Session,
+        prompt: &str,
+        config: GeneratorConfig,
+    ) -> Result<(Run<'_>, KVCache, Vec<u32>)> {
+        config.check()?;
+        let ids = self.encode(prompt)?;
+        let context = self.decoder.config.max_position_embeddings;
         // However many tokens are asked for, the context ends them.
         let most = ids.len().saturating_add(config.max_tokens).min(context);
         let capacity = most.next_multiple_of(CACHE_BUCKET).min(context);
-        let cache = KVCache::new(&self.decoder.config, 1, capacity, &Device::Cpu)?;
-        Ok((Run::new(&self.tokenizer, config, ids.clone()), cache, ids))
+        let cache = session.take(&self.decoder, &ids, capacity)?;
+        let next = ids[cache.len()..].to_vec();
+        Ok((Run::new(&self.tokenizer, config, ids, cache.len()), cache, next))
     }
 
     /// Puts `ids` into the cache and returns the logits after the last of them.
@@ -96,9 +138,19 @@ impl Generator {
         ids: Vec<u32>,
         mut cache: KVCache,
     ) -> Result<(Vec<f32>, KVCache)> {
-        let results = self.step.call_async(arguments(&ids, &mut cache)?).await?;
+        let results = self.one.call_async(step::arguments(&ids, &mut cache)?).await?;
         let logits = self.results(results, ids.len(), &mut cache)?;
         Ok((logits, cache))
+    }
+
+    /// The logits of a step over several texts, `[b, vocabulary]`.
+    pub(super) fn step_many(
+        &self,
+        args: Vec<LazyTensor>,
+        tokens: usize,
+        cache: &mut KVCache,
+    ) -> Result<Vec<f32>> {
+        self.results(self.many.call(args)?, tokens, cache)
     }
 
     /// The logits of a step that took in `tokens`; its keys and values are the cache again.
@@ -111,7 +163,7 @@ impl Generator {
         cache.values = results.split_off(1 + self.decoder.config.num_layers);
         cache.keys = results.split_off(1);
         cache.advance(tokens);
-        let logits = results[0].to_vec1::<f32>()?;
+        let logits = results[0].to_vec::<f32>()?;
         if logits.iter().any(|logit| logit.is_nan()) {
             self.decoder.check_weights()?;
             return Err(ErrorKind::LogitsNotFinite.into());
@@ -136,40 +188,7 @@ impl ApplyAdapter for Generator {
     }
 }
 
-/// The compiled step of a decoder with its adapter; the cache is donated.
-fn step(decoder: &Arc<Decoder>) -> Compiled {
-    let model = Arc::clone(decoder);
-    compile(move |args: &[LazyTensor]| trace_step(&model, args))
-        .donate((3..3 + 2 * decoder.config.num_layers).collect::<Vec<_>>())
-}
-
-/// A step's arguments; keys and values are taken out of the cache.
-fn arguments(ids: &[u32], cache: &mut KVCache) -> Result<Vec<LazyTensor>> {
-    let padded = match ids.len() {
-        1 => 1,
-        n => n.next_multiple_of(PREFILL_BUCKET).min(cache.capacity() - cache.len()),
-    };
-    // Padding stands after the prompt: nothing that counts sees it, and later tokens overwrite it.
-    let mut row = ids.to_vec();
-    row.resize(padded, 0);
-    let scalar = |value: usize| LazyTensor::from_vec(vec![value as i64], &[], &Device::Cpu);
-    let mut args = vec![
-        LazyTensor::from_vec(row, &[1, padded], &Device::Cpu)?,
-        scalar(cache.len())?,
-        scalar(ids.len() - 1)?,
-    ];
-    args.append(&mut cache.keys);
-    args.append(&mut cache.values);
-    Ok(args)
-}
-
-fn trace_step(decoder: &Decoder, args: &[LazyTensor]) -> Result<Vec<LazyTensor>> {
-    let layers = decoder.config.num_layers;
-    let (keys, values) = args[3..].split_at(layers);
-    let cache = CacheInput { keys, values, position: &args[1] };
-    let (hidden, keys, values) = decoder.hidden_cached(&args[0], cache, decoder.adapter())?;
-    // Only one position's logits are wanted: [1, t, hidden] -> [1, 1, hidden] -> [vocabulary]
-    let last = hidden.dynamic_slice(1, &args[2], 1)?;
-    let logits = decoder.logits(&last)?.reshape(&[decoder.config.vocab_size])?;
-    Ok([vec![logits], keys, values].concat())
+/// The compiled steps of a decoder with its adapter, over one text and over several.
+fn steps(decoder: &Arc<Decoder>) -> (Compiled, Compiled) {
+    (step::one(Arc::clone(decoder)), step::many(Arc::clone(decoder)))
 }

@@ -28,6 +28,7 @@ impl<'r> Run<'r> {
         tokenizer: &'r Tokenizer,
         config: GeneratorConfig,
         prompt: Vec<u32>,
+        cached_tokens: usize,
     ) -> Run<'r> {
         let special = tokenizer.special();
         let own = [special.eos, special.eot].into_iter().flatten();
@@ -37,6 +38,7 @@ impl<'r> Run<'r> {
             logprobs: Vec::new(),
             finish: Finish::Length,
             prompt_tokens: prompt.len(),
+            cached_tokens,
             prefill: Duration::ZERO,
             decode: Duration::ZERO,
         };
@@ -137,6 +139,11 @@ impl<'r> Run<'r> {
     /// The token that was chosen last.
     pub(super) fn last(&self) -> u32 {
         *self.seen.last().expect("metal-candle bug: a run without a prompt")
+    }
+
+    /// The prompt and what was made of it.
+    pub(super) fn seen(&self) -> &[u32] {
+        &self.seen
     }
 
     pub(super) fn into_generated(self) -> Generated {

@@ -33,7 +33,7 @@ pub enum Error {
     /// Nothing there to load.
     #[error(
         "{}: no such file or folder: expected a GGUF file, or a folder with config.json, \
-         tokenizer.json and model.safetensors; names on the Hugging Face hub are not looked up",
+         tokenizer.json and model.safetensors",
         path.display()
     )]
     NoModel { path: PathBuf },

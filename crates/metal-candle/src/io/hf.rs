@@ -85,12 +85,20 @@ impl HfFolder {
         Ok((shard.path(), shard.shape(name)?))
     }
 
-    /// The dtype of a weight, without reading it.
+    /// How a weight's elements are stored, without reading it.
     ///
     /// # Errors
     /// [`Problem::NoTensor`], [`Problem::DType`].
     pub fn weight_dtype(&self, name: &str) -> Result<DType> {
         self.shard(name)?.dtype(name)
+    }
+
+    /// What a weight takes in its file.
+    ///
+    /// # Errors
+    /// [`Problem::NoTensor`].
+    pub fn weight_len_bytes(&self, name: &str) -> Result<usize> {
+        self.shard(name)?.len_bytes(name)
     }
 
     /// One weight, where it lies in its file.

@@ -86,6 +86,25 @@ impl LazyTensor {
         LazyTensor::from_vec(data.to_vec(), dims, device)
     }
 
+    /// A type without a value, which takes no memory: what is recorded on it can be planned
+    /// ([`LazyTensor::plan`], [`Compiled::outline`](crate::Compiled::outline)) and not run.
+    ///
+    /// ```
+    /// use metal_candle::{DType, Device, LazyTensor};
+    /// let w = LazyTensor::placeholder(&[1 << 20, 1 << 20], DType::F32, &Device::Cpu)?;
+    /// let plan = LazyTensor::plan(&[&w.matmul(&w)?])?;
+    /// assert_eq!(plan.peak_bytes(), 2 * (4 << 40));
+    /// # Ok::<(), metal_candle::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// Where the shape cannot be addressed.
+    #[track_caller]
+    pub fn placeholder(dims: &[usize], dtype: DType, device: &Device) -> Result<LazyTensor> {
+        let ty = TensorType::new(dtype, Shape::new(dims).at_caller()?);
+        Ok(LazyTensor::new(State::Placeholder, ty, *device))
+    }
+
     /// `value` everywhere. Takes no memory until it is needed.
     ///
     /// # Errors

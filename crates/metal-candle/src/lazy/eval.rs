@@ -214,6 +214,7 @@ impl Job {
         let Trace { graph, leaves, .. } = trace(&unevaluated, false);
         let inputs = leaves.into_iter().map(|leaf| match leaf {
             Leaf::Value(buffer) => Ok(buffer),
+            Leaf::Placeholder(ty) => Err(Error::at(ErrorKind::PlaceholderValue { ty }, location)),
             Leaf::Argument(index) => Err(Error::at(ErrorKind::ArgumentValue { index }, location)),
             Leaf::Detached => panic!("metal-candle bug: a detached input in an evaluation"),
         });

@@ -1,7 +1,7 @@
 //! From handles to a dense graph.
 
 use super::{LazyTensor, Node, State};
-use metal_candle_graph::{ComputationGraph, NodeId};
+use metal_candle_graph::{ComputationGraph, NodeId, Operation, TensorType};
 use metal_candle_runtime::Buffer;
 use rustc_hash::FxHashMap;
 use smallvec::SmallVec;
@@ -11,6 +11,7 @@ use smallvec::SmallVec;
 pub(crate) enum Leaf {
     Value(Buffer),
     Argument(u32),
+    Placeholder(TensorType),
     /// Gradients stop here; only where they are traced.
     Detached,
 }
@@ -33,6 +34,18 @@ impl Trace {
     /// The node of `x`, added as an input if nothing reached it.
     pub(crate) fn id_or_input(&mut self, x: &LazyTensor) -> NodeId {
         self.id(x).unwrap_or_else(|| self.leaf(x, Leaf::Detached))
+    }
+
+    /// The handles of the inputs, by input index.
+    pub(crate) fn inputs(&self) -> Vec<&LazyTensor> {
+        let mut inputs: Vec<(u32, &LazyTensor)> = Vec::new();
+        for (node, handle) in self.graph.nodes().iter().zip(&self.handles) {
+            if let Operation::Input(index) = node.op {
+                inputs.push((index, handle));
+            }
+        }
+        inputs.sort_unstable_by_key(|(index, _)| *index);
+        inputs.into_iter().map(|(_, handle)| handle).collect()
     }
 
     fn leaf(&mut self, x: &LazyTensor, leaf: Leaf) -> NodeId {
@@ -74,6 +87,9 @@ pub(crate) fn trace(roots: &[&LazyTensor], for_gradients: bool) -> Trace {
                 }
                 State::Argument(index) => {
                     t.leaf(&x, Leaf::Argument(index));
+                }
+                State::Placeholder => {
+                    t.leaf(&x, Leaf::Placeholder(x.ty()));
                 }
                 State::Op { .. } if for_gradients && x.0.detached => {
                     t.leaf(&x, Leaf::Detached);

@@ -62,6 +62,17 @@ pub struct CacheInput<'a> {
     pub position: &'a LazyTensor,
 }
 
+/// Texts of different lengths in one batch, padded on the left.
+#[derive(Clone, Copy, Debug)]
+pub struct PaddedRows<'a> {
+    /// The position of every new token in its own text, `u32 [b, t]`; any for padding.
+    pub positions: &'a LazyTensor,
+    /// 1 where a new token is one, 0 where it is padding, `u8 [b, t]`.
+    pub queries: &'a LazyTensor,
+    /// The same for the whole cache, `u8 [b, capacity]`.
+    pub keys: &'a LazyTensor,
+}
+
 /// Rows that hold several documents, which do not see each other.
 #[derive(Clone, Copy, Debug)]
 pub struct PackedInput<'a> {
@@ -123,6 +134,35 @@ impl Decoder {
         adapter: Option<&LoRAAdapter>,
     ) -> Result<(LazyTensor, Vec<LazyTensor>, Vec<LazyTensor>)> {
         let rotation = self.rotary.at(Some(cache.position), ids.dims()[1])?;
+        let attention = self.attention().offset(cache.position);
+        self.cached(ids, cache, &rotation, attention, adapter)
+    }
+
+    /// As [`Decoder::hidden_cached`] for texts of different lengths, padded on the left: padding is
+    /// not seen by the tokens.
+    ///
+    /// # Errors
+    /// As [`Decoder::hidden_cached`]; where `rows` are of other shapes.
+    pub fn hidden_padded(
+        &self,
+        ids: &LazyTensor,
+        cache: CacheInput<'_>,
+        rows: PaddedRows<'_>,
+        adapter: Option<&LoRAAdapter>,
+    ) -> Result<(LazyTensor, Vec<LazyTensor>, Vec<LazyTensor>)> {
+        let rotation = self.rotary.at_each(rows.positions)?;
+        let attention = self.attention().offset(cache.position).segments(rows.queries, rows.keys);
+        self.cached(ids, cache, &rotation, attention, adapter)
+    }
+
+    fn cached(
+        &self,
+        ids: &LazyTensor,
+        cache: CacheInput<'_>,
+        rotation: &Rotation,
+        attention: Attention<'_>,
+        adapter: Option<&LoRAAdapter>,
+    ) -> Result<(LazyTensor, Vec<LazyTensor>, Vec<LazyTensor>)> {
         let (mut keys, mut values) = (Vec::new(), Vec::new());
         let mut x = self.embed.forward(ids)?;
         for (i, layer) in self.layers.iter().enumerate() {
@@ -131,9 +171,9 @@ impl Decoder {
                 let v = cache.values[i].slice_update(1, &v, cache.position)?;
                 keys.push(k.clone());
                 values.push(v.clone());
-                Ok((k, v, self.attention().offset(cache.position)))
+                Ok((k, v, attention))
             };
-            x = self.layer(layer, &x, &rotation, adapter, remember)?;
+            x = self.layer(layer, &x, rotation, adapter, remember)?;
         }
         Ok((self.norm.forward(&x)?, keys, values))
     }

@@ -4,9 +4,9 @@ mod source;
 
 use self::source::WeightSource;
 use super::{Decoder, DecoderLayer};
-use crate::io::gguf::{Encoding, GgufFile, StoredTensor};
+use crate::io::gguf::{Encoding, GgufFile};
 use crate::io::tokenizer::Tokenizer;
-use crate::io::{self, DecoderConfig, HfFolder};
+use crate::io::{self, DecoderConfig, GenerationConfig, HfFolder};
 use crate::nn::{Embedding, Linear, RmsNorm, Rotary, Weight};
 use crate::{DType, Device, LazyTensor, Result};
 use std::path::Path;
@@ -48,11 +48,13 @@ pub struct LoadedModel {
     pub decoder: Decoder,
     /// Text to ids and back, and the chat template.
     pub tokenizer: Tokenizer,
+    /// How its makers mean it to be run; a GGUF file does not say.
+    pub generation: GenerationConfig,
 }
 
 /// Loads a decoder, its tokenizer and its chat template from a GGUF file, or from a Hugging Face
-/// folder: `config.json`, safetensors in one file or in shards, `tokenizer.json` and
-/// `tokenizer_config.json`.
+/// folder: `config.json`, safetensors in one file or in shards, `tokenizer.json`,
+/// `tokenizer_config.json` and `generation_config.json`.
 ///
 /// # Errors
 /// Where there is nothing at `path`; where a file is malformed or missing, the architecture is
@@ -63,9 +65,10 @@ pub fn load(path: &Path, base: BaseWeights, device: &Device) -> Result<LoadedMod
     }
     // The tokenizer first: it is read in no time, and may be missing.
     let tokenizer = Tokenizer::from_file(path.join("tokenizer.json"))?;
+    let generation = GenerationConfig::read(path)?;
     let decoder = load_decoder(path, base, device)?;
     tokenizer.check_vocabulary(decoder.config.vocab_size)?;
-    Ok(LoadedModel { decoder, tokenizer })
+    Ok(LoadedModel { decoder, tokenizer, generation })
 }
 
 /// As [`load`], the decoder alone.
@@ -76,9 +79,28 @@ pub fn load_decoder(path: &Path, base: BaseWeights, device: &Device) -> Result<D
     if is_folder(path)? {
         let folder = HfFolder::open(path)?;
         let config = folder.config().clone();
-        return Builder { source: WeightSource::Folder(&folder), base, device }.decoder(config);
+        let source = WeightSource::Folder(&folder);
+        return Builder { source, read: Read::Weights, base, device }.decoder(config);
     }
     gguf_decoder(&GgufFile::open(path)?, base, device)
+}
+
+/// The decoder with a [placeholder](LazyTensor::placeholder) for every weight, to be planned: only
+/// `config.json` and the headers of the weights are read, or the header of the GGUF file.
+///
+/// # Errors
+/// As [`load`], but for what lies in the weights.
+pub fn load_outline(path: &Path, base: BaseWeights, device: &Device) -> Result<Decoder> {
+    let read = Read::Headers;
+    if is_folder(path)? {
+        let folder = HfFolder::open(path)?;
+        let config = folder.config().clone();
+        return Builder { source: WeightSource::Folder(&folder), read, base, device }
+            .decoder(config);
+    }
+    let file = GgufFile::open(path)?;
+    let config = file.decoder_config()?;
+    Builder { source: WeightSource::Gguf(&file), read, base, device }.decoder(config)
 }
 
 /// Loads a decoder, its tokenizer and its chat template from a GGUF file.
@@ -94,12 +116,12 @@ pub fn load_gguf(path: &Path, base: BaseWeights, device: &Device) -> Result<Load
     let decoder = gguf_decoder(&file, base, device)?;
     let tokenizer = Tokenizer::from_gguf(&file)?;
     tokenizer.check_vocabulary(decoder.config.vocab_size)?;
-    Ok(LoadedModel { decoder, tokenizer })
+    Ok(LoadedModel { decoder, tokenizer, generation: GenerationConfig::default() })
 }
 
 fn gguf_decoder(file: &GgufFile, base: BaseWeights, device: &Device) -> Result<Decoder> {
     let config = file.decoder_config()?;
-    Builder { source: WeightSource::Gguf(file), base, device }.decoder(config)
+    Builder { source: WeightSource::Gguf(file), read: Read::Weights, base, device }.decoder(config)
 }
 
 pub(super) fn is_folder(path: &Path) -> Result<bool> {
@@ -109,8 +131,16 @@ pub(super) fn is_folder(path: &Path) -> Result<bool> {
     Ok(path.is_dir())
 }
 
+/// How much of the files is read.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Read {
+    Weights,
+    Headers,
+}
+
 struct Builder<'a> {
     source: WeightSource<'a>,
+    read: Read,
     base: BaseWeights,
     device: &'a Device,
 }
@@ -125,19 +155,12 @@ impl Builder<'_> {
         };
         let layers = (0..config.num_layers).map(|i| self.layer(i, &config));
         let layers = layers.collect::<Result<Vec<_>>>()?;
-        let rotary = Rotary::new(
-            config.head_dim,
-            config.rope_theta,
-            &config.rope_scaling,
-            config.max_position_embeddings,
-            config.rope_layout,
-        )?;
         Ok(Decoder {
             embed: Embedding { weight: embed },
             layers,
             norm: self.norm("model.norm", config.hidden_size, &config)?,
             output,
-            rotary,
+            rotary: self.rotary(&config)?,
             adapter: None,
             config,
         })
@@ -185,26 +208,61 @@ impl Builder<'_> {
         Ok(Linear { name: module, weight, bias })
     }
 
+    fn rotary(&self, c: &DecoderConfig) -> Result<Rotary> {
+        let (theta, positions) = (c.rope_theta, c.max_position_embeddings);
+        let rotary = Rotary::new(c.head_dim, theta, &c.rope_scaling, positions, c.rope_layout)?;
+        match self.read {
+            Read::Weights => Ok(rotary),
+            Read::Headers => rotary.without_values(),
+        }
+    }
+
+    /// As f32.
     fn float(&self, name: &str, dims: &[usize]) -> Result<LazyTensor> {
-        self.dense(name, self.source.read(name, dims)?, DType::F32)
+        self.dense(name, dims, DType::F32)
     }
 
     fn matrix(&self, name: &str, dims: [usize; 2]) -> Result<Weight> {
-        let stored = self.source.read(name, &dims)?;
-        match (stored.encoding, self.base) {
+        match (self.source.encoding(name)?, self.base) {
             (Encoding::Blocks(format), BaseWeights::AsStored) => {
-                let ([rows, cols], len) = (dims, stored.bytes.len());
-                let blocks = LazyTensor::from_bytes(stored.bytes, DType::U8, &[len], self.device)?;
+                let ([rows, cols], blocks) = (dims, self.blocks(name, &dims)?);
                 Ok(Weight::Quantised { blocks, format, rows, cols })
             }
-            _ => Ok(Weight::Dense(self.dense(name, stored, self.base.dtype())?)),
+            _ => Ok(Weight::Dense(self.dense(name, &dims, self.base.dtype())?)),
         }
     }
 
-    fn dense(&self, name: &str, stored: StoredTensor, dtype: DType) -> Result<LazyTensor> {
-        if stored.encoding == Encoding::Dense(dtype) {
-            return LazyTensor::from_bytes(stored.bytes, dtype, &stored.shape, self.device);
-        }
-        LazyTensor::from_tensor(&self.source.dequantise(name, &stored, dtype)?)
+    /// As stored.
+    fn blocks(&self, name: &str, dims: &[usize]) -> Result<LazyTensor> {
+        self.source.check(name, dims)?;
+        let blocks = match self.read {
+            Read::Weights => {
+                let bytes = self.source.read(name)?.bytes;
+                let len = bytes.len();
+                LazyTensor::from_bytes(bytes, DType::U8, &[len], self.device)?
+            }
+            Read::Headers => {
+                let len = self.source.len_bytes(name)?;
+                LazyTensor::placeholder(&[len], DType::U8, self.device)?
+            }
+        };
+        Ok(blocks.named(name))
+    }
+
+    /// As floats of this type.
+    fn dense(&self, name: &str, dims: &[usize], dtype: DType) -> Result<LazyTensor> {
+        self.source.check(name, dims)?;
+        let weight = match self.read {
+            Read::Weights => {
+                let stored = self.source.read(name)?;
+                if stored.encoding == Encoding::Dense(dtype) {
+                    LazyTensor::from_bytes(stored.bytes, dtype, &stored.shape, self.device)?
+                } else {
+                    LazyTensor::from_tensor(&self.source.dequantise(name, &stored, dtype)?)?
+                }
+            }
+            Read::Headers => LazyTensor::placeholder(dims, dtype, self.device)?,
+        };
+        Ok(weight.named(name))
     }
 }

@@ -3,7 +3,7 @@
 use super::rope::{attention_factor, inverse_frequencies};
 use super::{LoRALayer, Weight};
 use crate::io::RopeScaling;
-use crate::{LazyTensor, Result};
+use crate::{DType, LazyTensor, Result};
 use metal_candle_graph::composite::RopeLayout;
 use std::sync::{Arc, OnceLock};
 
@@ -105,6 +105,17 @@ impl Rotary {
         Ok(Rotary { tables: Arc::default(), inverse, attention, positions, layout })
     }
 
+    /// With [placeholders](LazyTensor::placeholder) for tables, to be planned.
+    ///
+    /// # Errors
+    /// Where the tables cannot be addressed.
+    pub fn without_values(self) -> Result<Rotary> {
+        let dims = [self.positions, self.inverse.len()];
+        let table = || LazyTensor::placeholder(&dims, DType::F32, &crate::Device::Cpu);
+        let tables = [table()?.named("rope.cos"), table()?.named("rope.sin")];
+        Ok(Rotary { tables: Arc::new(OnceLock::from(tables)), ..self })
+    }
+
     fn tables(&self) -> Result<&[LazyTensor; 2]> {
         if let Some(tables) = self.tables.get() {
             return Ok(tables);
@@ -117,7 +128,7 @@ impl Rotary {
             let values: Vec<f32> = (0..positions * half).map(value).collect();
             LazyTensor::from_vec(values, &[positions, half], &crate::Device::Cpu)
         };
-        let tables = [table(f64::cos)?, table(f64::sin)?];
+        let tables = [table(f64::cos)?.named("rope.cos"), table(f64::sin)?.named("rope.sin")];
         // Another thread may have been faster: its are the same.
         Ok(self.tables.get_or_init(|| tables))
     }

@@ -7,7 +7,7 @@ use crate::io::LoraConfig;
 use crate::io::data::Batch;
 use crate::models::{Decoder, PackedInput};
 use crate::nn::LoRAAdapter;
-use crate::{Compiled, Device, LazyTensor, Result, compile, grad};
+use crate::{Compiled, DType, Device, LazyTensor, Outline, Result, compile, grad};
 use std::sync::Arc;
 
 /// What one step did.
@@ -28,6 +28,39 @@ pub struct StepCount {
     pub updates: usize,
     /// Steps, applied or not: with the seed, what dropout depends on.
     pub steps: usize,
+}
+
+/// The batches of one update.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StepShape {
+    /// Rows of a batch.
+    pub batch: usize,
+    /// Tokens of a row.
+    pub seq: usize,
+    /// Batches of an update.
+    pub accumulated: usize,
+    /// Whether a row may hold several documents.
+    pub packed: bool,
+}
+
+impl StepShape {
+    /// Placeholders for what follows the state, as [`TrainStep::arguments`] makes it.
+    fn arguments(self) -> Result<Vec<LazyTensor>> {
+        let hold = |dims: &[usize], dtype| LazyTensor::placeholder(dims, dtype, &Device::Cpu);
+        let dims = [self.batch, self.seq];
+        let mut args = vec![hold(&[], DType::F32)?; SCALARS - 1];
+        args.push(hold(&[], DType::I64)?);
+        for _ in 0..self.accumulated {
+            args.extend([hold(&dims, DType::U32)?, hold(&dims, DType::I64)?]);
+            if self.packed {
+                args.extend(vec![hold(&dims, DType::U32)?; 2]);
+            }
+        }
+        if self.accumulated > 1 {
+            args.extend(vec![hold(&[], DType::F32)?; self.accumulated]);
+        }
+        Ok(args)
+    }
 }
 
 /// An adapter in training: parameters, moments, and the compiled step that moves them.
@@ -75,10 +108,7 @@ impl TrainStep {
             }
         }
         let traced = Traced { decoder: Arc::clone(&decoder), adapter: adapter.clone(), n };
-        let step = traced.clone();
-        let step =
-            compile(move |args: &[LazyTensor]| step.step(&optimizer, max_gradient_norm, args))
-                .donate(0..3 * n);
+        let step = traced.clone().compiled(optimizer, max_gradient_norm);
         let diagnose = compile(move |args: &[LazyTensor]| {
             let (_, gradients) = traced.gradients(args)?;
             gradients.iter().map(|g| g.sqr()?.sum_all()).collect()
@@ -194,14 +224,41 @@ impl TrainStep {
         Ok(())
     }
 
-    /// The plan of a step on batches of these shapes, to be printed.
+    /// What a step on batches of this shape would run, and on what; nothing is allocated, and the
+    /// decoder's weights may be placeholders.
+    ///
+    /// # Errors
+    /// Where the adapter does not fit the decoder.
+    pub fn outline(
+        decoder: Arc<Decoder>,
+        adapter: &LoRAAdapter,
+        optimizer: AdamWConfig,
+        max_gradient_norm: f64,
+        shape: StepShape,
+    ) -> Result<Outline> {
+        let hold = |p: &LazyTensor| LazyTensor::placeholder(p.dims(), p.dtype(), &Device::Cpu);
+        let parameters = adapter.parameters();
+        let n = parameters.len();
+        let parameters = parameters.iter().map(hold).collect::<Result<Vec<_>>>()?;
+        let adapter = adapter.with_parameters(&parameters)?;
+        let mut args = [parameters.clone(), parameters.clone(), parameters].concat();
+        args.extend(shape.arguments()?);
+        Traced { decoder, adapter, n }.compiled(optimizer, max_gradient_norm).outline(&args)
+    }
+
+    /// The plan of a step on batches of this shape, to be printed.
     ///
     /// # Errors
     /// Where the step could not be traced.
-    pub fn plan(&self, batches: &[Batch]) -> Result<metal_candle_compiler::Plan> {
+    pub fn plan(&self, shape: StepShape) -> Result<metal_candle_compiler::Plan> {
         let mut args = self.state.clone();
-        args.extend(self.arguments(batches, 0.0)?);
+        args.extend(shape.arguments()?);
         self.step.plan(&args)
+    }
+
+    /// The scratch memory that its steps hold now: the arenas of the plans that ran.
+    pub fn allocated_arena_bytes(&self) -> usize {
+        self.step.allocated_arena_bytes()
     }
 
     fn parameters(&self) -> &[LazyTensor] {
@@ -274,6 +331,12 @@ impl Traced {
             });
         }
         Ok(sum.expect("metal-candle bug: a step without a batch"))
+    }
+
+    /// The whole step, its state donated.
+    fn compiled(self, optimizer: AdamWConfig, max_norm: f64) -> Compiled {
+        let state = 0..3 * self.n;
+        compile(move |args: &[LazyTensor]| self.step(&optimizer, max_norm, args)).donate(state)
     }
 
     fn step(

@@ -2,14 +2,14 @@
 
 use super::checkpoint::{self, Progress};
 use super::report::{Report, Window};
-use super::{AdamWConfig, LRScheduler, TrainStep};
+use super::{AdamWConfig, LRScheduler, StepShape, TrainStep};
 use crate::error::ErrorKind;
 use crate::fnv::Fnv;
 use crate::io::data::{Batch, BatchOptions, Batcher, Example, Order};
 use crate::io::file;
 use crate::models::Decoder;
 use crate::nn::LoRAAdapter;
-use crate::{Device, Plan, Result};
+use crate::{Device, Outline, Plan, Result};
 use serde_json::{Map, Value, json};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -74,6 +74,25 @@ impl Default for TrainingConfig {
             adapter_path: None,
             resume: false,
         }
+    }
+}
+
+impl TrainingConfig {
+    /// The largest batches of an update that these examples make, or any.
+    fn shape(&self, train: Option<&[Example]>) -> Result<StepShape> {
+        let (batch, seq) = match train {
+            Some(train) => self.batcher(train, Order::Shuffled { seed: self.seed })?.shapes()[0],
+            None => (self.batch_size, self.max_seq_length),
+        };
+        let accumulated = self.grad_accumulation_steps.max(1);
+        Ok(StepShape { batch, seq, accumulated, packed: self.packing })
+    }
+
+    fn batcher(&self, examples: &[Example], order: Order) -> Result<Batcher> {
+        let TrainingConfig { batch_size, max_seq_length, packing, .. } = *self;
+        let options = BatchOptions { batch_size, max_seq_length, order };
+        let new = if packing { Batcher::packed } else { Batcher::new };
+        new(examples.to_vec(), options).map_err(|e| ErrorKind::Data(e).into())
     }
 }
 
@@ -183,8 +202,26 @@ impl Trainer {
     /// # Errors
     /// Where they make no batch, or the step cannot be traced.
     pub fn plan(&self, train: &[Example]) -> Result<Plan> {
-        let largest = self.batches(train)?.largest();
-        self.step.plan(&vec![largest; self.config.grad_accumulation_steps.max(1)])
+        self.step.plan(self.config.shape(Some(train))?)
+    }
+
+    /// The step of a training with this configuration on the largest batches that `train` makes, or
+    /// without it on the largest that any data make within the model's context; nothing is allocated, and the decoder's
+    /// weights may be placeholders.
+    ///
+    /// # Errors
+    /// As [`Trainer::plan`].
+    pub fn outline(
+        decoder: Arc<Decoder>,
+        adapter: &LoRAAdapter,
+        config: &TrainingConfig,
+        train: Option<&[Example]>,
+    ) -> Result<Outline> {
+        let mut shape = config.shape(train)?;
+        if train.is_none() {
+            shape.seq = shape.seq.min(decoder.config.max_position_embeddings);
+        }
+        TrainStep::outline(decoder, adapter, config.optimizer, config.max_gradient_norm, shape)
     }
 
     /// The batches that these examples make, from the first one on.
@@ -283,10 +320,7 @@ impl Trainer {
     }
 
     fn batcher(&self, examples: &[Example], order: Order) -> Result<Batcher> {
-        let TrainingConfig { batch_size, max_seq_length, packing, .. } = self.config;
-        let options = BatchOptions { batch_size, max_seq_length, order };
-        let new = if packing { Batcher::packed } else { Batcher::new };
-        new(examples.to_vec(), options).map_err(|e| ErrorKind::Data(e).into())
+        self.config.batcher(examples, order)
     }
 
     /// What a run that goes on must have in common with the one that stopped.

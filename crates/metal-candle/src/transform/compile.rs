@@ -31,6 +31,24 @@ pub struct Compiled {
     traced: Mutex<Vec<Arc<Traced>>>,
 }
 
+/// A plan before there is any memory for it: what would run, and on what.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Outline {
+    /// What would run.
+    pub plan: Plan,
+    /// One for each of the plan's inputs.
+    pub inputs: Vec<InputSource>,
+}
+
+/// Where an input of a plan comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum InputSource {
+    /// The argument at this position.
+    Argument(usize),
+    /// A tensor that the function holds, by its name if it has one.
+    Captured(Option<String>),
+}
+
 /// Traces kept of one function: shapes beyond that are traced anew, the least recently used first.
 const CAPACITY: usize = 32;
 
@@ -95,7 +113,33 @@ impl Compiled {
     /// Those of the function when it is traced.
     #[track_caller]
     pub fn plan(&self, args: &[LazyTensor]) -> Result<Plan> {
-        Ok(self.traced(args)?.executable.plan().clone())
+        Ok(self.outline(args)?.plan)
+    }
+
+    /// The plan for arguments of these types, and what each of its inputs is. Nothing is run and no
+    /// memory of the plan's is allocated: arguments, and what the function captures, may be
+    /// [placeholders](LazyTensor::placeholder).
+    ///
+    /// # Errors
+    /// Those of the function when it is traced.
+    #[track_caller]
+    pub fn outline(&self, args: &[LazyTensor]) -> Result<Outline> {
+        let (plan, _, trace) = self.planned(args)?;
+        let source = |(leaf, handle): (&Leaf, &LazyTensor)| match leaf {
+            Leaf::Argument(i) => InputSource::Argument(*i as usize),
+            Leaf::Value(_) | Leaf::Placeholder(_) | Leaf::Detached => {
+                InputSource::Captured(handle.name().map(str::to_owned))
+            }
+        };
+        let inputs = trace.leaves.iter().zip(trace.inputs()).map(source).collect();
+        Ok(Outline { plan, inputs })
+    }
+
+    /// The scratch memory that is held now: [`Plan::arena_bytes`] of every shape that was called,
+    /// once for each call in flight.
+    pub fn allocated_arena_bytes(&self) -> usize {
+        let traced = self.traced.lock().unwrap_or_else(PoisonError::into_inner);
+        traced.iter().map(|t| t.executable.allocated_arena_bytes()).sum()
     }
 
     #[track_caller]
@@ -123,6 +167,18 @@ impl Compiled {
 
     #[track_caller]
     fn trace(&self, args: &[LazyTensor]) -> Result<Traced> {
+        let (plan, results, trace) = self.planned(args)?;
+        Ok(Traced {
+            types: args.iter().map(LazyTensor::ty).collect(),
+            executable: Arc::new(Executable::new(plan).at_caller()?),
+            inputs: trace.leaves,
+            results,
+        })
+    }
+
+    /// The plan, the types of the results, and what was traced.
+    #[track_caller]
+    fn planned(&self, args: &[LazyTensor]) -> Result<(Plan, Vec<TensorType>, Trace)> {
         if let Some(donated) = self.donated.iter().copied().find(|d| *d >= args.len()) {
             return Err(Error::from(ErrorKind::DonatedArgument { donated, got: args.len() }));
         }
@@ -131,20 +187,16 @@ impl Compiled {
             |(i, x): (usize, &LazyTensor)| LazyTensor::argument(i as u32, x.ty(), device);
         let placeholders: Vec<LazyTensor> = args.iter().enumerate().map(placeholder).collect();
         let outputs = (self.f)(&placeholders)?;
-        let Trace { graph, leaves, .. } = trace(&outputs.iter().collect::<Vec<_>>(), false);
-        let donated: Vec<bool> = leaves
+        let trace = trace(&outputs.iter().collect::<Vec<_>>(), false);
+        let donated: Vec<bool> = trace
+            .leaves
             .iter()
             .map(|leaf| matches!(leaf, Leaf::Argument(i) if self.donated.contains(&(*i as usize))))
             .collect();
-        let plan = metal_candle_compiler::plan(&graph, device.target(), &donated)
+        let plan = metal_candle_compiler::plan(&trace.graph, device.target(), &donated)
             .map_err(metal_candle_runtime::Error::from)
             .at_caller()?;
-        Ok(Traced {
-            types: args.iter().map(LazyTensor::ty).collect(),
-            executable: Arc::new(Executable::new(plan).at_caller()?),
-            inputs: leaves,
-            results: outputs.iter().map(LazyTensor::ty).collect(),
-        })
+        Ok((plan, outputs.iter().map(LazyTensor::ty).collect(), trace))
     }
 }
 
@@ -157,14 +209,15 @@ impl Traced {
             buffers.push(Some(arg.into_buffer()?));
         }
         let input = |leaf: &Leaf| match leaf {
-            Leaf::Value(buffer) => buffer.clone(),
+            Leaf::Value(buffer) => Ok(buffer.clone()),
+            Leaf::Placeholder(ty) => Err(ErrorKind::PlaceholderValue { ty: *ty }),
             // Each argument is one input of the plan, so its memory is handed on, not shared.
-            Leaf::Argument(i) => buffers[*i as usize]
+            Leaf::Argument(i) => Ok(buffers[*i as usize]
                 .take()
-                .expect("metal-candle bug: an argument is two inputs of its plan"),
+                .expect("metal-candle bug: an argument is two inputs of its plan")),
             Leaf::Detached => panic!("metal-candle bug: a detached input in a compiled function"),
         };
-        Ok(self.inputs.iter().map(input).collect())
+        self.inputs.iter().map(input).collect::<std::result::Result<_, _>>().at_caller()
     }
 
     fn results(&self, values: Vec<Buffer>) -> Vec<LazyTensor> {

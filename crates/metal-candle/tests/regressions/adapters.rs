@@ -20,7 +20,8 @@ fn trained() -> LoRAAdapter {
     let optimizer = AdamWConfig::default();
     let mut step = TrainStep::new(decoder, lora, optimizer, 1.0, 0, &Device::Cpu).unwrap();
     let labels = vec![40, 7, 7, 90, 13, -100];
-    let batch = Batch { ids: TOKENS.to_vec(), labels, batch: 1, seq: 6, trained: 5 };
+    let batch =
+        Batch { ids: TOKENS.to_vec(), labels, batch: 1, seq: 6, trained: 5, documents: None };
     for _ in 0..3 {
         assert!(step.run(&batch, 1e-2).unwrap().applied);
     }

@@ -199,12 +199,6 @@ impl Batcher {
         }
     }
 
-    /// A batch of the largest shape with nothing in it, to plan with.
-    pub fn largest(&self) -> Batch {
-        let seq = self.widths[self.widths.len() - 1];
-        Batch::blank(self.options.batch_size, seq, self.packed)
-    }
-
     fn plan_epoch(&self, epoch: u64) -> Vec<Vec<Row>> {
         let mut order: Vec<usize> = (0..self.examples.len()).collect();
         if let Order::Shuffled { seed } = self.options.order {

@@ -4,7 +4,7 @@
 //! embedding pairs neighbours. They are put back on loading, so that module names, adapters and
 //! PEFT files mean the same as anywhere else.
 
-use super::{GgufFile, Problem, StoredTensor, gguf_name, hf_name};
+use super::{GgufFile, Problem, StoredTensor, TensorInfo, gguf_name, hf_name};
 use crate::io::{DecoderConfig, Result, RopeLayout};
 
 /// What llama.cpp does to the rows of q and k.
@@ -134,7 +134,15 @@ impl GgufFile {
     /// # Errors
     /// [`Problem::WeightName`], [`Problem::NoTensor`].
     pub fn weight_shape(&self, name: &str) -> Result<&[usize]> {
-        Ok(&self.tensor(&self.stored_name(name)?)?.shape)
+        Ok(&self.weight_info(name)?.shape)
+    }
+
+    /// Where one weight lies and how, by Hugging Face's name; rows are in the file's order.
+    ///
+    /// # Errors
+    /// [`Problem::WeightName`], [`Problem::NoTensor`].
+    pub fn weight_info(&self, name: &str) -> Result<&TensorInfo> {
+        self.tensor(&self.stored_name(name)?)
     }
 
     fn stored_name(&self, name: &str) -> Result<String> {

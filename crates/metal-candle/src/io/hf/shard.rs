@@ -86,6 +86,11 @@ impl Shard {
         }
     }
 
+    pub(super) fn len_bytes(&self, name: &str) -> Result<usize> {
+        let (start, end) = self.info(name)?.data_offsets;
+        Ok(end - start)
+    }
+
     pub(super) fn read(&self, name: &str) -> Result<StoredTensor> {
         let (info, dtype) = (self.info(name)?, self.dtype(name)?);
         let (start, end) = info.data_offsets;

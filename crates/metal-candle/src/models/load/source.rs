@@ -1,6 +1,6 @@
 //! Weights by Hugging Face's names, whatever holds them.
 
-use crate::io::gguf::{GgufFile, StoredTensor};
+use crate::io::gguf::{Encoding, GgufFile, StoredTensor};
 use crate::io::{self, HfFolder};
 use crate::{DType, Result};
 use candle_core::Tensor;
@@ -14,18 +14,34 @@ pub(super) enum WeightSource<'a> {
 }
 
 impl WeightSource<'_> {
-    /// One weight, if it has these dims; its shape is looked at before anything is read.
-    pub(super) fn read(&self, name: &str, dims: &[usize]) -> Result<StoredTensor> {
+    /// Whether a weight has these dims, by the header.
+    pub(super) fn check(&self, name: &str, dims: &[usize]) -> Result<()> {
         let (path, shape) = self.shape(name)?;
-        if shape != dims {
-            return Err(io::Error::WeightShape {
-                path: path.to_owned(),
-                tensor: name.to_owned(),
-                expected: dims.to_vec(),
-                got: shape.to_vec(),
-            }
-            .into());
+        if shape == dims {
+            return Ok(());
         }
+        let (path, tensor) = (path.to_owned(), name.to_owned());
+        let (expected, got) = (dims.to_vec(), shape.to_vec());
+        Err(io::Error::WeightShape { path, tensor, expected, got }.into())
+    }
+
+    /// How a weight is stored, by the header.
+    pub(super) fn encoding(&self, name: &str) -> Result<Encoding> {
+        Ok(match self {
+            WeightSource::Gguf(file) => file.weight_info(name)?.encoding,
+            WeightSource::Folder(folder) => Encoding::Dense(folder.weight_dtype(name)?),
+        })
+    }
+
+    /// What a weight takes in the file, by the header.
+    pub(super) fn len_bytes(&self, name: &str) -> Result<usize> {
+        Ok(match self {
+            WeightSource::Gguf(file) => file.weight_info(name)?.len_bytes,
+            WeightSource::Folder(folder) => folder.weight_len_bytes(name)?,
+        })
+    }
+
+    pub(super) fn read(&self, name: &str) -> Result<StoredTensor> {
         Ok(match self {
             WeightSource::Gguf(file) => file.weight(name)?,
             WeightSource::Folder(folder) => folder.weight(name)?,

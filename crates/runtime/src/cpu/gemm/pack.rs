@@ -287,9 +287,9 @@ unsafe fn transpose<W: Copy>(
         return unsafe { avx512::transpose(tile.as_ptr().cast(), to.cast(), stride, width, steps) };
     }
     for step in 0..steps {
-        for lane in 0..width {
+        for (lane, row) in tile[..width].iter().enumerate() {
             // SAFETY: the caller's promise.
-            unsafe { *to.add(step * stride + lane) = tile[lane][step] };
+            unsafe { *to.add(step * stride + lane) = row[step] };
         }
     }
 }

@@ -1,44 +1,6 @@
-//! The command from outside: what it prints, where, and with which exit code. No model is needed.
+//! What needs no model: what is printed, where, and with which exit code.
 
-use std::path::Path;
-use std::process::{Command, Output};
-
-fn run(args: &[&str]) -> Output {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_metal-candle"));
-    command.args(args).env_remove("RUST_BACKTRACE").output().unwrap()
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8(bytes.to_vec()).unwrap()
-}
-
-/// Exit code 1, nothing on standard output, and one line that contains `parts`.
-#[track_caller]
-fn fails(args: &[&str], parts: &[&str]) {
-    let output = run(args);
-    let stderr = text(&output.stderr);
-    assert_eq!(output.status.code(), Some(1), "{stderr}");
-    assert_eq!(text(&output.stdout), "");
-    assert!(stderr.starts_with("error: ") && stderr.trim_end().lines().count() == 1, "{stderr}");
-    for part in parts {
-        assert!(stderr.contains(part), "{part:?} is not in {stderr:?}");
-    }
-}
-
-/// Exit code 2, and a message that contains `part`.
-#[track_caller]
-fn is_no_usage(args: &[&str], part: &str) {
-    let output = run(args);
-    let stderr = text(&output.stderr);
-    assert_eq!(output.status.code(), Some(2), "{stderr}");
-    assert!(stderr.contains(part), "{part} is not in {stderr:?}");
-}
-
-fn write(folder: &Path, name: &str, content: &[u8]) -> String {
-    let path = folder.join(name);
-    std::fs::write(&path, content).unwrap();
-    path.to_str().unwrap().to_owned()
-}
+use crate::{fails, is_no_usage, run, text, write};
 
 #[test]
 fn a_model_that_is_not_there_is_one_line_with_its_path() {

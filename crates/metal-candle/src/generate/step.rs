@@ -1,0 +1,106 @@
+//! What one step computes, and the arguments that it takes.
+
+use super::KVCache;
+use crate::models::{CacheInput, Decoder, PaddedRows};
+use crate::nn::ApplyAdapter;
+use crate::{Compiled, DType, Device, LazyTensor, Outline, Result, compile};
+use std::sync::Arc;
+
+/// Prompts are padded to a multiple of this many tokens, so that few plans serve all lengths.
+pub(super) const PREFILL_BUCKET: usize = 32;
+
+/// The sizes of one step, to be planned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DecodeShape {
+    /// Texts at once.
+    pub batch: usize,
+    /// New tokens of each: 1, or those of a prompt.
+    pub tokens: usize,
+    /// Positions of the cache.
+    pub capacity: usize,
+}
+
+/// Arguments before keys and values.
+const ONE_ARGS: usize = 3;
+const MANY_ARGS: usize = 5;
+
+/// One text: `[ids [1, t], position, last, k.., v..]` give `[logits of token last, k.., v..]`, the
+/// cache updated in place.
+pub(super) fn one(decoder: Arc<Decoder>) -> Compiled {
+    let layers = decoder.config.num_layers;
+    let step = move |args: &[LazyTensor]| {
+        let (keys, values) = args[ONE_ARGS..].split_at(layers);
+        let cache = CacheInput { keys, values, position: &args[1] };
+        let (hidden, keys, values) = decoder.hidden_cached(&args[0], cache, decoder.adapter())?;
+        // Only one position's logits are wanted: [1, t, hidden] -> [1, 1, hidden] -> [vocabulary]
+        let last = hidden.dynamic_slice(1, &args[2], 1)?;
+        let logits = decoder.logits(&last)?.reshape(&[decoder.config.vocab_size])?;
+        Ok([vec![logits], keys, values].concat())
+    };
+    compile(step).donate(ONE_ARGS..ONE_ARGS + 2 * layers)
+}
+
+/// Several texts, padded on the left, so that the last token of each is the last one: `[ids [b, t],
+/// position, positions [b, t], queries [b, t], keys [b, capacity], k.., v..]` give `[logits [b,
+/// vocabulary], k.., v..]`.
+pub(super) fn many(decoder: Arc<Decoder>) -> Compiled {
+    let layers = decoder.config.num_layers;
+    let step = move |args: &[LazyTensor]| {
+        let (keys, values) = args[MANY_ARGS..].split_at(layers);
+        let cache = CacheInput { keys, values, position: &args[1] };
+        let rows = PaddedRows { positions: &args[2], queries: &args[3], keys: &args[4] };
+        let (hidden, keys, values) =
+            decoder.hidden_padded(&args[0], cache, rows, decoder.adapter())?;
+        let [b, t] = [args[0].dims()[0], args[0].dims()[1]];
+        let logits = decoder.logits(&hidden.narrow(1, t - 1, 1)?)?;
+        let logits = logits.reshape(&[b, decoder.config.vocab_size])?;
+        Ok([vec![logits], keys, values].concat())
+    };
+    compile(step).donate(MANY_ARGS..MANY_ARGS + 2 * layers)
+}
+
+/// What a step of this shape would run, and on what; nothing is allocated.
+pub(super) fn outline(decoder: Arc<Decoder>, shape: DecodeShape) -> Result<Outline> {
+    let c = decoder.config.clone();
+    let DecodeShape { batch, tokens, capacity } = shape;
+    let hold = |dims: &[usize], dtype| LazyTensor::placeholder(dims, dtype, &Device::Cpu);
+    let ids = hold(&[batch, tokens], DType::U32)?;
+    let position = hold(&[], DType::I64)?;
+    let mut args = match batch {
+        1 => vec![ids, position.clone(), position],
+        _ => {
+            let [row, all] =
+                [hold(&[batch, tokens], DType::U32)?, hold(&[batch, capacity], DType::U8)?];
+            vec![ids, position, row, hold(&[batch, tokens], DType::U8)?, all]
+        }
+    };
+    let cache = [batch, capacity, c.num_kv_heads, c.head_dim];
+    for _ in 0..2 * c.num_layers {
+        args.push(hold(&cache, DType::F32)?);
+    }
+    let step = if batch == 1 { one(decoder) } else { many(decoder) };
+    step.outline(&args)
+}
+
+/// The arguments of [`one`]; keys and values are taken out of the cache.
+pub(super) fn arguments(ids: &[u32], cache: &mut KVCache) -> Result<Vec<LazyTensor>> {
+    let padded = match ids.len() {
+        1 => 1,
+        n => n.next_multiple_of(PREFILL_BUCKET).min(cache.capacity() - cache.len()),
+    };
+    // Padding stands after the prompt: nothing that counts sees it, and later tokens overwrite it.
+    let mut row = ids.to_vec();
+    row.resize(padded, 0);
+    let mut args = vec![
+        LazyTensor::from_vec(row, &[1, padded], &Device::Cpu)?,
+        scalar(cache.len())?,
+        scalar(ids.len() - 1)?,
+    ];
+    args.append(&mut cache.keys);
+    args.append(&mut cache.values);
+    Ok(args)
+}
+
+pub(super) fn scalar(value: usize) -> Result<LazyTensor> {
+    LazyTensor::from_vec(vec![value as i64], &[], &Device::Cpu)
+}
