@@ -131,7 +131,6 @@ fn side_by_side(before: &Sample, after: &Sample) -> String {
 fn metal_candle(command: &str, model: &Path) -> Command {
     let mut run = cargo();
     run.args(["run", "--quiet", "--release", "--package", "metal-candle-cli", "--", command]);
-    // f32 is what computes fastest today; the model is small.
-    run.args([OsStr::new("--dequantize"), OsStr::new("--model"), model.as_os_str()]);
+    run.args([OsStr::new("--model"), model.as_os_str()]);
     run
 }
