@@ -1,4 +1,4 @@
-//! The CPU: fused kernels are interpreted in tiles, library calls are plain Rust and the `gemm` crate.
+//! The CPU: fused kernels are interpreted in tiles, library calls are plain Rust, products our own.
 //!
 //! ```text
 //! kernel ─ the tile interpreter
