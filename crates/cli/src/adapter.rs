@@ -1,6 +1,6 @@
 //! `metal-candle adapter`
 
-use crate::model::ModelSource;
+use crate::model::locate;
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 use metal_candle::io::{AdapterFormat, adapter};
@@ -24,9 +24,10 @@ pub(crate) struct ConvertArgs {
     /// A folder, or a file for gguf
     #[arg(long)]
     save_path: PathBuf,
-    // The base: needed from and to gguf, and to make sure that the adapter fits.
-    #[command(flatten)]
-    model: Option<ModelSource>,
+    /// The base: needed from and to gguf, and to make sure that the adapter fits; a GGUF file, a
+    /// folder, or a name on the hub
+    #[arg(long)]
+    model: Option<String>,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -48,7 +49,7 @@ pub(crate) fn run(command: &Command) -> Result<()> {
 fn convert(args: &ConvertArgs) -> Result<()> {
     let ConvertArgs { adapter_path: from, save_path: to, model, .. } = args;
     let base = match model {
-        Some(model) => Some(decoder_config(&model.path()?)?),
+        Some(model) => Some(decoder_config(&locate(model, None, "main")?)?),
         None => None,
     };
     let from_format = AdapterFormat::detect(from)?;

@@ -131,7 +131,9 @@ impl Row {
             std::hint::black_box(results[0].eval().expect("a result"));
             start.elapsed()
         };
-        (0..3).for_each(|_| drop(once()));
+        for _ in 0..3 {
+            once();
+        }
         let (mut times, start) = (Vec::new(), Instant::now());
         while times.len() < 7 || start.elapsed() < Duration::from_secs(1) && times.len() < 20_000 {
             times.push(once());

@@ -232,19 +232,6 @@ fn whatever_takes_a_model_takes_its_name() {
 }
 
 #[test]
-fn a_base_that_is_left_out_or_half_said() {
-    let shared = Path::new(env!("CARGO_MANIFEST_DIR")).join("../metal-candle/tests/data/adapters");
-    let folder = tempfile::tempdir().unwrap();
-    let (adapter, to) = (shared.join("peft"), folder.path().join("mlx"));
-    let paths = ["--adapter-path", adapter.to_str().unwrap(), "--save-path", to.to_str().unwrap()];
-    let args = [&["adapter", "convert", "--to", "mlx"][..], &paths].concat();
-    succeeded(command(&args).output().unwrap());
-    let output = command(&[&args[..], &["--revision", "v1"]].concat()).output().unwrap();
-    assert_eq!(output.status.code(), Some(2), "{}", text(&output.stderr));
-    assert!(text(&output.stderr).contains("--model"), "{}", text(&output.stderr));
-}
-
-#[test]
 fn what_is_neither_here_nor_there_says_so() {
     let folder = tempfile::tempdir().unwrap();
     let hub = Hub::serve([("tiny.gguf", vec![1, 2, 3])].into(), Some("secret"));

@@ -5,7 +5,7 @@ use crate::tiny::Tiny;
 use metal_candle::Device;
 use metal_candle::io::data::{Dataset, Example};
 use metal_candle::io::gguf::GgufFile;
-use metal_candle::io::{PeftAdapter, Tokenizer};
+use metal_candle::io::{PeftAdapter, Tokenizer, adapter};
 use metal_candle::models::{BaseWeights, load_decoder, load_gguf};
 use metal_candle::nn::LoRAAdapter;
 use metal_candle::train::{Trainer, TrainingConfig};
@@ -158,16 +158,18 @@ fn a_broken_tokenizer_is_read_or_refused() {
 fn a_broken_adapter_is_read_or_refused() {
     for name in ["adapter_config.json", "adapter_model.safetensors"] {
         let folder = copy("peft_adapter", &["adapter_config.json", "adapter_model.safetensors"]);
+        let base = PeftAdapter::load(folder.path()).unwrap().modules;
+        let base = base.into_iter().map(|(name, p)| (name, [p.outputs, p.inputs])).collect();
         let path = folder.path().join(name);
         check(&path, 300, || {
-            let adapter = PeftAdapter::load(folder.path()).map_err(metal_candle::Error::from);
-            match adapter.and_then(|adapter| LoRAAdapter::from_peft(adapter, &Device::Cpu)) {
+            let adapter = adapter::load(folder.path(), None).map_err(|error| {
                 // Two files make an adapter: where they contradict each other the folder is named.
-                Err(error) if said(&error).contains(&folder.path().display().to_string()) => {
-                    Err(format!("{error} {}", path.display()))
-                }
-                other => other.map(drop).map_err(said),
-            }
+                let of_both = error.to_string().contains(&folder.path().display().to_string());
+                if of_both { format!("{error} {}", path.display()) } else { error.to_string() }
+            })?;
+            let named = |error: &dyn std::fmt::Display| format!("{}: {error}", path.display());
+            adapter.check_base(&base).map_err(|problem| named(&problem))?;
+            LoRAAdapter::from_peft(adapter, &Device::Cpu).map(drop).map_err(said)
         });
     }
 }
