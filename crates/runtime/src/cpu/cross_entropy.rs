@@ -40,10 +40,10 @@ pub(crate) fn call(
     let (losses, grad_x) =
         (losses.then(|| outs.next()).flatten(), grad_x.then(|| outs.next()).flatten());
     for_float!(x.dtype(), T => {
-        let it = Linear::<T>::new("linear_cross_entropy", x, weight, labels, attrs)?;
-        it.forward(losses, grad_x, parallel);
-    });
-    Ok(())
+        Linear::<T>::with("linear_cross_entropy", x, weight, labels, attrs, |it| {
+            it.forward(losses, grad_x, parallel);
+        })
+    })
 }
 
 /// `args = [dy, x, weight, labels]`
@@ -58,17 +58,16 @@ pub(crate) fn call_grad_weight(
     };
     for_float!(x.dtype(), T => {
         let op = "linear_cross_entropy_grad_weight";
-        Linear::<T>::new(op, x, weight, labels, attrs)?.grad_weight(dy, out, parallel);
-    });
-    Ok(())
+        Linear::<T>::with(op, x, weight, labels, attrs, |it| it.grad_weight(dy, out, parallel))
+    })
 }
 
 struct Linear<'a, T: Float> {
     weight: Weight<'a, T>,
     /// The rows that count: where they are, their labels, and x itself, `[rows, d]`.
-    rows: Vec<usize>,
-    labels: Vec<usize>,
-    x: Vec<T::Acc>,
+    rows: &'a [i64],
+    labels: &'a [i64],
+    x: &'a [T::Acc],
     n: usize,
     classes: usize,
     d: usize,
@@ -206,25 +205,37 @@ fn rescale<A: Real>(from: A, to: A) -> A {
 }
 
 impl<'a, T: Float> Linear<'a, T> {
-    fn new(
+    /// Gives `f` the rows that count.
+    fn with(
         op: &'static str,
-        x: &Arg<'a>,
-        weight: &Arg<'a>,
-        labels: &Arg<'a>,
+        x: &Arg,
+        weight: &Arg,
+        labels: &Arg,
         attrs: &CrossEntropyAttrs,
-    ) -> Result<Linear<'a, T>> {
+        f: impl FnOnce(&Linear<T>),
+    ) -> Result<()> {
         let x = x.read::<T>();
         let [n, d] = extents(x.shape());
         let weight = Weight::new(op, &x, weight, attrs);
         let classes = weight.classes();
         assert_eq!(labels.shape().dims(), [n], "metal-candle bug: {op} of {}", x.shape());
-        let (rows, labels) = counted(op, labels, classes, attrs.ignore_index)?;
-        let mut packed = vec![T::Acc::ZERO; rows.len() * d];
-        for (to, row) in packed.chunks_exact_mut(d.max(1)).zip(&rows) {
-            x.row(*row).widen_to(to);
-        }
         let epsilon = attrs.label_smoothing.as_f64();
-        Ok(Linear { weight, rows, labels, x: packed, n, classes, d, epsilon })
+        scratch::split([n, n], |[rows, found]: [&mut [i64]; 2]| {
+            let count = counted(op, labels, classes, attrs.ignore_index, rows, found)?;
+            let (rows, labels) = (&rows[..count], &found[..count]);
+            scratch::with(count * d, |packed: &mut [T::Acc]| {
+                for (to, row) in packed.chunks_exact_mut(d.max(1)).zip(rows) {
+                    x.row(*row as usize).widen_to(to);
+                }
+                f(&Linear { weight, rows, labels, x: packed, n, classes, d, epsilon });
+            });
+            Ok(())
+        })
+    }
+
+    /// The label of a row that counts.
+    fn label(&self, row: usize) -> usize {
+        self.labels[row] as usize
     }
 
     fn forward(&self, losses: Option<&mut Out>, grad_x: Option<&mut Out>, parallel: bool) {
@@ -241,7 +252,7 @@ impl<'a, T: Float> Linear<'a, T> {
             let block = start..(start + ROWS).min(self.rows.len());
             self.block(block.clone(), d, parallel, |sums| {
                 for (r, row) in block.enumerate() {
-                    let at = self.rows[row];
+                    let at = self.rows[row] as usize;
                     if let Some(losses) = &mut losses {
                         losses[at] = self.loss(sums, r);
                     }
@@ -270,7 +281,7 @@ impl<'a, T: Float> Linear<'a, T> {
         grad.copy_from_slice(&sums.weighted[r * d..(r + 1) * d]);
         T::Acc::scale_all(grad, T::Acc::from_f64(1.0) / sums.sum[r]);
         scratch::with(d, |wide: &mut [T::Acc]| {
-            let label = self.labels[row];
+            let label = self.label(row);
             let weight = match self.weight {
                 Weight::Dense(w) => w.row_range(label, 1).packed(wide),
                 Weight::Blocks(w) => w.dense_rows(label..label + 1, wide),
@@ -315,7 +326,7 @@ impl<'a, T: Float> Linear<'a, T> {
         scratch::split([rows * cols, wide], |[logits, wide]: [&mut [T::Acc]; 2]| {
             let weight = self.logits(block.clone(), classes.clone(), logits, wide);
             for (r, logits) in logits.chunks_exact_mut(cols).enumerate() {
-                let label = self.labels[block.start + r];
+                let label = self.label(block.start + r);
                 if classes.contains(&label) {
                     sums.picked[r] = logits[label - classes.start];
                 }
@@ -365,7 +376,7 @@ impl<'a, T: Float> Linear<'a, T> {
         assert_eq!(out.shape().dims(), [self.classes, d], "metal-candle bug: grad_weight");
         let dy = dy.read::<T::Acc>();
         assert_eq!(dy.shape().dims(), [self.n], "metal-candle bug: grad_weight");
-        let dy: Vec<T::Acc> = self.rows.iter().map(|row| dy.row(0).get(*row)).collect();
+        let dy: Vec<T::Acc> = self.rows.iter().map(|row| dy.row(0).get(*row as usize)).collect();
         let mut logsumexp = Vec::with_capacity(n);
         for start in (0..n).step_by(ROWS) {
             self.block(start..(start + ROWS).min(n), 0, parallel, |sums| {
@@ -412,7 +423,7 @@ impl<'a, T: Float> Linear<'a, T> {
             if self.epsilon != 0.0 {
                 logits.iter_mut().for_each(|p| *p = *p - miss);
             }
-            let label = self.labels[row];
+            let label = self.label(row);
             if classes.contains(&label) {
                 let p = &mut logits[label - classes.start];
                 *p = *p - hit;
@@ -427,28 +438,31 @@ fn extents(shape: &metal_candle_graph::Shape) -> [usize; 2] {
     dims.try_into().unwrap_or_else(|_| panic!("metal-candle bug: cross-entropy of {shape}"))
 }
 
-/// The rows whose label is not `ignored`, and their labels.
+/// Writes the rows whose label is not `ignored`, and their labels; gives their number.
 fn counted(
     op: &'static str,
     labels: &Arg,
     classes: usize,
     ignored: Option<i64>,
-) -> Result<(Vec<usize>, Vec<usize>)> {
-    let (mut rows, mut found) = (Vec::new(), Vec::new());
+    rows: &mut [i64],
+    found: &mut [i64],
+) -> Result<usize> {
+    let mut count = 0;
     for_index!(labels.dtype(), I => {
         for (position, label) in labels.read::<I>().row(0).iter().enumerate() {
             let label = label.widen();
             if ignored == Some(label) {
                 continue;
             }
-            let within = usize::try_from(label).ok().filter(|label| *label < classes);
-            let out_of_range =
-                Error::IndexOutOfRange { op, index: label, extent: classes, position };
-            found.push(within.ok_or(out_of_range)?);
-            rows.push(position);
+            if usize::try_from(label).is_ok_and(|label| label < classes) {
+                (rows[count], found[count]) = (position as i64, label);
+                count += 1;
+            } else {
+                return Err(Error::IndexOutOfRange { op, index: label, extent: classes, position });
+            }
         }
     });
-    Ok((rows, found))
+    Ok(count)
 }
 
 /// `to += Σ rows of from`
