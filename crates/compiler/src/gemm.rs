@@ -70,34 +70,41 @@ fn scaled_by(a: &Analysis, id: NodeId) -> Option<(Located, f64)> {
     }
 }
 
-/// A GEMM result that only `reader` reads, element for element.
-fn sole_gemm(a: &Analysis, gemms: &Gemms, operand: Located, reader: NodeId) -> Option<NodeId> {
+/// A product, quantised ones included, that only `reader` reads, element for element.
+fn sole_product(a: &Analysis, gemms: &Gemms, operand: Located, reader: NodeId) -> Option<NodeId> {
     let base = operand.base;
     // In whatever shape: a batch of rows is one product of all of them.
     let len = a.node(base).shape().len();
     let whole = operand.layout.is_contiguous() && operand.layout.shape.len() == len;
     let same_dtype = a.node(base).ty.dtype == a.node(reader).ty.dtype;
     let sole = a.uses[base.index()] == 1 && whole && same_dtype;
-    (sole && gemms.contains_key(&base)).then_some(base)
+    let quantised = matches!(a.node(base).op, Operation::QuantDot { .. });
+    (sole && (quantised || gemms.contains_key(&base))).then_some(base)
 }
 
 fn absorb_scale(a: &mut Analysis, id: NodeId, gemms: &mut Gemms) {
     let Some((x, scale)) = scaled_by(a, id) else { return };
-    let Some(base) = sole_gemm(a, gemms, x, id) else { return };
-    if gemms[&base].addend.is_none() {
+    let Some(base) = sole_product(a, gemms, x, id) else { return };
+    if starts_from_nothing(gemms, base) {
         move_result(a, gemms, base, id, |gemm| gemm.alpha *= scale);
     }
 }
 
+/// Whether this is a GEMM whose scale and addend are still free; a quantised product has neither.
+fn starts_from_nothing(gemms: &Gemms, id: NodeId) -> bool {
+    gemms.get(&id).is_some_and(|gemm| gemm.addend.is_none())
+}
+
 fn absorb_addend(a: &mut Analysis, id: NodeId, gemms: &mut Gemms) {
     let (l, r) = (a.operand(id, 0), a.operand(id, 1));
-    let (Some(left), Some(right)) = (sole_gemm(a, gemms, l, id), sole_gemm(a, gemms, r, id)) else {
-        return;
-    };
+    let (left, right) = (sole_product(a, gemms, l, id), sole_product(a, gemms, r, id));
+    let (Some(left), Some(right)) = (left, right) else { return };
     // The product that starts from nothing accumulates onto the other; the later one can wait.
-    let (onto, product) = if gemms[&right].addend.is_none() && left < right {
+    let (onto, product) = if starts_from_nothing(gemms, right)
+        && (left < right || !starts_from_nothing(gemms, left))
+    {
         (left, right)
-    } else if gemms[&left].addend.is_none() {
+    } else if starts_from_nothing(gemms, left) {
         (right, left)
     } else {
         return;

@@ -94,6 +94,14 @@ fn lora_accumulates_onto_the_base_product() {
 }
 
 #[test]
+fn lora_accumulates_onto_a_quantised_base_product_too() {
+    let plan = planned(&quantised_lora_forward(), &[]);
+    let labels: Vec<&str> = plan.steps.iter().map(|step| &*step.label).collect();
+    assert_eq!(labels, ["quant_gemm", "matmul", "matmul+add"]);
+    assert_eq!(plan.steps[2].outs[0].slot, plan.steps[0].outs[0].slot);
+}
+
+#[test]
 fn an_optimizer_step_is_one_kernel_and_updates_its_state_in_place() {
     let donated = [false, false, false, true, true, true];
     let plan = planned(&lora_step(), &donated);

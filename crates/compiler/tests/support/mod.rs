@@ -69,6 +69,22 @@ pub(crate) fn lora_forward() -> ComputationGraph {
     g
 }
 
+/// The same on a base in blocks.
+pub(crate) fn quantised_lora_forward() -> ComputationGraph {
+    let mut g = ComputationGraph::new();
+    let (format, rows, cols) = (BlockFormat::Q4_1, 512, 512);
+    let bytes = Shape::new(&[rows * format.bytes_for(cols).unwrap()]).unwrap();
+    let (x, w) = (g.input(0, f32(&[64, 512])), g.input(1, TensorType::new(DType::U8, bytes)));
+    let (a, b) = (g.input(2, f32(&[512, 8])), g.input(3, f32(&[8, 512])));
+    let op = Operation::QuantDot { format, rows, cols, transposed: false };
+    let base = g.add(op, &[x, w]).unwrap();
+    let low = g.add(Operation::Dot, &[x, a]).unwrap();
+    let branch = g.add(Operation::Dot, &[low, b]).unwrap();
+    let scaled = g.binary_scalar(BinaryOp::Mul, branch, 2.0).unwrap();
+    g.outputs = vec![g.binary(BinaryOp::Add, base, scaled).unwrap()];
+    g
+}
+
 /// LoRA forward and backward, and AdamW on B with its moments (inputs 3, 4, 5: to be donated).
 pub(crate) fn lora_step() -> ComputationGraph {
     use BinaryOp::*;
