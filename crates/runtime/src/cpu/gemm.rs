@@ -1,8 +1,9 @@
 //! Matrix products: `out = alpha · a b`, or `out += alpha · a b`.
 //!
 //! ```text
-//! lanes ── vectors of every instruction set        micro ─── a tile whose sums stay in registers
-//! pack ─── operands laid out for it                blocked ─ all tiles, on all threads
+//! multiply ─ which kernels a dtype goes to         blocked ─ all tiles, on all threads
+//! pack ───── operands laid out for the kernels     micro ─── one tile, whose sums stay in registers
+//! lanes ──── vectors of every instruction set
 //! ```
 //!
 //! The rows and columns of the result are split among threads, never the sums: any number of them gives the same bits.
@@ -11,6 +12,7 @@
 mod blocked;
 mod lanes;
 mod micro;
+mod multiply;
 mod pack;
 
 use crate::cpu::matrix::{Mat, MatMut};
@@ -18,9 +20,8 @@ use crate::cpu::number::{Accumulator, Float, Number, Real, for_float};
 use crate::cpu::view::{Arg, Out, offset_of};
 use crate::cpu::{parallel, scratch};
 use crate::element::Element;
-use blocked::Product;
-use half::{bf16, f16};
-pub(crate) use pack::Source;
+pub(crate) use multiply::{Multiply, Product};
+pub(crate) use pack::{Factor, Source};
 use smallvec::SmallVec;
 
 /// Results of one task of a matrix-vector product.
@@ -170,7 +171,9 @@ pub(crate) fn gemm<T: Multiply<Acc: Real>>(
     if out.cols() == 1 && a.col_stride() == 1 {
         return times_vector(out, a, b, alpha, accumulate, parallel);
     }
-    T::multiply(out, a, b, alpha, accumulate, parallel);
+    let extents = [out.rows(), out.cols(), a.cols()];
+    let product = Product { extents, alpha, accumulate, rounded: false };
+    T::multiply(out, T::factor(&a), T::factor(&b.transposed()), product, parallel);
 }
 
 /// [`gemm`] of factors that may be rounded to bf16, on this thread.
@@ -184,7 +187,22 @@ pub(crate) fn gemm_rounded<T: Real>(
     if few || out.rows() == 0 || out.cols() == 0 {
         return gemm(out, a, b, T::from_f64(1.0), accumulate, false);
     }
-    T::multiply_rounded(out, a, b, accumulate);
+    let extents = [out.rows(), out.cols(), a.cols()];
+    let product = Product { extents, alpha: T::from_f64(1.0), accumulate, rounded: true };
+    T::multiply(out, T::factor(&a), T::factor(&b.transposed()), product, false);
+}
+
+/// `out = a b` of a factor that packs itself. Both may be rounded to bf16; nothing is empty.
+pub(crate) fn gemm_packed<T: Multiply<Acc: Real>>(
+    out: MatMut<'_, T>,
+    a: Mat<'_, T::Acc>,
+    b: &dyn Factor,
+    parallel: bool,
+) {
+    let extents = [out.rows(), out.cols(), a.cols()];
+    let alpha = T::Acc::from_f64(1.0);
+    let product = Product { extents, alpha, accumulate: false, rounded: true };
+    T::multiply(out, T::Acc::factor(&a), b, product, parallel);
 }
 
 /// A product with a column of a matrix whose rows lie side by side: a dot product for every row.
@@ -238,135 +256,5 @@ unsafe impl<T: Send> Sync for SharedRows<T> {}
 impl<T> SharedRows<T> {
     fn at(&self, row: usize) -> *mut T {
         self.0.wrapping_offset(row as isize * self.1)
-    }
-}
-
-/// Elements that the blocked product takes.
-pub(crate) trait Multiply: Number {
-    /// `out = alpha · a b`, added to what is there if `accumulate`; nothing is empty.
-    fn multiply(
-        out: MatMut<'_, Self>,
-        a: Mat<'_, Self>,
-        b: Mat<'_, Self>,
-        alpha: Self::Acc,
-        accumulate: bool,
-        parallel: bool,
-    );
-
-    /// `out = a b`, added to what is there if `accumulate`, of factors in the accumulator that may be rounded to
-    /// bf16; on this thread.
-    fn multiply_rounded(
-        out: MatMut<'_, Self::Acc>,
-        a: Mat<'_, Self::Acc>,
-        b: Mat<'_, Self::Acc>,
-        accumulate: bool,
-    );
-
-    /// `out = a b` of a factor that knows how to pack itself. Both may be rounded to bf16.
-    fn multiply_packed<B: Source<u32> + Source<f32> + Source<f64>>(
-        out: MatMut<'_, Self>,
-        a: Mat<'_, Self::Acc>,
-        b: &B,
-        parallel: bool,
-    );
-}
-
-/// The product of f32 and a factor that packs itself, in bf16 where the processor multiplies it.
-macro_rules! multiply_packed {
-    () => {
-        fn multiply_rounded(
-            out: MatMut<'_, f32>,
-            a: Mat<'_, f32>,
-            b: Mat<'_, f32>,
-            accumulate: bool,
-        ) {
-            let extents = [out.rows(), out.cols(), a.cols()];
-            let Some(kernels) = micro::for_bf16_pairs() else {
-                return f32::multiply(out, a, b, 1.0, accumulate, false);
-            };
-            let it = Product { extents, steps: 2, alpha: 1.0, accumulate };
-            blocked::product(kernels, out, &a, &b.transposed(), &it, false);
-        }
-
-        fn multiply_packed<B: Source<u32> + Source<f32> + Source<f64>>(
-            out: MatMut<'_, Self>,
-            a: Mat<'_, f32>,
-            b: &B,
-            parallel: bool,
-        ) {
-            let extents = [out.rows(), out.cols(), a.cols()];
-            let product = |steps| Product { extents, steps, alpha: 1.0, accumulate: false };
-            match micro::for_bf16_pairs() {
-                Some(kernels) => blocked::product(kernels, out, &a, b, &product(2), parallel),
-                None => blocked::product(micro::for_f32(), out, &a, b, &product(1), parallel),
-            }
-        }
-    };
-}
-
-macro_rules! multiply {
-    ($($ty:ty: $kernels:path, { $($packed:tt)* }),*) => {$(
-        impl Multiply for $ty {
-            $($packed)*
-
-
-            fn multiply(
-                out: MatMut<'_, $ty>,
-                a: Mat<'_, $ty>,
-                b: Mat<'_, $ty>,
-                alpha: <$ty as Number>::Acc,
-                accumulate: bool,
-                parallel: bool,
-            ) {
-                let extents = [out.rows(), out.cols(), a.cols()];
-                let it = Product { extents, steps: 1, alpha, accumulate };
-                blocked::product($kernels(), out, &a, &b.transposed(), &it, parallel);
-            }
-        }
-    )*};
-}
-multiply!(
-    f16: micro::for_f32, { multiply_packed!(); },
-    f32: micro::for_f32, { multiply_packed!(); },
-    f64: micro::for_f64, {
-        fn multiply_rounded(
-            out: MatMut<'_, f64>,
-            a: Mat<'_, f64>,
-            b: Mat<'_, f64>,
-            accumulate: bool,
-        ) {
-            f64::multiply(out, a, b, 1.0, accumulate, false);
-        }
-
-        fn multiply_packed<B: Source<u32> + Source<f32> + Source<f64>>(
-            out: MatMut<'_, f64>,
-            a: Mat<'_, f64>,
-            b: &B,
-            parallel: bool,
-        ) {
-            let extents = [out.rows(), out.cols(), a.cols()];
-            let it = Product { extents, steps: 1, alpha: 1.0, accumulate: false };
-            blocked::product(micro::for_f64(), out, &a, b, &it, parallel);
-        }
-    }
-);
-
-impl Multiply for bf16 {
-    multiply_packed!();
-
-    fn multiply(
-        out: MatMut<'_, bf16>,
-        a: Mat<'_, bf16>,
-        b: Mat<'_, bf16>,
-        alpha: f32,
-        accumulate: bool,
-        parallel: bool,
-    ) {
-        let (extents, b) = ([out.rows(), out.cols(), a.cols()], b.transposed());
-        let product = |steps| Product { extents, steps, alpha, accumulate };
-        match micro::for_bf16_pairs() {
-            Some(kernels) => blocked::product(kernels, out, &a, &b, &product(2), parallel),
-            None => blocked::product(micro::for_f32(), out, &a, &b, &product(1), parallel),
-        }
     }
 }

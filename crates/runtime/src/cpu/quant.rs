@@ -14,7 +14,7 @@ mod format;
 mod isa;
 mod unpack;
 
-use crate::cpu::gemm::Source;
+use crate::cpu::gemm::{Source, gemm_packed};
 use crate::cpu::matrix::{Mat, MatMut};
 use crate::cpu::number::{Accumulator, Float, Number, Real, for_float};
 use crate::cpu::parallel::{self, Parts};
@@ -202,9 +202,9 @@ impl<'a> Blocks<'a> {
         let n = if transposed { self.cols } else { self.rows };
         let out = MatMut::dense(out, x.rows(), n);
         if transposed {
-            T::multiply_packed(out, x, &ByColumns(self), parallel);
+            gemm_packed(out, x, &ByColumns(self), parallel);
         } else {
-            T::multiply_packed(out, x, &ByRows(self), parallel);
+            gemm_packed(out, x, &ByRows(self), parallel);
         }
     }
 

@@ -3,6 +3,7 @@
 //! The smaller operand is packed as a whole; every task packs a few panels of the other one and multiplies them with
 //! all of it. So each element is packed once, and each sum is made by one task, in an order that depends on `k` alone.
 
+use super::Product;
 use super::micro::{Kernels, Tile};
 use super::pack::Source;
 use crate::cpu::matrix::MatMut;
@@ -25,44 +26,34 @@ const PARALLEL_PACK: usize = 1 << 17;
 /// Elements of the largest tile of any kernel.
 const MAX_TILE: usize = 14 * 32;
 
-/// `[m, n, k]`, and what is made of the sums.
-pub(super) struct Product<S> {
-    pub(super) extents: [usize; 3],
-    /// Elements of `k` in a packed word.
-    pub(super) steps: usize,
-    pub(super) alpha: S,
-    pub(super) accumulate: bool,
-}
-
-/// `c = alpha · a b`, or `c += alpha · a b`. Neither extent is 0.
+/// The product of two factors, rows of a and columns of b.
 pub(super) fn product<P, T>(
     kernels: &'static Kernels<P, T::Acc>,
-    mut c: MatMut<'_, T>,
-    a: &dyn Source<P>,
-    b: &dyn Source<P>,
-    it: &Product<T::Acc>,
+    mut out: MatMut<'_, T>,
+    operands: [&dyn Source<P>; 2],
+    product: &Product<T::Acc>,
     parallel: bool,
 ) where
     P: Pod + Send + Sync,
     T: Number<Acc: Real>,
 {
-    let [m, n, k] = it.extents;
+    let [m, n, k] = product.extents;
     // Sums that are rounded when they are stored are made in one go.
-    let slices = if T::DTYPE == T::Acc::DTYPE { k.div_ceil(MAX_STEPS * it.steps) } else { 1 };
+    let in_place = T::DTYPE == T::Acc::DTYPE;
+    let slices = if in_place { k.div_ceil(MAX_STEPS * kernels.steps) } else { 1 };
     // Whole blocks of every quantised format.
     let slice_len = k.div_ceil(slices).next_multiple_of(256);
-    let out = Target { data: c.as_mut_ptr(), strides: [c.row_stride(), c.col_stride()] };
+    let target = Target { data: out.as_mut_ptr(), strides: [out.row_stride(), out.col_stride()] };
     for start in (0..k).step_by(slice_len) {
         let run = Run {
             kernels,
-            out: &out,
-            operands: [a, b],
+            out: &target,
+            operands,
             extents: [m, n],
             widths: [kernels.max_rows(), 2 * kernels.lanes],
             k: start..(start + slice_len).min(k),
-            steps: it.steps,
-            alpha: it.alpha,
-            accumulate: it.accumulate || start != 0,
+            alpha: product.alpha,
+            accumulate: product.accumulate || start != 0,
         };
         run.all(parallel);
     }
@@ -86,7 +77,6 @@ struct Run<'a, P: 'static, T: Number<Acc: 'static>> {
     /// Of a panel.
     widths: [usize; 2],
     k: Range<usize>,
-    steps: usize,
     alpha: T::Acc,
     accumulate: bool,
 }
@@ -130,7 +120,7 @@ impl<P: Pod + Send + Sync, T: Number<Acc: Real>> Run<'_, P, T> {
 
     /// Packed steps of this slice.
     fn packed_k(&self) -> usize {
-        self.k.len().div_ceil(self.steps)
+        self.k.len().div_ceil(self.kernels.steps)
     }
 
     fn panel_len(&self, side: usize) -> usize {

@@ -9,6 +9,8 @@ pub(super) unsafe trait Lanes: Copy {
     type Packed: Copy;
     type Sum: Copy;
     const LANES: usize;
+    /// Factors of a packed word.
+    const STEPS: usize = 1;
 
     unsafe fn zero() -> Self;
     unsafe fn splat(from: *const Self::Packed) -> Self;
@@ -111,6 +113,7 @@ pub(super) mod x86 {
         type Packed = u32;
         type Sum = f32;
         const LANES: usize = 16;
+        const STEPS: usize = 2;
 
         #[inline(always)]
         unsafe fn zero() -> Self {

@@ -26,6 +26,8 @@ pub(super) type MicroFn<P, S> = unsafe fn(&Tile<P, S>);
 pub(super) struct Kernels<P: 'static, S: 'static> {
     /// Lanes of a vector.
     pub(super) lanes: usize,
+    /// Elements along `k` of a packed word.
+    pub(super) steps: usize,
     /// Rows of a tile, from the most on, and its kernels with one vector and with two in a row.
     pub(super) by_rows: &'static [(usize, [MicroFn<P, S>; 2])],
 }
@@ -88,6 +90,7 @@ macro_rules! kernels {
             }
             Kernels {
                 lanes: <$lanes as Lanes>::LANES,
+                steps: <$lanes as Lanes>::STEPS,
                 by_rows: &[$(($rows, [kernel::<$rows, 1>, kernel::<$rows, 2>])),*],
             }
         };

@@ -18,6 +18,10 @@ pub(crate) trait Source<P>: Sync {
     fn pack(&self, outer: Range<usize>, k: Range<usize>, width: usize, to: &mut [P]);
 }
 
+/// A factor that packs itself for whatever kernels there are.
+pub(crate) trait Factor: Source<u32> + Source<f32> + Source<f64> {}
+impl<S: Source<u32> + Source<f32> + Source<f64>> Factor for S {}
+
 /// What the micro kernel multiplies: `STEPS` consecutive elements along `k`.
 pub(crate) trait Packed<T>: Pod {
     const STEPS: usize;
@@ -163,28 +167,34 @@ macro_rules! itself {
 itself!(f32);
 itself!(f64);
 
-/// bf16 and f16 in f32 words.
-macro_rules! widened {
-    ($ty:ty) => {
-        impl Packed<$ty> for f32 {
+/// Elements in words of another float.
+macro_rules! converted {
+    ($($ty:ty => $word:ty: |$x:ident| $convert:expr),* $(,)?) => {$(
+        impl Packed<$ty> for $word {
             const STEPS: usize = 1;
-            const ZERO: f32 = 0.0;
+            const ZERO: $word = 0.0;
             #[inline(always)]
-            fn along(from: &[$ty], to: &mut [f32; TILE]) {
-                <$ty>::widen_all(from, &mut to[..from.len()]);
+            fn along(from: &[$ty], to: &mut [$word; TILE]) {
+                for (to, from) in to.iter_mut().zip(from) {
+                    let $x = *from;
+                    *to = $convert;
+                }
             }
             #[inline(always)]
-            fn across([from, _]: [&[$ty]; MAX_STEPS], to: &mut [f32]) {
-                <$ty>::widen_all(from, to);
+            fn across([from, _]: [&[$ty]; MAX_STEPS], to: &mut [$word]) {
+                for (to, from) in to.iter_mut().zip(from) {
+                    let $x = *from;
+                    *to = $convert;
+                }
             }
             #[inline(always)]
-            fn word([x, _]: [$ty; MAX_STEPS]) -> f32 {
-                x.widen()
+            fn word([$x, _]: [$ty; MAX_STEPS]) -> $word {
+                $convert
             }
             #[inline(always)]
             unsafe fn transpose(
-                tile: &[[f32; TILE]; TILE],
-                to: *mut f32,
+                tile: &[[$word; TILE]; TILE],
+                to: *mut $word,
                 stride: usize,
                 width: usize,
                 steps: usize,
@@ -193,10 +203,16 @@ macro_rules! widened {
                 unsafe { transpose(tile, to, stride, width, steps) }
             }
         }
-    };
+    )*};
 }
-widened!(bf16);
-widened!(f16);
+converted!(
+    bf16 => f32: |x| f32::from_bits(u32::from(x.to_bits()) << 16),
+    f16 => f32: |x| x.to_f32(),
+    f64 => f32: |x| x as f32,
+    bf16 => f64: |x| x.to_f64(),
+    f16 => f64: |x| x.to_f64(),
+    f32 => f64: |x| f64::from(x),
+);
 
 /// The bits of a float in bf16, rounded to nearest even.
 trait ToBf16: Copy {
@@ -210,6 +226,13 @@ impl ToBf16 for f32 {
         let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
         // A NaN stays one, whatever its low bits.
         if bits & 0x7fff_ffff > 0x7f80_0000 { (bits >> 16) | 0x40 } else { rounded }
+    }
+}
+
+impl ToBf16 for f64 {
+    #[inline(always)]
+    fn to_bf16(self) -> u32 {
+        (self as f32).to_bf16()
     }
 }
 
@@ -270,6 +293,7 @@ macro_rules! pairs {
 pairs!(f32);
 pairs!(bf16);
 pairs!(f16);
+pairs!(f64);
 
 /// # Safety
 /// See [`Packed::transpose`].
