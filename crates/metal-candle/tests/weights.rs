@@ -108,7 +108,8 @@ fn an_adapter_trains_on_a_half_precision_base_as_on_f32() {
         let decoder = Arc::new(decoder);
         let mut step = TrainStep::new(decoder, adapter, optimizer, 1.0, 0, &Device::Cpu).unwrap();
         let labels = TOKENS.iter().skip(1).map(|id| i64::from(*id)).chain([-100]).collect();
-        let batch = Batch { ids: TOKENS.to_vec(), labels, batch: 1, seq: 8, trained: 7 };
+        let batch =
+            Batch { ids: TOKENS.to_vec(), labels, batch: 1, seq: 8, trained: 7, documents: None };
         let losses = (0..6).map(|_| step.run(&batch, 2e-2).unwrap().loss);
         losses.collect::<Vec<f32>>()
     };
