@@ -1,12 +1,107 @@
-//! `cargo xtask bench`: eager Candle against this library, in one process.
+//! `cargo xtask bench`: against eager Candle in one process, against other tools, and against size.
 
-use crate::command::{cargo, execute};
-use anyhow::Result;
+mod cpu;
+mod plot;
+mod rows;
+mod scaling;
+mod table;
+mod worker;
+
+use crate::command::{cargo, execute, output};
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+use std::path::PathBuf;
 
 pub(crate) fn run(args: &[&str]) -> Result<()> {
-    execute(
-        cargo()
-            .args(["bench", "--package", "metal-candle", "--bench", "lazy_vs_eager", "--"])
-            .args(args),
-    )
+    match args {
+        ["cpu", args @ ..] => cpu::run(&Options::parse(args)?),
+        ["scaling", args @ ..] => scaling::run(&Options::parse(args)?),
+        _ => execute(
+            cargo()
+                .args(["bench", "--package", "metal-candle", "--bench", "lazy_vs_eager", "--"])
+                .args(args),
+        ),
+    }
+}
+
+/// What follows `cpu` or `scaling`.
+struct Options {
+    /// Measure each row no longer than shows that it works, and build no release.
+    quick: bool,
+    threads: usize,
+    /// Where the figures go, if not to the target folder.
+    json: Option<PathBuf>,
+    /// Only rows with one of these in their name.
+    filter: Vec<String>,
+}
+
+impl Options {
+    fn parse(args: &[&str]) -> Result<Options> {
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        let mut options = Options { quick: false, threads, json: None, filter: Vec::new() };
+        let mut args = args.iter();
+        while let Some(arg) = args.next() {
+            let mut value = || args.next().with_context(|| format!("{arg} wants a value"));
+            match *arg {
+                "--quick" => options.quick = true,
+                "--threads" => options.threads = value()?.parse().context("--threads")?,
+                "--json" => options.json = Some(std::path::absolute(value()?)?),
+                flag if flag.starts_with('-') => {
+                    bail!("no flag {flag}: there are --quick, --threads N and --json FILE")
+                }
+                word => options.filter.push(word.to_owned()),
+            }
+        }
+        Ok(options)
+    }
+
+    fn wants(&self, name: &str) -> bool {
+        self.filter.is_empty() || self.filter.iter().any(|word| name.contains(word.as_str()))
+    }
+}
+
+/// The folder that takes results: no part of the tree.
+fn results_folder() -> Result<PathBuf> {
+    let metadata = output(cargo().args(["metadata", "--no-deps", "--format-version", "1"]))?;
+    let metadata: Value = serde_json::from_str(&metadata)?;
+    let target = metadata["target_directory"].as_str().context("cargo names no target folder")?;
+    let folder = PathBuf::from(target).join("bench");
+    std::fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
+    Ok(folder)
+}
+
+/// Our side and the ceilings, built.
+struct Benches {
+    cpu: PathBuf,
+    ceilings: PathBuf,
+}
+
+/// Builds them; where no time counts, in the profile that tests use.
+fn build(quick: bool) -> Result<Benches> {
+    println!("building the benches");
+    let mut command = cargo();
+    command.args(["bench", "--no-run", "--message-format=json-render-diagnostics"]);
+    for (package, bench) in [("metal-candle", "cpu"), ("metal-candle-runtime", "ceilings")] {
+        command.args(["--package", package, "--bench", bench]);
+    }
+    if quick {
+        command.args(["--profile", "dev"]);
+    }
+    let built = output(&mut command)?;
+    let messages: Vec<Value> =
+        built.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+    let find = |bench: &str| {
+        let found = messages.iter().filter(|m| m["target"]["name"] == bench);
+        let path = found.filter_map(|m| m["executable"].as_str()).next();
+        path.map(PathBuf::from).with_context(|| format!("cargo built no bench {bench}"))
+    };
+    Ok(Benches { cpu: find("cpu")?, ceilings: find("ceilings")? })
+}
+
+/// The middle one of these; of an even number, the mean of the two.
+fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_unstable_by(f64::total_cmp);
+    let n = sorted.len();
+    (sorted[n / 2] + sorted[(n - 1) / 2]) / 2.0
 }

@@ -17,7 +17,10 @@ cargo xtask COMMAND
     quickstart [--model FILE]   get a small model, fine-tune it, show its answers before and after
     test                        format, lints, tidy, doctests, all tests
     tidy                        the rules of ARCHITECTURE.md, and no loose ends
-    bench [ARGS]                the same work through eager Candle and through this library
+    bench [FILTER]              the same work through eager Candle and through this library
+    bench cpu [OPTIONS]         our work beside everybody else's and the machine's ceilings
+    bench scaling [OPTIONS]     a step's time and memory against its sizes, as plots
+                                (--quick, --threads N, --json FILE, words to filter by)
     peers                       adapters against the real PEFT, llama.cpp and mlx-lm
     reference                   make the reference vectors anew, by PyTorch
 ";

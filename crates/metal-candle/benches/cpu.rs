@@ -1,144 +1,98 @@
-//! What the CPU does of the work that peers are timed at, one JSON line a row.
+//! What the CPU does of the work that peers are timed at.
 //!
-//! `cargo bench -p metal-candle --bench cpu [-- FILTER]`; `cargo xtask bench cpu` puts the peers and the machine's ceilings
-//! beside it. Every row is a compiled function, called as a program that repeats the work would; the time is the median
-//! of the calls of about a second.
+//! ```text
+//! cargo bench -p metal-candle --bench cpu [-- FILTER]     operations, one JSON line each
+//! cargo bench -p metal-candle --bench cpu -- --serve WHO  answers `cargo xtask bench`, which puts peers beside it
+//! cargo bench -p metal-candle --bench cpu -- --random-model FOLDER HIDDEN LAYERS
+//! ```
+//!
+//! WHO is `ours`, or `candle` for the same operations by eager Candle. Every row is what a program that repeats the
+//! work would use: a compiled function, a `TrainStep`, a `Generator`.
 
-use candle_core::{DType, Device as CandleDevice, Tensor};
-use metal_candle::{LazyTensor, Result, compile};
-use std::time::{Duration, Instant};
+#[path = "cpu/model.rs"]
+mod model;
+#[path = "cpu/ops.rs"]
+mod ops;
+#[path = "../tests/support/random_model.rs"]
+#[allow(dead_code, reason = "the tests use the rest")]
+mod random_model;
+#[path = "cpu/serve.rs"]
+mod serve;
 
-/// One row: its name, its inputs, the work, and what the work costs at least.
-struct Row {
-    name: String,
-    inputs: Vec<Tensor>,
-    work: fn(&[LazyTensor]) -> Result<LazyTensor>,
-    /// Multiplications and additions; 0 where memory is the limit.
-    flops: f64,
-    /// Bytes that must be read and written.
-    bytes: f64,
+use candle_core::DType;
+use ops::Op;
+use serve::{Budget, Prepared};
+use std::error::Error;
+use std::path::Path;
+
+/// Why a row cannot be measured.
+type Failure = Box<dyn Error>;
+
+fn main() -> Result<(), Failure> {
+    // Cargo adds `--bench`.
+    let args: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
+    let words: Vec<&str> = args.iter().map(String::as_str).collect();
+    match words[..] {
+        ["--serve", who] => serve::lines(who),
+        ["--random-model", folder, hidden, layers] => {
+            random_model(folder.as_ref(), hidden.parse()?, layers.parse()?)
+        }
+        ref filter => operations(filter),
+    }
 }
 
-fn main() {
-    let filter: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
-    let wanted = |name: &str| filter.is_empty() || filter.iter().any(|f| name.contains(f.as_str()));
-    for row in rows().into_iter().filter(|row| wanted(&row.name)) {
-        let us = row.median_us();
+fn operations(filter: &[&str]) -> Result<(), Failure> {
+    let budget = Budget { warmup: 3, calls: 7, seconds: 1.0 };
+    let wanted = |op: &Op| filter.is_empty() || filter.iter().any(|f| op.name().contains(f));
+    for op in own_rows().into_iter().filter(wanted) {
+        let us = Prepared::lazy(&op).measure(budget)?.seconds * 1e6;
         println!(
             r#"{{"work": "{}", "us": {us:.1}, "gflops": {:.1}, "gbytes": {:.1}}}"#,
-            row.name,
-            row.flops / us / 1e3,
-            row.bytes / us / 1e3
+            op.name(),
+            op.flops() / us / 1e3,
+            op.bytes() / us / 1e3
         );
     }
+    Ok(())
 }
 
-fn rows() -> Vec<Row> {
-    let mut rows = vec![lora_branch(), lora_forward()];
+/// What peers are timed at, and the products of which a model consists.
+fn own_rows() -> Vec<Op> {
+    let lora = |work| Op { work, dtype: DType::F32, dims: vec![64, 512, 512], rank: 8 };
+    let mut rows = vec![lora("lora branch"), lora("base+lora")];
     for dims in [[64, 512], [1024, 1024], [4096, 4096]] {
-        rows.extend([
-            map("softmax", dims, false, |x| x[0].softmax(-1)),
-            map("rms_norm", dims, true, |x| x[0].rms_norm(&x[1], 1e-6)),
-            map("silu(x)*x", dims, false, |x| x[0].silu()?.mul(&x[0])),
-            map("relu(gelu(2x+1)*x+x)", dims, false, |x| {
-                x[0].affine(2.0, 1.0)?.gelu()?.mul(&x[0])?.add(&x[0])?.relu()
-            }),
-        ]);
+        for work in ["softmax", "rms_norm", "silu(x)*x", "relu(gelu(2x+1)*x+x)"] {
+            rows.push(Op { work, dtype: DType::F32, dims: dims.into(), rank: 0 });
+        }
     }
     for dtype in [DType::F32, DType::BF16] {
-        for n in [512, 1024, 2048] {
-            rows.push(matmul(dtype, [n, n, n], false));
-        }
-        // The projections of SmolLM2-135M on 4 x 256 tokens, their gradient, and a thin product of LoRA.
-        rows.push(matmul(dtype, [1024, 576, 576], true));
-        rows.push(matmul(dtype, [1024, 1536, 576], true));
-        rows.push(matmul(dtype, [1024, 576, 1536], true));
-        rows.push(matmul(dtype, [1024, 8, 576], false));
-        rows.push(matmul(dtype, [1024, 576, 8], false));
-        rows.push(matmul(dtype, [1, 49152, 576], true));
+        let product = |work, dims: [usize; 3]| Op { work, dtype, dims: dims.into(), rank: 0 };
+        rows.extend([512, 1024, 2048].map(|n| product("matmul", [n, n, n])));
+        // The projections of SmolLM2-135M on 4 x 256 tokens, a thin product of LoRA, the output layer of one token.
+        let projections = [[1024, 576, 576], [1024, 576, 1536], [1024, 1536, 576]];
+        rows.extend(projections.map(|dims| product("matmul_t", dims)));
+        rows.extend([[1024, 576, 8], [1024, 8, 576]].map(|dims| product("matmul", dims)));
+        rows.push(product("matmul_t", [1, 576, 49152]));
     }
     rows
 }
 
-fn randn(dims: &[usize], dtype: DType) -> Tensor {
-    let x = Tensor::randn(0f32, 1.0, dims, &CandleDevice::Cpu).expect("random tensor");
-    x.to_dtype(dtype).expect("a cast")
-}
-
-fn matmul(dtype: DType, [m, n, k]: [usize; 3], transposed: bool) -> Row {
-    let b: &[usize] = if transposed { &[n, k] } else { &[k, n] };
-    let size = dtype.size_in_bytes() as f64;
-    Row {
-        name: format!("matmul {dtype:?} {m}x{k}x{n}").to_lowercase(),
-        inputs: vec![randn(&[m, k], dtype), randn(b, dtype)],
-        work: if transposed { |x| x[0].matmul(&x[1].t()?) } else { |x| x[0].matmul(&x[1]) },
-        flops: 2.0 * (m * n * k) as f64,
-        bytes: size * (m * k + k * n + m * n) as f64,
+/// SmolLM2's proportions at another width, for `cargo xtask bench scaling`.
+fn random_model(folder: &Path, hidden: usize, layers: usize) -> Result<(), Failure> {
+    let unit = hidden / 192;
+    if unit * 192 != hidden || unit == 0 {
+        return Err(format!("a width of {hidden}: expected a multiple of 192").into());
     }
-}
-
-fn map(
-    name: &str,
-    dims: [usize; 2],
-    weight: bool,
-    work: fn(&[LazyTensor]) -> Result<LazyTensor>,
-) -> Row {
-    let mut inputs = vec![randn(&dims, DType::F32)];
-    if weight {
-        inputs.push(randn(&dims[1..], DType::F32));
-    }
-    let bytes = 8.0 * (dims[0] * dims[1]) as f64;
-    Row { name: format!("{name} {}x{}", dims[0], dims[1]), inputs, work, flops: 0.0, bytes }
-}
-
-fn lora_inputs() -> Vec<Tensor> {
-    let dims: [&[usize]; 4] = [&[64, 512], &[512, 512], &[512, 8], &[8, 512]];
-    dims.map(|dims| randn(dims, DType::F32)).into()
-}
-
-fn lora_branch() -> Row {
-    Row {
-        name: "lora branch 64x512x512 r8".into(),
-        inputs: lora_inputs(),
-        work: |x| x[0].matmul(&x[2])?.matmul(&x[3])?.affine(2.0, 0.0),
-        flops: 2.0 * 64.0 * 8.0 * 1024.0,
-        bytes: 4.0 * (2.0 * 64.0 * 512.0 + 2.0 * 8.0 * 512.0),
-    }
-}
-
-fn lora_forward() -> Row {
-    Row {
-        name: "base+lora 64x512x512 r8".into(),
-        inputs: lora_inputs(),
-        work: |x| {
-            let branch = x[0].matmul(&x[2])?.matmul(&x[3])?.affine(2.0, 0.0)?;
-            x[0].matmul(&x[1])?.add(&branch)
-        },
-        flops: 2.0 * 64.0 * (512.0 * 512.0 + 8.0 * 1024.0),
-        bytes: 4.0 * (2.0 * 64.0 * 512.0 + 512.0 * 512.0),
-    }
-}
-
-impl Row {
-    fn median_us(&self) -> f64 {
-        let work = self.work;
-        let f = compile(move |x: &[LazyTensor]| Ok(vec![work(x)?]));
-        let lazy = |x: &Tensor| LazyTensor::from_tensor(x).expect("a contiguous tensor");
-        let args: Vec<LazyTensor> = self.inputs.iter().map(lazy).collect();
-        let once = || {
-            let start = Instant::now();
-            let results = f.call(args.clone()).expect("the compiled call");
-            std::hint::black_box(results[0].eval().expect("a result"));
-            start.elapsed()
-        };
-        for _ in 0..3 {
-            once();
-        }
-        let (mut times, start) = (Vec::new(), Instant::now());
-        while times.len() < 7 || start.elapsed() < Duration::from_secs(1) && times.len() < 20_000 {
-            times.push(once());
-        }
-        times.sort_unstable();
-        times[times.len() / 2].as_secs_f64() * 1e6
-    }
+    let sizes = random_model::Sizes {
+        hidden,
+        inner: 512 * unit,
+        vocabulary: model::VOCABULARY,
+        layers,
+        heads: 3 * unit,
+        kv_heads: unit,
+        context: 2048,
+    };
+    std::fs::create_dir_all(folder)?;
+    random_model::write(folder, sizes, DType::F32, DType::F32);
+    Ok(())
 }

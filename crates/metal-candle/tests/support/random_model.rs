@@ -1,4 +1,4 @@
-//! A random model of the Llama family in a Hugging Face folder.
+//! Random models of the Llama family in Hugging Face folders.
 
 use candle_core::{DType as CandleDType, Tensor};
 use metal_candle::models::{BaseWeights, Decoder, load_decoder};
@@ -10,18 +10,46 @@ use tempfile::TempDir;
 
 pub(crate) const HIDDEN: usize = 64;
 pub(crate) const INNER: usize = 160;
-const VOCABULARY: usize = 512;
-const LAYERS: usize = 2;
+
+/// The sizes of a model.
+#[derive(Clone, Copy)]
+pub(crate) struct Sizes {
+    pub(crate) hidden: usize,
+    pub(crate) inner: usize,
+    pub(crate) vocabulary: usize,
+    pub(crate) layers: usize,
+    pub(crate) heads: usize,
+    pub(crate) kv_heads: usize,
+    pub(crate) context: usize,
+}
+
+/// A small one.
+const TINY: Sizes = Sizes {
+    hidden: HIDDEN,
+    inner: INNER,
+    vocabulary: 512,
+    layers: 2,
+    heads: 4,
+    kv_heads: 2,
+    context: 64,
+};
 
 /// A random model whose matrices hold numbers of `matrices`, written as `stored`.
 pub(crate) fn model(matrices: CandleDType, stored: CandleDType) -> TempDir {
     let folder = TempDir::new().unwrap();
+    write(folder.path(), TINY, matrices, stored);
+    folder
+}
+
+/// [`model`] of these sizes, into this folder.
+pub(crate) fn write(folder: &Path, sizes: Sizes, matrices: CandleDType, stored: CandleDType) {
+    let Sizes { hidden, inner, vocabulary, layers, heads, kv_heads, context } = sizes;
     let config = format!(
-        r#"{{"model_type": "llama", "vocab_size": {VOCABULARY}, "hidden_size": {HIDDEN},
-        "intermediate_size": {INNER}, "num_hidden_layers": {LAYERS}, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 64, "tie_word_embeddings": true}}"#
+        r#"{{"model_type": "llama", "vocab_size": {vocabulary}, "hidden_size": {hidden},
+        "intermediate_size": {inner}, "num_hidden_layers": {layers}, "num_attention_heads": {heads},
+        "num_key_value_heads": {kv_heads}, "max_position_embeddings": {context}, "tie_word_embeddings": true}}"#
     );
-    fs::write(folder.path().join("config.json"), config).unwrap();
+    fs::write(folder.join("config.json"), config).unwrap();
     let mut tensors: HashMap<String, Tensor> = HashMap::new();
     let mut put = |name: String, dims: &[usize], scale: f64| {
         let seed = tensors.len() as u64;
@@ -30,28 +58,28 @@ pub(crate) fn model(matrices: CandleDType, stored: CandleDType) -> TempDir {
         let x = if dims.len() == 2 { x.to_dtype(matrices).unwrap() } else { x };
         tensors.insert(name, x.to_dtype(stored).unwrap());
     };
-    put("model.embed_tokens.weight".into(), &[VOCABULARY, HIDDEN], 0.5);
-    put("model.norm.weight".into(), &[HIDDEN], 0.0);
-    for i in 0..LAYERS {
+    put("model.embed_tokens.weight".into(), &[vocabulary, hidden], 0.5);
+    put("model.norm.weight".into(), &[hidden], 0.0);
+    let kv = hidden / heads * kv_heads;
+    for i in 0..layers {
         let mut layer = |module: &str, dims: &[usize], scale: f64| {
             put(format!("model.layers.{i}.{module}.weight"), dims, scale);
         };
         for (module, dims) in [
-            ("self_attn.q_proj", [HIDDEN, HIDDEN]),
-            ("self_attn.k_proj", [HIDDEN / 2, HIDDEN]),
-            ("self_attn.v_proj", [HIDDEN / 2, HIDDEN]),
-            ("self_attn.o_proj", [HIDDEN, HIDDEN]),
-            ("mlp.gate_proj", [INNER, HIDDEN]),
-            ("mlp.up_proj", [INNER, HIDDEN]),
-            ("mlp.down_proj", [HIDDEN, INNER]),
+            ("self_attn.q_proj", [hidden, hidden]),
+            ("self_attn.k_proj", [kv, hidden]),
+            ("self_attn.v_proj", [kv, hidden]),
+            ("self_attn.o_proj", [hidden, hidden]),
+            ("mlp.gate_proj", [inner, hidden]),
+            ("mlp.up_proj", [inner, hidden]),
+            ("mlp.down_proj", [hidden, inner]),
         ] {
             layer(module, &dims, 1.0 / (dims[1] as f64).sqrt());
         }
-        layer("input_layernorm", &[HIDDEN], 0.0);
-        layer("post_attention_layernorm", &[HIDDEN], 0.0);
+        layer("input_layernorm", &[hidden], 0.0);
+        layer("post_attention_layernorm", &[hidden], 0.0);
     }
-    candle_core::safetensors::save(&tensors, folder.path().join("model.safetensors")).unwrap();
-    folder
+    candle_core::safetensors::save(&tensors, folder.join("model.safetensors")).unwrap();
 }
 
 pub(crate) fn decoder(folder: &Path, base: BaseWeights) -> Decoder {
