@@ -65,7 +65,11 @@ def operation(row):
         w = randn(dims[1])
     if WHO == "torch out=":
         out = torch.empty(dims[0], dims[-1], dtype=dtype)
-        known = {"softmax": lambda: torch.softmax(x, -1, out=out), "matmul": lambda: torch.mm(x, w, out=out)}
+        known = {
+            "softmax": lambda: torch.softmax(x, -1, out=out),
+            "softmax in place": lambda: torch.softmax(x, -1, out=out),
+            "matmul": lambda: torch.mm(x, w, out=out),
+        }
         if work not in known:
             raise Missing("torch has no out= for it")
     else:
@@ -78,6 +82,8 @@ def operation(row):
             "lora branch": lambda: (x @ a @ b) * 2.0,
             "base+lora": lambda: x @ w + (x @ a @ b) * 2.0,
         }
+    if work not in known:
+        raise Missing("torch does it out of place only")
     f = known[work]
     return clocked(torch.compile(f) if WHO == "torch.compile" else f)
 

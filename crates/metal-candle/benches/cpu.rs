@@ -58,15 +58,22 @@ fn operations(filter: &[&str]) -> Result<(), Failure> {
 
 /// What peers are timed at, and the products of which a model consists.
 fn own_rows() -> Vec<Op> {
-    let lora = |work| Op { work, dtype: DType::F32, dims: vec![64, 512, 512], rank: 8 };
+    let lora =
+        |work| Op { work, dtype: DType::F32, dims: vec![64, 512, 512], rank: 8, in_place: false };
     let mut rows = vec![lora("lora branch"), lora("base+lora")];
     for dims in [[64, 512], [1024, 1024], [4096, 4096]] {
         for work in ["softmax", "rms_norm", "silu(x)*x", "relu(gelu(2x+1)*x+x)"] {
-            rows.push(Op { work, dtype: DType::F32, dims: dims.into(), rank: 0 });
+            rows.push(Op { work, dtype: DType::F32, dims: dims.into(), rank: 0, in_place: false });
         }
     }
     for dtype in [DType::F32, DType::BF16] {
-        let product = |work, dims: [usize; 3]| Op { work, dtype, dims: dims.into(), rank: 0 };
+        let product = |work, dims: [usize; 3]| Op {
+            work,
+            dtype,
+            dims: dims.into(),
+            rank: 0,
+            in_place: false,
+        };
         rows.extend([512, 1024, 2048].map(|n| product("matmul", [n, n, n])));
         // The projections of SmolLM2-135M on 4 x 256 tokens, a thin product of LoRA, the output layer of one token.
         let projections = [[1024, 576, 576], [1024, 576, 1536], [1024, 1536, 576]];

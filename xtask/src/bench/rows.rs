@@ -74,6 +74,8 @@ pub(super) fn all(model: &Path, quick: bool) -> Vec<Row> {
     for work in ["softmax", "rms_norm", "silu(x)*x", "relu(gelu(2x+1)*x+x)"] {
         rows.extend([[64, 512], [1024, 1024], [4096, 4096]].map(|dims| map(work, dims)));
     }
+    // As in a plan, where the memory of results is there already.
+    rows.extend(["softmax in place", "rms_norm in place"].map(|work| map(work, [4096, 4096])));
     for dtype in ["f32", "bf16"] {
         rows.extend([512, 1024, 2048].map(|n| matmul(dtype, n)));
     }

@@ -10,7 +10,7 @@ use metal_candle::io::data::Batch;
 use metal_candle::io::peft::TargetModules;
 use metal_candle::models::{BaseWeights, load, load_decoder};
 use metal_candle::nn::LoRAAdapter;
-use metal_candle::train::{AdamWConfig, TrainStep};
+use metal_candle::train::{AdamWConfig, StepShape, TrainStep};
 use serde_json::Value;
 use std::path::Path;
 use std::sync::Arc;
@@ -40,7 +40,8 @@ pub(crate) fn train(row: &Value) -> Result<Prepared, Failure> {
     let adapter = LoRAAdapter::new(config, decoder.modules(), 0, &Device::Cpu)?;
     let optimizer = AdamWConfig::default();
     let mut step = TrainStep::new(Arc::new(decoder), adapter, optimizer, 1.0, 0, &Device::Cpu)?;
-    let planned = step.plan(&batches[..1])?.peak_bytes();
+    let shape = StepShape { batch, seq, accumulated: 1, packed: false };
+    let planned = step.plan(shape)?.peak_bytes();
     let mut next = 0;
     let mut prepared = Prepared::new(move || {
         let metrics = step.run(&batches[next % batches.len()], 1e-4)?;

@@ -14,6 +14,8 @@ pub(crate) struct Op {
     pub(crate) dims: Vec<usize>,
     /// Of LoRA.
     pub(crate) rank: usize,
+    /// Whether the result is written over the first input, which is donated: no new memory is asked of the system.
+    pub(crate) in_place: bool,
 }
 
 /// The same, recorded and run at once.
@@ -51,9 +53,11 @@ const WORKS: [(&str, Lazy, Eager); 8] = [
 ];
 
 impl Op {
-    /// Of `{"work": "softmax", "dtype": "f32", "dims": [64, 512], "rank": 0}`.
+    /// Of `{"work": "softmax", "dtype": "f32", "dims": [64, 512], "rank": 0}`; the work may end in ` in place`.
     pub(crate) fn parse(row: &Value) -> std::result::Result<Op, Failure> {
         let name = text(row, "work")?;
+        let (name, in_place) =
+            name.strip_suffix(" in place").map_or((name, false), |name| (name, true));
         let known = WORKS.iter().find(|(work, ..)| *work == name);
         let (work, ..) = known.ok_or_else(|| format!("nothing here does {name:?}"))?;
         let dtype = match text(row, "dtype")? {
@@ -66,7 +70,7 @@ impl Op {
         if dims.len() != expected {
             return Err(format!("{work} of {dims:?}: expected {expected} numbers").into());
         }
-        Ok(Op { work, dtype, dims, rank: number(row, "rank")? })
+        Ok(Op { work, dtype, dims, rank: number(row, "rank")?, in_place })
     }
 
     pub(crate) fn name(&self) -> String {
@@ -131,7 +135,17 @@ impl Prepared {
         let work = op.ways().0;
         let f = compile(move |x: &[LazyTensor]| Ok(vec![work(x)?]));
         let lazy = |x: &Tensor| LazyTensor::from_tensor(x).expect("a contiguous tensor");
-        let args: Vec<LazyTensor> = op.inputs().iter().map(lazy).collect();
+        let mut args: Vec<LazyTensor> = op.inputs().iter().map(lazy).collect();
+        if op.in_place {
+            let f = f.donate([0]);
+            args[0] = args[0].to_owned_copy().expect("memory for an input");
+            return Prepared::new(move || {
+                let rest = args[1..].to_vec();
+                let mut results = f.call(args.drain(..1).chain(rest.clone()).collect())?;
+                args = std::iter::once(results.remove(0)).chain(rest).collect();
+                Ok(())
+            });
+        }
         Prepared::new(move || {
             std::hint::black_box(f.call(args.clone())?[0].eval()?);
             Ok(())
@@ -140,8 +154,11 @@ impl Prepared {
 
     /// By eager Candle, with its fused softmax and norm.
     pub(crate) fn eager(op: &Op) -> Prepared {
-        let (work, inputs) = (op.ways().1, op.inputs());
+        let (work, inputs, in_place) = (op.ways().1, op.inputs(), op.in_place);
         Prepared::new(move || {
+            if in_place {
+                return Err("Candle does it out of place only".into());
+            }
             std::hint::black_box(work(&inputs)?);
             Ok(())
         })
