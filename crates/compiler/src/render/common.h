@@ -6,14 +6,16 @@
 template <typename T, int N> struct alignas(sizeof(T) * N) Pack { T at[N]; };
 
 template <int N, typename R, typename T> FN void load(THREAD R (&to)[N], DEVICE const T* from) {
-    const Pack<T, N> pack = *(DEVICE const Pack<T, N>*)from;
+    DEVICE const Pack<T, N>& all = *(DEVICE const Pack<T, N>*)from;
+    const Pack<T, N> pack = all;
     for (i32 j = 0; j < N; ++j) to[j] = R(pack.at[j]);
 }
 
 template <int N, typename R, typename T> FN void store(DEVICE T* to, THREAD R (&from)[N]) {
     Pack<T, N> pack;
     for (i32 j = 0; j < N; ++j) pack.at[j] = T(from[j]);
-    *(DEVICE Pack<T, N>*)to = pack;
+    DEVICE Pack<T, N>& all = *(DEVICE Pack<T, N>*)to;
+    all = pack;
 }
 
 // ---- scalar functions ----

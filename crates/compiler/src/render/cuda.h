@@ -36,6 +36,7 @@ struct bf16 {
 };
 
 FN f32 f32_of_bits(u32 bits) { return __uint_as_float(bits); }
+#define INF f32_of_bits(0x7f800000u)
 FN f64 f64_of_bits(u64 bits) { return __longlong_as_double(i64(bits)); }
 
 FN void barrier() { __syncthreads(); }

@@ -19,6 +19,7 @@ typedef half f16;
 typedef bfloat bf16;
 
 FN f32 f32_of_bits(u32 bits) { return as_type<float>(bits); }
+#define INF f32_of_bits(0x7f800000u)
 
 FN void barrier() { threadgroup_barrier(mem_flags::mem_threadgroup | mem_flags::mem_device); }
 FN f32 shuffle_xor(f32 x, u32 mask) { return simd_shuffle_xor(x, ushort(mask)); }
@@ -47,12 +48,12 @@ FN f32 round(f32 x) { return metal::rint(x); }
 // is undone by the quotient.
 FN f32 log1p(f32 x) {
     const f32 u = 1.0f + x;
-    return u == 1.0f || x == INFINITY ? x : log(u) * (x / (u - 1.0f));
+    return u == 1.0f || x == INF ? x : log(u) * (x / (u - 1.0f));
 }
 FN f32 expm1(f32 x) {
     const f32 u = exp(x);
     if (u == 1.0f) return x;
-    return u == 0.0f || u == INFINITY ? u - 1.0f : (u - 1.0f) * (x / log(u));
+    return u == 0.0f || u == INF ? u - 1.0f : (u - 1.0f) * (x / log(u));
 }
 
 // Within 4 ulp: the polynomials of the CPU's erf.

@@ -132,22 +132,29 @@ fn body(
     body
 }
 
-/// Which values that a later pass takes stay in registers: the dearest first, as many as fit. The rest is read or computed
-/// again.
+/// Which values stay in registers: one after the other, that which saves the most work, as long as one fits. The rest is
+/// read or computed again.
 fn keep(kernel: &Kernel, live: &[bool], stages: usize, per_thread: usize) -> Vec<bool> {
-    let cost = recompute_cost(kernel);
-    let mut later: Vec<Reg> =
-        taken_later(kernel, live, stages).into_iter().filter(|reg| cost[reg.index()] > 0).collect();
-    later.sort_by_key(|reg| std::cmp::Reverse(cost[reg.index()]));
-    let (mut kept, mut bytes) = (vec![false; kernel.tape.len()], 0);
-    for reg in later {
-        let own = per_thread * scalar::register_bytes(kernel.tape[reg.index()].dtype);
-        if own > 0 && bytes + own <= KEPT_BYTES {
+    let mut kept = vec![false; kernel.tape.len()];
+    let bytes = |reg: Reg| per_thread * scalar::register_bytes(kernel.tape[reg.index()].dtype);
+    let mut candidates = taken_later(kernel, live, stages);
+    candidates.retain(|reg| bytes(*reg) > 0);
+    let (mut left, mut least) = (KEPT_BYTES, work(kernel, live, &kept, stages));
+    loop {
+        candidates.retain(|reg| bytes(*reg) <= left && !kept[reg.index()]);
+        let with = |reg: &Reg| {
+            let mut kept = kept.clone();
             kept[reg.index()] = true;
-            bytes += own;
+            (work(kernel, live, &kept, stages), *reg)
+        };
+        match candidates.iter().map(with).min() {
+            Some((work, best)) if work < least => {
+                kept[best.index()] = true;
+                (left, least) = (left - bytes(best), work);
+            }
+            _ => return kept,
         }
     }
-    kept
 }
 
 /// Column values that are made in one pass and taken in a later one.
@@ -167,27 +174,31 @@ fn taken_later(kernel: &Kernel, live: &[bool], stages: usize) -> Vec<Reg> {
     regs(kernel).filter(later).map(|(reg, _)| reg).collect()
 }
 
-/// About how many instructions it takes to have a column value again; 0 for what is as good as free.
-fn recompute_cost(kernel: &Kernel) -> Vec<u32> {
-    let mut cost: Vec<u32> = Vec::with_capacity(kernel.tape.len());
-    for inst in &kernel.tape {
-        let own = match &inst.op {
-            _ if inst.level == Level::Row => 0,
-            KernelOp::Const(_) | KernelOp::Index(_) | KernelOp::Reduce(..) => 0,
-            KernelOp::Load(_) => 4,
-            KernelOp::Random { .. } => 40,
-            KernelOp::Unary(f, _) if is_arithmetic(*f) => 1,
-            KernelOp::Unary(..) => 8,
-            // A row value that fills its columns.
-            KernelOp::Cast(x) if kernel.tape[x.index()].level == Level::Row => 0,
-            KernelOp::Binary(..) | KernelOp::Select(..) | KernelOp::Cast(_) => 1,
+/// About how many instructions all passes take for an element, if these values are kept.
+fn work(kernel: &Kernel, live: &[bool], kept: &[bool], stages: usize) -> u32 {
+    let reductions = |number: usize| -> Vec<Reg> {
+        let of = |(reg, inst): &(Reg, &Inst)| {
+            let reduces = matches!(inst.op, KernelOp::Reduce(..));
+            reduces && live[reg.index()] && inst.stage as usize == number
         };
-        let operands = Kernel::operands(&inst.op);
-        let sum = |sum: u32, r: &Reg| sum.saturating_add(cost[r.index()]);
-        let all = operands.iter().fold(own, sum);
-        cost.push(if inst.level == Level::Row { 0 } else { all });
+        regs(kernel).filter(of).map(|(reg, _)| reg).collect()
+    };
+    let pass = |number| body(kernel, live, kept, &reductions(number), [number, stages]);
+    (0..stages).flat_map(pass).map(|reg| cost(kernel, reg)).sum()
+}
+
+/// About how many instructions it takes to have a column value again.
+fn cost(kernel: &Kernel, reg: Reg) -> u32 {
+    match &kernel.tape[reg.index()].op {
+        KernelOp::Const(_) | KernelOp::Reduce(..) => 0,
+        // A row value that fills its columns.
+        KernelOp::Cast(x) if kernel.tape[x.index()].level == Level::Row => 0,
+        KernelOp::Unary(f, _) if !is_arithmetic(*f) => 8,
+        KernelOp::Unary(..) | KernelOp::Binary(..) | KernelOp::Select(..) => 1,
+        KernelOp::Index(_) | KernelOp::Cast(_) => 1,
+        KernelOp::Load(_) => 8,
+        KernelOp::Random { .. } => 40,
     }
-    cost
 }
 
 fn is_arithmetic(f: UnaryOp) -> bool {

@@ -141,17 +141,19 @@ fn cast(from: DType, to: DType, x: &str) -> String {
 }
 
 fn literal(value: Scalar) -> String {
-    match value.dtype().class() {
+    let (class, x) = (value.dtype().class(), value.as_f64());
+    match class {
         Class::I64 if value.as_i64() == i64::MIN => "i64(u64(1) << 63)".to_owned(),
         Class::I64 => format!("i64({})", value.as_i64()),
-        Class::F32 => literal_f32(value.as_f64() as f32),
-        Class::F64 if value.as_f64().is_finite() => format!("{:?}", value.as_f64()),
-        Class::F64 => format!("f64_of_bits({:#x})", value.as_f64().to_bits()),
+        Class::F32 | Class::F64 if x.is_infinite() => {
+            let sign = if x < 0.0 { "-" } else { "" };
+            format!("{sign}{}", if class == Class::F32 { "INF" } else { "f64(INF)" })
+        }
+        Class::F32 if x.is_nan() => format!("f32_of_bits({:#x})", (x as f32).to_bits()),
+        Class::F64 if x.is_nan() => format!("f64_of_bits({:#x})", x.to_bits()),
+        Class::F32 => format!("{:?}f", x as f32),
+        Class::F64 => format!("{x:?}"),
     }
-}
-
-fn literal_f32(x: f32) -> String {
-    if x.is_finite() { format!("{x:?}f") } else { format!("f32_of_bits({:#x})", x.to_bits()) }
 }
 
 /// The type that joins two partial results, in the headers.

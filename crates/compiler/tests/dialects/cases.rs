@@ -5,7 +5,7 @@ use crate::random::Rng;
 use crate::walk::{self, Memory};
 use metal_candle_compiler::kernel::{Kernel, KernelOp};
 use metal_candle_compiler::render::{Binding, Source};
-use metal_candle_compiler::{Operand, Plan, Slot, Target, Work};
+use metal_candle_compiler::{Operand, Slot, Target, Work};
 use metal_candle_graph::oracle::Value;
 use metal_candle_graph::{ComputationGraph, DType, Operation, TensorType};
 
@@ -67,11 +67,6 @@ impl Case {
     pub(crate) fn has_f64(&self) -> bool {
         let stores = self.kernel.stores.iter().map(|s| s.to.dtype);
         self.kernel.tape.iter().map(|i| i.dtype).chain(stores).any(|d| d == DType::F64)
-    }
-
-    /// Elements that threads can compute side by side.
-    pub(crate) fn len(&self) -> usize {
-        self.kernel.rows() * self.kernel.cols()
     }
 
     pub(crate) fn run<'a>(&self, source: &'a Source) -> Run<'a> {
@@ -154,12 +149,4 @@ pub(crate) fn inputs(g: &ComputationGraph) -> Vec<Value> {
         Value { ty: *ty, data: walk::decode(ty.dtype, &walk::encode(ty.dtype, &data)) }
     };
     types.iter().map(value).collect()
-}
-
-/// How many elements of all outputs a plan's kernels write.
-pub(crate) fn kernels(plan: &Plan) -> impl Iterator<Item = &Kernel> {
-    plan.steps.iter().filter_map(|step| match &step.work {
-        Work::Kernel(kernel) => Some(kernel),
-        Work::Call(_) => None,
-    })
 }

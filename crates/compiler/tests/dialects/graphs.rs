@@ -40,7 +40,7 @@ fn ty(dtype: DType, dims: &[usize]) -> TensorType {
     TensorType::new(dtype, Shape::new(dims).unwrap())
 }
 
-fn softmax_of(dtype: DType, dims: &[usize]) -> ComputationGraph {
+pub(crate) fn softmax_of(dtype: DType, dims: &[usize]) -> ComputationGraph {
     let mut g = ComputationGraph::new();
     let x = g.input(0, ty(dtype, dims));
     g.outputs = vec![

@@ -36,8 +36,7 @@ pub(crate) struct Machine {
 impl Machine {
     /// `name` tells programs of one test run apart.
     pub(crate) fn build(dialect: &Dialect, name: &str, units: &[Unit]) -> Machine {
-        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("dialects").join(name);
-        std::fs::create_dir_all(&folder).unwrap();
+        let folder = folder(name);
         let here = machine_sources();
         let mut jobs = vec![(here.join("machine.cpp"), folder.join("machine.o"), false)];
         for (i, unit) in units.iter().enumerate() {
@@ -74,6 +73,38 @@ impl Machine {
     }
 }
 
+/// Compiles the units by NVRTC for each architecture: to machine code, without a GPU. Wants the toolkit in `cuda_home`.
+pub(crate) fn compile_by_nvrtc(
+    cuda_home: &Path,
+    architectures: &str,
+    dialect: &Dialect,
+    units: &[Unit],
+) {
+    let folder = folder("nvrtc");
+    let program = folder.join("nvrtc");
+    let mut command = compiler();
+    command.arg(machine_sources().join("nvrtc.cpp")).arg("-o").arg(&program);
+    command.arg("-I").arg(cuda_home.join("include"));
+    let lib = cuda_home.join("lib64");
+    command.arg("-L").arg(&lib).arg("-lnvrtc").arg(format!("-Wl,-rpath,{}", lib.display()));
+    execute(&mut command);
+    let mut nvrtc = Command::new(program);
+    nvrtc.arg(architectures).args(dialect.options).arg("--");
+    for (i, unit) in units.iter().enumerate() {
+        let path = folder.join(format!("unit{i}.cu"));
+        let kernels = unit.sources.iter().map(|source| source.text.as_str());
+        std::fs::write(&path, unit.header.clone() + &kernels.collect::<String>()).unwrap();
+        nvrtc.arg(path);
+    }
+    execute(&mut nvrtc);
+}
+
+fn folder(name: &str) -> PathBuf {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("dialects").join(name);
+    std::fs::create_dir_all(&folder).unwrap();
+    folder
+}
+
 fn machine_sources() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/dialects/machine")
 }
@@ -92,6 +123,10 @@ fn unit_text(dialect: &Dialect, unit: &Unit) -> String {
     text
 }
 
+/// Calls the machine before every access to memory, and where C++ is left.
+const CHECKS: &str = "-fsanitize=thread,alignment,bounds,signed-integer-overflow,shift,\
+                      integer-divide-by-zero,float-cast-overflow";
+
 /// On every core.
 fn compile_all(jobs: &[(PathBuf, PathBuf, bool)]) {
     let (next, failed) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
@@ -102,8 +137,7 @@ fn compile_all(jobs: &[(PathBuf, PathBuf, bool)]) {
                 while let Some((from, to, checked)) = jobs.get(next.fetch_add(1, Ordering::Relaxed))
                 {
                     let mut command = compiler();
-                    // Calls the machine before every access to memory.
-                    command.args(checked.then_some("-fsanitize=thread"));
+                    command.args(checked.then_some(CHECKS));
                     command.arg("-c").arg(from).arg("-o").arg(to);
                     if let Err(error) = run(&mut command) {
                         failed.lock().unwrap().push(error);
@@ -133,6 +167,8 @@ fn compiler() -> Command {
     };
     let mut command = Command::new(found);
     command.args(["-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-Wall", "-Wextra", "-Werror"]);
+    // Accesses stay as they are written.
+    command.args(["-fno-vectorize", "-fno-slp-vectorize"]);
     let known_noise = [
         // Metal's.
         "unknown-attributes",

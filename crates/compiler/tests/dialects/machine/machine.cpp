@@ -10,6 +10,7 @@
 #include <memory>
 #include <string>
 #include <ucontext.h>
+#include <utility>
 #include <vector>
 
 #ifdef __APPLE__
@@ -30,8 +31,8 @@ struct Stamp { uint32_t thread = 0, block_epoch = 0, simd_epoch = 0; };
 
 struct Shadow {
     Stamp write;
-    /// The last two threads that read since.
-    Stamp read[2];
+    /// Who read since: the last thread, the one before it, and the last one of another SIMD group.
+    Stamp read[3];
 };
 
 struct Region {
@@ -198,8 +199,7 @@ void check_race(Region& region, size_t element, bool write, const Stamp& now) {
     if (region.shared && !write && shadow.write.thread == 0) {
         fail(text("reads element %zu of %s, which nobody wrote", element, region.name.c_str()));
     }
-    const Stamp* before[] = {&shadow.write, &shadow.read[0], &shadow.read[1]};
-    for (const Stamp* stamp : before) {
+    for (const Stamp* stamp : {&shadow.write, &shadow.read[0], &shadow.read[1], &shadow.read[2]}) {
         const bool conflict = write || stamp == &shadow.write;
         if (conflict && !ordered(*stamp, now)) {
             fail(text("race on element %zu of %s with thread %u of block %u", element, region.name.c_str(),
@@ -208,10 +208,11 @@ void check_race(Region& region, size_t element, bool write, const Stamp& now) {
     }
     if (write) {
         shadow.write = now;
-        shadow.read[0] = shadow.read[1] = Stamp{};
+        for (Stamp& read : shadow.read) read = Stamp{};
     } else {
-        if (shadow.read[0].thread != now.thread) shadow.read[1] = shadow.read[0];
-        shadow.read[0] = now;
+        const Stamp last = std::exchange(shadow.read[0], now);
+        if (last.thread != now.thread) shadow.read[1] = last;
+        if ((last.thread - 1) / SIMD != (now.thread - 1) / SIMD) shadow.read[2] = last;
     }
 }
 
@@ -230,9 +231,6 @@ void access(const void* address, size_t bytes, bool write) {
         const char* name = region.name.c_str();
         if (at + bytes > region.bytes) break;
         if (write && !region.writable) fail(text("writes byte %zu of %s, which is read only", at, name));
-        if (reinterpret_cast<uintptr_t>(address) % bytes != 0) {
-            fail(text("%s %zu bytes at byte %zu of %s: misaligned", verb, bytes, at, name));
-        }
         const Stamp now{gpu.block * gpu.block_size + gpu.tid + 1, gpu.block_epoch, gpu.simd_epoch[gpu.tid / SIMD]};
         for (size_t e = at / region.element; e <= (at + bytes - 1) / region.element; ++e) {
             check_race(region, e, write, now);
@@ -355,8 +353,6 @@ void __tsan_func_exit() {}
     void __tsan_unaligned_read##n(void* at) { machine::access(at, n, false); } \
     void __tsan_unaligned_write##n(void* at) { machine::access(at, n, true); }
 ACCESS(1) ACCESS(2) ACCESS(4) ACCESS(8) ACCESS(16)
-void __tsan_read_range(void* at, size_t n) { machine::access(at, n, false); }
-void __tsan_write_range(void* at, size_t n) { machine::access(at, n, true); }
 void* __tsan_memcpy(void* to, const void* from, size_t n) {
     machine::access(from, n, false);
     machine::access(to, n, true);
@@ -371,6 +367,19 @@ void* __tsan_memset(void* to, int byte, size_t n) {
     machine::access(to, n, true);
     return std::memset(to, byte, n);
 }
+
+// What the other sanitizers call, when something is undefined.
+#define UNDEFINED(name, what) \
+    void __ubsan_handle_##name() { machine::fail(what); }
+UNDEFINED(type_mismatch_v1, "misaligned access")
+UNDEFINED(out_of_bounds, "out of bounds of an array")
+UNDEFINED(add_overflow, "overflow of +")
+UNDEFINED(sub_overflow, "overflow of -")
+UNDEFINED(mul_overflow, "overflow of *")
+UNDEFINED(negate_overflow, "overflow of -")
+UNDEFINED(divrem_overflow, "overflow of /, or a division by 0")
+UNDEFINED(shift_out_of_bounds, "shift by too much")
+UNDEFINED(float_cast_overflow, "a float beyond the integers")
 }
 
 int main(int argc, char** argv) {

@@ -3,7 +3,8 @@
 // Every thread of a block is a fiber that runs until it waits. A barrier holds it until all threads of the
 // block are there, a shuffle until all lanes of its SIMD group are; if they cannot come any more, that is a fault. Kernels
 // are compiled with -fsanitize=thread, whose calls before each access to memory end up here, not in its library: an access
-// must lie within a buffer or the block's shared memory, be aligned, write only what may be written, and not race.
+// must lie within a buffer or the block's shared memory, write only what may be written, and not race. What the other
+// sanitizers find is a fault, too: misaligned vectors, indices beyond a thread's own arrays, overflowing counters.
 //
 // Two accesses to one element, one of them a write, race unless they are one thread's, or a barrier of their block or a
 // shuffle of their SIMD group lies between them.
