@@ -52,7 +52,10 @@ fn check(kernel: &Kernel, dialect: &Dialect, expected: Expect) {
 #[test]
 fn softmax_keeps_its_row_in_registers() {
     let softmax = kernels(&support::softmax(), &[]).remove(0);
-    check(&softmax, Dialect::CUDA, expect![[r#"
+    check(
+        &softmax,
+        Dialect::CUDA,
+        expect![[r#"
         // 64 rows of 512, a SIMD group each, in accesses of 4.
         extern "C" __global__ void __launch_bounds__(256) softmax(
             const f32* in0,
@@ -98,8 +101,12 @@ fn softmax_keeps_its_row_in_registers() {
                 }
             }
         }
-    "#]]);
-    check(&softmax, Dialect::METAL, expect![[r#"
+    "#]],
+    );
+    check(
+        &softmax,
+        Dialect::METAL,
+        expect![[r#"
         // 64 rows of 512, a SIMD group each, in accesses of 4.
         [[kernel, max_total_threads_per_threadgroup(256)]] void softmax(
             device const f32* in0 [[buffer(0)]],
@@ -147,7 +154,8 @@ fn softmax_keeps_its_row_in_registers() {
                 }
             }
         }
-    "#]]);
+    "#]],
+    );
 }
 
 /// Block and grid of what `Limits` promise: "CUDA C++ Programming Guide", and "Metal Feature Set Tables".

@@ -160,10 +160,13 @@ impl<'a> Body<'a> {
                 let head = format!("for ({count} row = block; row < {rows}; row += blocks)");
                 self.text.open(head);
             }
+            Team::Column { slices: 1 } => {
+                self.text.open(walk("row", format!("block * {at_once} + tid")));
+            }
             Team::Column { .. } => {
                 self.text.line(format!("const u32 slice = tid / {at_once};"));
                 self.text.open(walk("first", format!("block * {at_once}")));
-                // Threads beyond the last row compute it once more, for all must meet at the barriers.
+                // Threads beyond the last row go along, for all must meet at the barriers.
                 self.text.line(format!("const {count} beside = first + tid % {at_once};"));
                 self.text.line(format!("const bool own = beside < {rows};"));
                 let last = rows.saturating_sub(1);
@@ -198,7 +201,14 @@ impl<'a> Body<'a> {
             self.text.line(format!("{ty} r{} = {start};", reg.0));
         }
         if self.kernel.cols() > 0 {
+            let idle = self.has_idle_threads();
+            if idle {
+                self.text.open("if (own)");
+            }
             self.columns(pass, is_last);
+            if idle {
+                self.text.close();
+            }
         }
         for reg in &pass.reductions {
             self.join(*reg);
@@ -216,7 +226,10 @@ impl<'a> Body<'a> {
         let indices: Vec<String> = indices.cloned().collect();
         let (count, ragged) = (self.count, self.chunks * members * vector > cols);
         if self.chunks > UNROLLED && !self.passes.keeps_any() {
-            let start = if vector > 1 { format!("{member} * {vector}") } else { member.to_owned() };
+            let start = member.map_or("0".to_owned(), |member| match vector {
+                1 => member.to_owned(),
+                _ => format!("{member} * {vector}"),
+            });
             let step = members * vector;
             self.text.open(format!("for ({count} col = {start}; col < {cols}; col += {step})"));
             self.declare(indices);
@@ -225,7 +238,10 @@ impl<'a> Body<'a> {
         }
         self.text.unrolled(format!("for (i32 k = 0; k < {}; ++k)", self.chunks));
         if ragged || !indices.is_empty() || inner.mentions("col") {
-            let col = times(format!("k * {members} + {member}"));
+            let col = match member {
+                Some(member) => times(format!("k * {members} + {member}")),
+                None => "k".to_owned(),
+            };
             self.text.line(format!("const {count} col = {col};"));
         }
         if ragged {
@@ -246,14 +262,19 @@ impl<'a> Body<'a> {
         std::mem::replace(&mut self.text, outer)
     }
 
-    /// Which thread of its team this is.
-    fn member(&self) -> &'static str {
+    /// Which thread of its team this is; `None` where there is only one.
+    fn member(&self) -> Option<&'static str> {
         match self.launch.team {
-            Team::Element => unreachable!("elements have no team"),
-            Team::Simd => "lane",
-            Team::Block => "tid",
-            Team::Column { .. } => "slice",
+            Team::Element | Team::Column { slices: 1 } => None,
+            Team::Simd => Some("lane"),
+            Team::Block => Some("tid"),
+            Team::Column { .. } => Some("slice"),
         }
+    }
+
+    /// Whether some threads of a block have no row, and go along for the barriers' sake.
+    fn has_idle_threads(&self) -> bool {
+        matches!(self.launch.team, Team::Column { slices: 2.. })
     }
 
     /// The row value of the team's partial results.
@@ -292,14 +313,19 @@ impl<'a> Body<'a> {
         if stores.is_empty() {
             return;
         }
-        let own = if matches!(self.launch.team, Team::Column { .. }) { "own && " } else { "" };
-        self.text.open(format!("if ({own}{} == 0)", self.member()));
+        let own = if self.has_idle_threads() { "own && " } else { "" };
+        let one = self.member().map(|member| format!("if ({own}{member} == 0)"));
+        if let Some(one) = &one {
+            self.text.open(one);
+        }
         for store in stores {
             let place = format!("out{}[{}]", store.to.arg, self.row.0.offset(&store.to.at, None));
             let x = to_memory(store.to.dtype, &self.row_value(store.reg));
             self.text.line(format!("{place} = {x};"));
         }
-        self.text.close();
+        if one.is_some() {
+            self.text.close();
+        }
     }
 
     // ---- values ----
@@ -410,22 +436,11 @@ impl Chunk<'_, '_> {
             let (name, op, x) = (reg.0, reducer(op), self.value(of));
             self.body.text.line(format!("r{name} = {op}::of(r{name}, {x});"));
         }
-        self.stores(&one_by_one, Chunk::store_one);
+        one_by_one.iter().for_each(|store| self.store_one(store));
         if is_loop {
             self.body.text.close();
         }
-        self.stores(&as_one, Chunk::store_vector);
-    }
-
-    fn stores(&mut self, stores: &[&Store], write: fn(&mut Self, &Store)) {
-        let guarded = matches!(self.body.launch.team, Team::Column { .. }) && !stores.is_empty();
-        if guarded {
-            self.body.text.open("if (own)");
-        }
-        stores.iter().for_each(|store| write(self, store));
-        if guarded {
-            self.body.text.close();
-        }
+        as_one.iter().for_each(|store| self.store_vector(store));
     }
 
     fn is_vector(&self, access: &Access) -> bool {

@@ -135,7 +135,11 @@ fn cast(from: DType, to: DType, x: &str) -> String {
         (false, DType::U8 | DType::U32) => wrapped(to, x.to_owned()),
         (false, DType::I64) => x.to_owned(),
         // Rounded to 16 bits, and held in 32 again.
+        (_, DType::BF16 | DType::F16) if register(from) == DType::F32 => {
+            format!("f32({name}({x}))")
+        }
         (_, DType::BF16 | DType::F16) => format!("f32({name}(f32({x})))"),
+        (_, DType::F32 | DType::F64) if register(from) == to => x.to_owned(),
         (_, DType::F32 | DType::F64) => format!("{name}({x})"),
     }
 }
