@@ -2,7 +2,7 @@
 
 use crate::command::{cargo, execute, program, works};
 use crate::{model, tidy};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use std::time::{Duration, Instant};
 
 type Stage = (&'static str, fn() -> Result<()>);
@@ -53,8 +53,33 @@ fn set_up() -> Result<()> {
             eprintln!("warning: {error:#}");
         }
     }
+    set_up_clang()?;
     let model = model::fetch()?;
     println!("model: {}", model.display());
+    Ok(())
+}
+
+/// Rendered GPU kernels are compiled by it and run on the CPU. The names are those that the test looks for.
+fn set_up_clang() -> Result<()> {
+    let named = std::env::var_os("METAL_CANDLE_CLANG").is_some();
+    let has_clang = || ["clang++-16", "clang++"].iter().any(|c| works(program(c).arg("--version")));
+    if named || has_clang() {
+        return Ok(());
+    }
+    if works(program("apt-get").arg("--version")) {
+        // The lists of packages may be missing, or old.
+        let install = || execute(program("apt-get").args(["install", "--yes", "clang-16"]));
+        if let Err(error) = install() {
+            eprintln!("warning: {error:#}");
+            let update = execute(program("apt-get").arg("update"));
+            update
+                .and_then(|()| install())
+                .context("clang 16 is needed, and apt-get cannot get it")?;
+        }
+    }
+    if !has_clang() {
+        bail!("clang 16 or later is needed: install it, or name it in METAL_CANDLE_CLANG");
+    }
     Ok(())
 }
 

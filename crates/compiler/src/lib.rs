@@ -5,6 +5,8 @@
 //! graph ─ passes ─ region (what is fused) ─ lower (kernels and library calls) ─ memory ─ Plan
 //! ```
 //!
+//! A GPU wants its kernels as source text: [`render`].
+//!
 //! This crate knows no device: it reads a [`Target`] (plain data) and writes a [`Plan`] (plain data).
 
 mod analysis;
@@ -21,6 +23,7 @@ mod memory;
 mod plan;
 mod print;
 mod region;
+pub mod render;
 mod schedule;
 mod target;
 

@@ -1,5 +1,6 @@
 //! What a plan of kernels means, element by element: no tiles, no lanes, no threads, and nothing
-//! shared with the interpreter.
+//! shared with the interpreter or the rendered kernels, whose tests both compare with it.
+#![allow(dead_code, reason = "every test uses its own part")]
 
 use half::{bf16, f16};
 use metal_candle_compiler::kernel::{Access, Affine, Inst, Kernel, KernelOp, Level, Reg};
@@ -40,14 +41,23 @@ impl Num {
 }
 
 /// The slots' memory.
-struct Memory {
+pub(crate) struct Memory {
     inputs: Vec<Vec<u8>>,
     outputs: Vec<Vec<u8>>,
     arena: Vec<u8>,
 }
 
 impl Memory {
-    fn of(&mut self, slot: Slot) -> &mut [u8] {
+    pub(crate) fn new(plan: &Plan, inputs: &[Value]) -> Memory {
+        Memory {
+            inputs: inputs.iter().map(|v| encode(v.ty.dtype, &v.data)).collect(),
+            // What nobody wrote is seen: these bytes are no number that a test expects.
+            outputs: plan.outputs.iter().map(|o| vec![0xaa; o.ty.size_bytes()]).collect(),
+            arena: vec![0xaa; plan.arena_bytes],
+        }
+    }
+
+    pub(crate) fn of(&mut self, slot: Slot) -> &mut [u8] {
         match slot {
             Slot::Input(i) => &mut self.inputs[i as usize],
             Slot::Output(i) => &mut self.outputs[i as usize],
@@ -60,16 +70,7 @@ impl Memory {
     fn read(&mut self, operand: &Operand, at: isize) -> Num {
         let dtype = operand.dtype;
         let start = at as usize * dtype.size_bytes();
-        let bytes = &self.of(operand.slot)[start..start + dtype.size_bytes()];
-        match dtype {
-            DType::U8 => Num::I(i64::from(bytes[0])),
-            DType::U32 => Num::I(i64::from(u32::from_ne_bytes(bytes.try_into().unwrap()))),
-            DType::I64 => Num::I(i64::from_ne_bytes(bytes.try_into().unwrap())),
-            DType::BF16 => Num::F(bf16::from_ne_bytes(bytes.try_into().unwrap()).to_f64()),
-            DType::F16 => Num::F(f16::from_ne_bytes(bytes.try_into().unwrap()).to_f64()),
-            DType::F32 => Num::F(f64::from(f32::from_ne_bytes(bytes.try_into().unwrap()))),
-            DType::F64 => Num::F(f64::from_ne_bytes(bytes.try_into().unwrap())),
-        }
+        number(dtype, &self.of(operand.slot)[start..start + dtype.size_bytes()])
     }
 
     fn write(&mut self, operand: &Operand, at: isize, x: Num) {
@@ -77,6 +78,33 @@ impl Memory {
         let start = at as usize * dtype.size_bytes();
         let to = &mut self.of(operand.slot)[start..start + dtype.size_bytes()];
         to.copy_from_slice(&bytes(dtype, x));
+    }
+}
+
+/// The values of a buffer.
+pub(crate) fn decode(dtype: DType, bytes: &[u8]) -> Vec<f64> {
+    let value = |bytes: &[u8]| match number(dtype, bytes) {
+        Num::F(x) => x,
+        Num::I(x) => x as f64,
+    };
+    bytes.chunks(dtype.size_bytes()).map(value).collect()
+}
+
+/// A buffer of these values.
+pub(crate) fn encode(dtype: DType, values: &[f64]) -> Vec<u8> {
+    let num = |x: f64| if dtype.is_float() { Num::F(x) } else { Num::I(x as i64) };
+    values.iter().flat_map(|x| bytes(dtype, num(*x))).collect()
+}
+
+fn number(dtype: DType, bytes: &[u8]) -> Num {
+    match dtype {
+        DType::U8 => Num::I(i64::from(bytes[0])),
+        DType::U32 => Num::I(i64::from(u32::from_ne_bytes(bytes.try_into().unwrap()))),
+        DType::I64 => Num::I(i64::from_ne_bytes(bytes.try_into().unwrap())),
+        DType::BF16 => Num::F(bf16::from_ne_bytes(bytes.try_into().unwrap()).to_f64()),
+        DType::F16 => Num::F(f16::from_ne_bytes(bytes.try_into().unwrap()).to_f64()),
+        DType::F32 => Num::F(f64::from(f32::from_ne_bytes(bytes.try_into().unwrap()))),
+        DType::F64 => Num::F(f64::from_ne_bytes(bytes.try_into().unwrap())),
     }
 }
 
@@ -94,16 +122,7 @@ fn bytes(dtype: DType, x: Num) -> Vec<u8> {
 
 /// The results of `plan`, whose steps are all kernels.
 pub(crate) fn run(plan: &Plan, inputs: &[Value]) -> Vec<Vec<f64>> {
-    let num = |dtype: DType, x: f64| if dtype.is_float() { Num::F(x) } else { Num::I(x as i64) };
-    let input = |v: &Value| -> Vec<u8> {
-        v.data.iter().flat_map(|x| bytes(v.ty.dtype, num(v.ty.dtype, *x))).collect()
-    };
-    let mut memory = Memory {
-        inputs: inputs.iter().map(input).collect(),
-        // What nobody wrote is seen: these bytes are no number that a test expects.
-        outputs: plan.outputs.iter().map(|o| vec![0xaa; o.ty.size_bytes()]).collect(),
-        arena: vec![0xaa; plan.arena_bytes],
-    };
+    let mut memory = Memory::new(plan, inputs);
     for step in &plan.steps {
         let Work::Kernel(kernel) = &step.work else { panic!("{} is no kernel", step.label) };
         kernel_step(kernel, step, &mut memory);
@@ -118,19 +137,14 @@ pub(crate) fn run(plan: &Plan, inputs: &[Value]) -> Vec<Vec<f64>> {
                 continue;
             }
         };
-        let layout = metal_candle_compiler::Layout::contiguous(output.ty.shape);
-        let operand = Operand { slot, dtype: output.ty.dtype, layout };
-        let value = |at| match memory.read(&operand, at) {
-            Num::F(x) => x,
-            Num::I(x) => x as f64,
-        };
-        results.push((0..output.ty.shape.len() as isize).map(value).collect());
+        let bytes = &memory.of(slot)[..output.ty.size_bytes()];
+        results.push(decode(output.ty.dtype, bytes));
     }
     results
 }
 
 /// Computes every point of the space, then writes.
-fn kernel_step(kernel: &Kernel, step: &Step, memory: &mut Memory) {
+pub(crate) fn kernel_step(kernel: &Kernel, step: &Step, memory: &mut Memory) {
     let mut writes: Vec<(&Access, isize, Num)> = Vec::new();
     for row in 0..kernel.rows() {
         let values = row_values(kernel, step, memory, row);
@@ -261,7 +275,7 @@ fn larger(a: f64, b: f64) -> f64 {
 }
 
 fn unary(f: UnaryOp, x: f64) -> f64 {
-    let erf = candle_core::cpu::erf::erf_f64;
+    let erf = libm::erf;
     match f {
         UnaryOp::Neg => -x,
         UnaryOp::Abs => x.abs(),

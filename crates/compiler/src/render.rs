@@ -1,0 +1,117 @@
+//! A [`Kernel`] as source text for a GPU.
+//!
+//! ```text
+//! launch ── how many threads, and who works on a row     Kernel, Limits -> Launch
+//! passes ── what is computed in which pass, what is kept  Kernel, Launch -> Passes
+//! body ──── the text, the same in every dialect          Passes         -> Source
+//! dialect ─ what a language calls things: `cuda.rs`, `metal.rs`
+//! ```
+//!
+//! A dialect is data about a language, not a device: nothing here needs a GPU, and the tests compile both
+//! dialects as C++ and run them. The text is specialised to the kernel's extents and strides, so that a compiler
+//! turns divisions into multiplications and keeps a row in registers.
+
+mod body;
+mod cuda;
+mod dialect;
+mod index;
+mod launch;
+mod metal;
+mod passes;
+mod scalar;
+mod text;
+
+pub use dialect::Dialect;
+pub use launch::{Launch, Limits, Team, launch};
+
+use crate::kernel::{Access, Kernel, KernelOp};
+use metal_candle_graph::{Class, DType};
+
+/// Why a kernel cannot be rendered or launched.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum RenderError {
+    #[error("{language} has no {dtype}: cast to f32, or run on the CPU")]
+    DType { language: &'static str, dtype: DType },
+    #[error("a kernel of {operands} operands, where {limit} can be bound: plan with shorter tapes")]
+    Operands { operands: usize, limit: usize },
+}
+
+/// What a kernel reads or writes: its argument or output of this number, bound in this order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Binding {
+    Arg(u32),
+    Out(u32),
+}
+
+/// A rendered kernel. Its text wants the dialect's [header](Dialect::header) before it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Source {
+    pub name: String,
+    pub text: String,
+    pub bindings: Vec<Binding>,
+    pub launch: Launch,
+    /// What the address of every operand must be a multiple of.
+    pub align_bytes: usize,
+}
+
+/// Renders `kernel`, to be launched within `limits`, as the function `name`.
+///
+/// Outputs may share memory with arguments as [`Step`](crate::Step) says: every thread has read what it replaces.
+///
+/// # Errors
+/// [`RenderError::DType`] for f64 in a language without; what [`launch`](fn@launch) refuses.
+pub fn render(
+    kernel: &Kernel,
+    dialect: &Dialect,
+    limits: &Limits,
+    name: &str,
+) -> Result<Source, RenderError> {
+    check_dtypes(kernel, dialect)?;
+    let launch = launch(kernel, limits)?;
+    let operands = operands(kernel);
+    let align_bytes =
+        operands.iter().map(|o| body::access_bytes(kernel, &launch, o)).max().unwrap_or(1);
+    let text = body::render(kernel, dialect, &launch, &operands, name);
+    let bindings = operands.iter().map(|o| o.binding).collect();
+    Ok(Source { name: name.to_owned(), text, bindings, launch, align_bytes })
+}
+
+fn check_dtypes(kernel: &Kernel, dialect: &Dialect) -> Result<(), RenderError> {
+    let tape = kernel.tape.iter().map(|inst| inst.dtype);
+    let stores = kernel.stores.iter().map(|store| store.to.dtype);
+    let missing = |dtype: &DType| dtype.class() == Class::F64 && !dialect.has_f64;
+    match tape.chain(stores).find(missing) {
+        Some(dtype) => Err(RenderError::DType { language: dialect.language, dtype }),
+        None => Ok(()),
+    }
+}
+
+/// An operand, by the way it is bound.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Operand {
+    binding: Binding,
+    dtype: DType,
+}
+
+/// What the kernel touches: arguments, then outputs, each once.
+fn operands(kernel: &Kernel) -> Vec<Operand> {
+    let (mut args, mut outs) = (Vec::new(), Vec::new());
+    for (binding, access) in accesses(kernel) {
+        let all = if matches!(binding, Binding::Arg(_)) { &mut args } else { &mut outs };
+        let operand = Operand { binding, dtype: access.dtype };
+        if !all.contains(&operand) {
+            all.push(operand);
+        }
+    }
+    args.append(&mut outs);
+    args
+}
+
+fn accesses(kernel: &Kernel) -> impl Iterator<Item = (Binding, &Access)> {
+    let loads = kernel.tape.iter().filter_map(|inst| match &inst.op {
+        KernelOp::Load(access) => Some((Binding::Arg(access.arg), access)),
+        _ => None,
+    });
+    loads.chain(kernel.stores.iter().map(|store| (Binding::Out(store.to.arg), &store.to)))
+}

@@ -1,0 +1,17 @@
+//! CUDA C, as NVRTC compiles it.
+
+use super::dialect::{Dialect, Shared};
+
+pub(super) const DIALECT: Dialect = Dialect {
+    language: "CUDA C",
+    has_f64: true,
+    // No fast math: NaN and infinities mean something. Rounding once in a * b + c is welcome.
+    options: &["--std=c++17"],
+    headers: Dialect::headers(include_str!("cuda.h")),
+    kernel: "extern \"C\" __global__ void __launch_bounds__({block}) {name}",
+    argument: "const {type}* {name}",
+    output: "{type}* {name}",
+    ids: &[],
+    first_lines: &["const u32 tid = threadIdx.x, block = blockIdx.x, blocks = gridDim.x;"],
+    shared: Shared::Line("extern __shared__ u64 shared[];"),
+};

@@ -1,0 +1,47 @@
+//! What a language calls things.
+
+/// A GPU language, as data.
+///
+/// In the texts, `{name}`, `{type}`, `{block}` (threads) and `{n}` (the number of an operand) are filled in.
+#[derive(Debug)]
+pub struct Dialect {
+    /// For people.
+    pub language: &'static str,
+    pub has_f64: bool,
+    /// What to tell the compiler.
+    pub options: &'static [&'static str],
+    /// What the kernels rely on, once before all of them: the dialect's own words, then what all dialects share.
+    pub(super) headers: [&'static str; 2],
+    /// The beginning of a kernel's definition, up to its first parameter.
+    pub(super) kernel: &'static str,
+    /// A parameter that is read.
+    pub(super) argument: &'static str,
+    /// A parameter that is written.
+    pub(super) output: &'static str,
+    /// The parameters that say which thread this is: `tid` in its block, `block`, and how many `blocks` there are.
+    pub(super) ids: &'static [&'static str],
+    /// The same, as the first lines of the body.
+    pub(super) first_lines: &'static [&'static str],
+    /// Memory that a block shares: a parameter, or a line of the body.
+    pub(super) shared: Shared,
+}
+
+#[derive(Debug)]
+pub(super) enum Shared {
+    Parameter(&'static str),
+    Line(&'static str),
+}
+
+impl Dialect {
+    pub const CUDA: &'static Dialect = &super::cuda::DIALECT;
+    pub const METAL: &'static Dialect = &super::metal::DIALECT;
+
+    pub(super) const fn headers(own: &'static str) -> [&'static str; 2] {
+        [own, include_str!("common.h")]
+    }
+
+    /// What comes before the kernels of a source file.
+    pub fn header(&self) -> String {
+        self.headers.concat()
+    }
+}

@@ -1,0 +1,191 @@
+//! How many threads a kernel is launched with, and which of them work on one row.
+
+use super::{RenderError, accesses, index, operands};
+use crate::kernel::{Access, Affine, Kernel, KernelOp, Lanes, Level};
+
+/// Lanes of a SIMD group (a warp), on every GPU that the dialects are for.
+pub(super) const SIMD: usize = 32;
+/// The widest access, in bytes.
+const ACCESS_BYTES: usize = 16;
+/// Threads of a block, where the kernel leaves the choice.
+const BLOCK: usize = 256;
+/// The longest row of a SIMD group: 32 elements a lane.
+const SIMD_ROW: usize = 1024;
+/// How often a grid fills the device: more even out what blocks take, fewer cost less to start.
+const WAVES: usize = 4;
+
+/// What a device allows and has, as plain data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Limits {
+    /// Threads of a block.
+    pub max_block: usize,
+    /// Blocks of a grid, in its first dimension.
+    pub max_grid: usize,
+    /// Memory that a block shares.
+    pub max_shared_bytes: usize,
+    /// Operands of a kernel.
+    pub max_operands: usize,
+    /// Threads that run at once, on the whole device.
+    pub resident_threads: usize,
+}
+
+impl Limits {
+    /// Any CUDA device, of this many multiprocessors with so many threads each ("CUDA C++ Programming Guide", table of
+    /// technical specifications: compute capability 5.0 and later). Parameters take 4 KiB at most: 512 addresses.
+    pub const fn cuda(multiprocessors: usize, threads: usize) -> Limits {
+        Limits {
+            max_block: 1024,
+            max_grid: (1 << 31) - 1,
+            max_shared_bytes: 48 << 10,
+            max_operands: 512,
+            resident_threads: multiprocessors * threads,
+        }
+    }
+
+    /// Apple's GPUs ("Metal Feature Set Tables", families Apple4 and later), of so many cores, which are taken to run 1024
+    /// threads each: Metal does not tell.
+    pub const fn metal(cores: usize) -> Limits {
+        Limits {
+            max_block: 1024,
+            max_grid: (1 << 32) - 1,
+            max_shared_bytes: 32 << 10,
+            max_operands: 31,
+            resident_threads: cores * 1024,
+        }
+    }
+}
+
+/// Who works on a row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Team {
+    /// No row: every thread computes elements by itself, all of their values.
+    Element,
+    /// The lanes of one SIMD group.
+    Simd,
+    /// All threads of a block.
+    Block,
+    /// So many threads of a block, one below the other; beside each other they have neighbouring rows.
+    Column { slices: usize },
+}
+
+/// How a kernel is launched: a grid of one dimension, and blocks of one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Launch {
+    pub team: Team,
+    /// Neighbouring elements that a thread computes together, and moves as one where they lie so.
+    pub vector: usize,
+    /// Blocks; 0 where there is nothing to do, and nothing must be launched.
+    pub grid: usize,
+    /// Threads of a block (a threadgroup).
+    pub block: usize,
+    /// Memory that a block shares; a multiple of 16, as Metal wants.
+    pub shared_bytes: usize,
+}
+
+/// The launch of `kernel` within `limits`.
+///
+/// # Errors
+/// [`RenderError::Operands`] where it has more than can be bound.
+pub fn launch(kernel: &Kernel, limits: &Limits) -> Result<Launch, RenderError> {
+    let operands = operands(kernel).len();
+    if operands > limits.max_operands {
+        return Err(RenderError::Operands { operands, limit: limits.max_operands });
+    }
+    let team = team(kernel);
+    let vector = vector(kernel, team);
+    let block = match team {
+        Team::Element | Team::Simd | Team::Column { .. } => BLOCK,
+        // About four accesses a thread.
+        Team::Block => (kernel.cols() / (4 * vector)).next_power_of_two().clamp(128, 1024),
+    };
+    let block = block.min(limits.max_block);
+    let blocks = match team {
+        Team::Element => (kernel.rows() * kernel.cols()).div_ceil(block * vector),
+        _ => kernel.rows().div_ceil(rows_at_once(team, block)),
+    };
+    let most = (WAVES * limits.resident_threads / block).clamp(1, limits.max_grid);
+    let shared_bytes = shared_bytes(kernel, team, block);
+    assert!(shared_bytes <= limits.max_shared_bytes, "metal-candle bug: {shared_bytes} bytes");
+    Ok(Launch { team, vector, grid: blocks.min(most), block, shared_bytes })
+}
+
+impl Launch {
+    /// Threads that share a row.
+    pub(super) fn members(&self) -> usize {
+        match self.team {
+            Team::Element => 1,
+            Team::Simd => SIMD,
+            Team::Block => self.block,
+            Team::Column { slices } => slices,
+        }
+    }
+
+    /// Rows that a block works on at once.
+    pub(super) fn rows_at_once(&self) -> usize {
+        rows_at_once(self.team, self.block)
+    }
+}
+
+fn rows_at_once(team: Team, block: usize) -> usize {
+    match team {
+        Team::Element => panic!("metal-candle bug: elements have no rows"),
+        Team::Simd => block / SIMD,
+        Team::Block => 1,
+        Team::Column { slices } => block / slices,
+    }
+}
+
+fn team(kernel: &Kernel) -> Team {
+    let reduces = kernel.tape.iter().any(|inst| matches!(inst.op, KernelOp::Reduce(..)));
+    let row_store = |s: &crate::kernel::Store| kernel.tape[s.reg.index()].level == Level::Row;
+    if !reduces && (kernel.cols() == 1 || !kernel.stores.iter().any(row_store)) {
+        return Team::Element;
+    }
+    match kernel.lanes {
+        // At least eight columns a thread, and 32 rows side by side.
+        Lanes::Rows => {
+            let most = BLOCK / SIMD;
+            Team::Column { slices: (kernel.cols() / 8).next_power_of_two().clamp(1, most) }
+        }
+        Lanes::Cols if kernel.cols() <= SIMD_ROW => Team::Simd,
+        Lanes::Cols => Team::Block,
+    }
+}
+
+/// The most neighbours along the fastest axis whose widest access is of 16 bytes, and which divide the axis.
+fn vector(kernel: &Kernel, team: Team) -> usize {
+    let (Some(axis), false) = (index::fast_axis(kernel, team), matches!(team, Team::Column { .. }))
+    else {
+        return 1;
+    };
+    let contiguous = || accesses(kernel).map(|(_, a)| a).filter(|a| a.at.strides[axis] == 1);
+    let Some(widest) = contiguous().map(|a| a.dtype.size_bytes()).max() else { return 1 };
+    let mut vector = ACCESS_BYTES / widest;
+    let fits = |n: usize| {
+        kernel.space[axis].is_multiple_of(n) && contiguous().any(|a| is_vector(a, axis, n))
+    };
+    while vector > 1 && !fits(vector) {
+        vector /= 2;
+    }
+    vector
+}
+
+/// Whether `n` neighbours along `axis`, from a multiple of `n`, lie as an aligned vector.
+pub(super) fn is_vector(access: &Access, axis: usize, n: usize) -> bool {
+    let Affine { offset, strides } = &access.at;
+    let aligned = |x: &isize| x.unsigned_abs().is_multiple_of(n);
+    let mut others = (0..strides.len()).filter(|other| *other != axis);
+    strides[axis] == 1 && aligned(offset) && others.all(|other| aligned(&strides[other]))
+}
+
+/// One partial result a SIMD group, or a thread.
+fn shared_bytes(kernel: &Kernel, team: Team, block: usize) -> usize {
+    let partial = match team {
+        Team::Element | Team::Simd | Team::Column { slices: 1 } => 0,
+        Team::Block => block / SIMD,
+        Team::Column { .. } => block,
+    };
+    let reductions = kernel.tape.iter().filter(|inst| matches!(inst.op, KernelOp::Reduce(..)));
+    let register = reductions.map(|inst| super::scalar::register_bytes(inst.dtype)).max();
+    (partial * register.unwrap_or(0)).next_multiple_of(16)
+}

@@ -1,0 +1,40 @@
+// What NVRTC knows without a header, for a C++ compiler.
+
+#pragma once
+
+#include "machine.h"
+
+#include <cmath>
+
+#define __global__
+#define __device__
+#define __shared__
+#define __forceinline__ inline
+#define __launch_bounds__(threads)
+
+struct Index { unsigned x; };
+#define threadIdx (Index{machine::ids().tid})
+#define blockIdx (Index{machine::ids().block})
+#define gridDim (Index{machine::ids().blocks})
+
+inline void __syncthreads() { machine::barrier(); }
+template <typename T> T __shfl_xor_sync(unsigned, T x, unsigned mask) { return machine::shuffle_xor(x, mask); }
+
+inline float __uint_as_float(unsigned bits) { float x; std::memcpy(&x, &bits, sizeof x); return x; }
+inline double __longlong_as_double(long long bits) { double x; std::memcpy(&x, &bits, sizeof x); return x; }
+inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
+inline double rsqrt(double x) { return 1.0 / sqrt(x); }
+
+// The conversions that are instructions: to nearest even, NaN to NaN.
+inline float f16_to_f32(unsigned short bits) { _Float16 x; std::memcpy(&x, &bits, sizeof x); return float(x); }
+inline unsigned short f32_to_f16(float x) {
+    const _Float16 rounded = _Float16(x);
+    unsigned short bits;
+    std::memcpy(&bits, &rounded, sizeof bits);
+    return bits;
+}
+inline unsigned short f32_to_bf16(float x) {
+    unsigned bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return x != x ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}

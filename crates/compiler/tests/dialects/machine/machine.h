@@ -1,0 +1,67 @@
+// A GPU of one core that forgives nothing: runs kernels block by block, thread by thread, on the CPU.
+//
+// Every thread of a block is a fiber that runs until it waits. A barrier holds it until all threads of the
+// block are there, a shuffle until all lanes of its SIMD group are; if they cannot come any more, that is a fault. Kernels
+// are compiled with -fsanitize=thread, whose calls before each access to memory end up here, not in its library: an access
+// must lie within a buffer or the block's shared memory, write only what may be written, and not race. What the other
+// sanitizers find is a fault, too: misaligned vectors, indices beyond a thread's own arrays, overflowing counters.
+//
+// Two accesses to one element, one of them a write, race unless they are one thread's, or a barrier of their block or a
+// shuffle of their SIMD group lies between them.
+
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <tuple>
+#include <type_traits>
+
+namespace machine {
+
+struct Ids { unsigned tid, block, blocks; };
+
+/// Of the running thread.
+Ids ids();
+void barrier();
+/// Gives `bits` to the other lanes, and takes those of lane `lane ^ mask`.
+uint64_t shuffle_xor(uint64_t bits, unsigned mask);
+
+template <typename T> T shuffle_xor(T x, unsigned mask) {
+    static_assert(sizeof(T) <= sizeof(uint64_t));
+    uint64_t bits = 0;
+    std::memcpy(&bits, &x, sizeof(T));
+    bits = shuffle_xor(bits, mask);
+    std::memcpy(&x, &bits, sizeof(T));
+    return x;
+}
+
+/// Calls a kernel with its operands, then the shared memory.
+using Call = void (*)(void* const* pointers);
+
+struct Kernel { Kernel(const char* name, Call call); };
+
+/// Hands a kernel's parameters over: addresses in order, then what the dialect says of the thread.
+struct Parameters {
+    void* const* pointers;
+    unsigned id = 0;
+
+    template <typename T> T next() {
+        if constexpr (std::is_pointer_v<T>) {
+            return static_cast<T>(*pointers++);
+        } else {
+            const Ids all = ids();
+            return std::array{all.tid, all.block, all.blocks}[id++];
+        }
+    }
+};
+
+template <typename... A> void call(void (*kernel)(A...), void* const* pointers) {
+    Parameters from{pointers};
+    // In braces, the parameters are made one after the other.
+    std::tuple<A...> parameters{from.next<A>()...};
+    std::apply(kernel, parameters);
+}
+
+}

@@ -1,0 +1,182 @@
+//! Every rendered kernel, in both dialects, against the scalar walk of the kernel IR: compiled as C++ and run on the
+//! CPU, thread by thread, with real barriers.
+
+mod cases;
+mod graphs;
+mod machine;
+#[path = "../../../graph/tests/random/mod.rs"]
+mod random;
+#[path = "../support/mod.rs"]
+mod support;
+#[path = "../../../runtime/tests/support/walk.rs"]
+mod walk;
+
+use cases::Case;
+use machine::{Machine, Run, Unit};
+use metal_candle_compiler::kernel::Kernel;
+use metal_candle_compiler::render::{Dialect, Limits, RenderError, Source, render};
+use metal_candle_graph::DType;
+use random::{Limits as Draw, Rng, SMALL, case, seeds};
+use std::collections::{HashMap, HashSet};
+use std::path::Path;
+
+/// So few threads at once that grids go round several times.
+const CUDA: Limits = Limits::cuda(1, 512);
+const METAL: Limits = Limits::metal(1);
+
+/// Kernels of one file: clang takes a second for the headers, and two cores want work.
+const UNITS: usize = 8;
+
+const DIALECTS: [(&str, &Dialect, Limits); 2] =
+    [("cuda", Dialect::CUDA, CUDA), ("metal", Dialect::METAL, METAL)];
+
+/// Renders each kernel once; `None` where Metal has no such numbers.
+fn sources(cases: &[Case], dialect: &Dialect, limits: &Limits) -> Vec<Option<Source>> {
+    let mut known: HashMap<&Kernel, Option<Source>> = HashMap::new();
+    let mut source = |case: &'_ Case, kernel| {
+        let name = format!("k{}", known.len());
+        let rendered =
+            known.entry(kernel).or_insert_with(|| match render(kernel, dialect, limits, &name) {
+                Ok(source) => Some(source),
+                Err(RenderError::DType { .. }) if case.has_f64() && !dialect.has_f64 => None,
+                Err(error) => panic!("{}: {error}", case.name),
+            });
+        rendered.clone()
+    };
+    cases.iter().map(|case| source(case, &case.kernel)).collect()
+}
+
+/// The kernels of all sources, each once, in units of about the same size.
+fn units(sources: &[Option<Source>], dialect: &Dialect) -> Vec<Unit> {
+    let mut units: Vec<Unit> =
+        (0..UNITS).map(|_| Unit { header: dialect.header(), sources: Vec::new() }).collect();
+    let mut known = HashSet::new();
+    for source in sources.iter().flatten() {
+        if known.insert(&source.name) {
+            units[known.len() % UNITS].sources.push(source.clone());
+        }
+    }
+    units
+}
+
+/// Runs all cases in a dialect, and says how many there were.
+fn check(name: &str, (dialect_name, dialect, limits): (&str, &Dialect, Limits), cases: &[Case]) {
+    let sources = sources(cases, dialect, &limits);
+    let units = units(&sources, dialect);
+    let machine = Machine::build(dialect, &format!("{name}-{dialect_name}"), &units);
+    let work: Vec<(&Case, &Source)> = cases
+        .iter()
+        .zip(&sources)
+        .filter_map(|(case, source)| Some((case, source.as_ref()?)))
+        .collect();
+    let runs: Vec<Run<'_>> = work.iter().map(|(case, source)| case.run(source)).collect();
+    for ((case, source), result) in work.iter().zip(machine.run(&runs)) {
+        match result {
+            Ok(buffers) => case.check(&buffers, source),
+            Err(fault) => panic!("{}: {fault}\n{}", case.name, source.text),
+        }
+    }
+    let kernels: usize = units.iter().map(|unit| unit.sources.len()).sum();
+    let refused = cases.len() - work.len();
+    println!("{dialect_name}: {} runs of {kernels} kernels; {refused} of f64 refused", work.len());
+    assert!(work.len() > cases.len() / 2, "most were refused");
+}
+
+fn real_cases() -> Vec<Case> {
+    let cases = |(name, graph, donated): (&str, _, Vec<bool>)| {
+        cases::of_graph(name, &graph, &donated, &cases::inputs(&graph))
+    };
+    graphs::all().into_iter().flat_map(cases).collect()
+}
+
+/// Small graphs, and such around the edges.
+fn all_random_cases() -> Vec<Case> {
+    let ragged = Draw { extents: EDGES, max_len: 6_000, ops: 10, ..KERNELS };
+    [random_cases(0, 60, &KERNELS), random_cases(1 << 20, 60, &ragged)]
+        .into_iter()
+        .flatten()
+        .collect()
+}
+
+fn random_cases(from: u64, n: u64, limits: &Draw) -> Vec<Case> {
+    let graph = |seed: u64| {
+        let drawn = case(from + seed, limits);
+        let mut rng = Rng(seed);
+        let donated: Vec<bool> = drawn.inputs.iter().map(|_| rng.one_in(3)).collect();
+        cases::of_graph(&format!("graph {seed}"), &drawn.graph, &donated, &drawn.inputs)
+    };
+    seeds(n).flat_map(graph).collect()
+}
+
+#[test]
+fn kernels_of_real_work_equal_the_walk() {
+    let all = real_cases();
+    DIALECTS.into_iter().for_each(|dialect| check("real", dialect, &all));
+}
+
+/// Around the ends of vectors, SIMD groups, blocks and what a thread keeps.
+const EDGES: &[usize] = &[1, 2, 3, 8, 31, 32, 33, 127, 128, 256, 1000, 1024, 1025, 4096];
+
+const KERNELS: Draw = Draw { calls: false, ..SMALL };
+
+#[test]
+fn kernels_of_random_graphs_equal_the_walk() {
+    let all = all_random_cases();
+    DIALECTS.into_iter().for_each(|dialect| check("random", dialect, &all));
+}
+
+/// What a kernel may do wrong, as a change of its text or of its headers, and what the machine says of it.
+const FAULTS: [(&str, &str, &str, &str); 6] = [
+    ("beyond_the_rows", "row < 3", "row < 4", "out of bounds"),
+    ("off_by_one_element", "k * 512 + tid) * 4;", "k * 512 + tid) * 4 + 1;", "misaligned"),
+    (
+        "no_barrier_before_reading",
+        "= x;\n    barrier();\n    x = fold<Op, N>(part, 1)",
+        "= x;\n    x = fold<Op, N>(part, 1)",
+        "nobody wrote",
+    ),
+    ("no_barrier_after_reading", "(part, 1);\n    barrier();", "(part, 1);", "race on element"),
+    (
+        "barrier_of_some",
+        "r1 = block_reduce",
+        "if (tid < 64) r1 = block_reduce",
+        "divergent barrier",
+    ),
+    ("store_by_all", "out0 + row * 5000 + col", "out0 + row * 5000", "race on element"),
+];
+
+/// Softmax of rows that a block computes together.
+#[test]
+fn planted_faults_are_found() {
+    let graph = graphs::softmax_of(DType::F32, &[3, 5000]);
+    let case = cases::of_graph("softmax", &graph, &[], &cases::inputs(&graph)).remove(0);
+    for (dialect_name, dialect, limits) in DIALECTS {
+        let planted = FAULTS.map(|(name, from, to, _)| {
+            let right = render(&case.kernel, dialect, &limits, name).unwrap();
+            let [header, text] =
+                [dialect.header(), right.text.clone()].map(|t| t.replace(from, to));
+            let changed = header != dialect.header() || text != right.text;
+            assert!(changed, "{name}: {from} is not in\n{}", right.text);
+            Unit { header, sources: vec![Source { text, ..right }] }
+        });
+        let machine = Machine::build(dialect, &format!("faults-{dialect_name}"), &planted);
+        let runs: Vec<Run<'_>> = planted.iter().map(|u| case.run(&u.sources[0])).collect();
+        for ((name, .., message), result) in FAULTS.iter().zip(machine.run(&runs)) {
+            let fault = result.expect_err(name);
+            assert!(fault.contains(message), "{name}: {fault}");
+        }
+    }
+}
+
+/// Where a CUDA toolkit is: NVRTC needs no GPU.
+#[test]
+fn cuda_kernels_compile_for_sm_80_and_sm_90() {
+    let Some(home) = std::env::var_os("CUDA_HOME") else {
+        println!("CUDA_HOME is not set: NVRTC was not asked");
+        return;
+    };
+    let all: Vec<Case> = [real_cases(), all_random_cases()].into_iter().flatten().collect();
+    let limits = Limits::cuda(132, 2048);
+    let units = units(&sources(&all, Dialect::CUDA, &limits), Dialect::CUDA);
+    machine::compile_by_nvrtc(Path::new(&home), "sm_80,sm_90", Dialect::CUDA, &units);
+}
