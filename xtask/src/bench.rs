@@ -80,12 +80,10 @@ struct Benches {
 fn build(quick: bool) -> Result<Benches> {
     println!("building the benches");
     let mut command = cargo();
-    command.args(["bench", "--no-run", "--message-format=json-render-diagnostics"]);
+    command.arg(if quick { "test" } else { "bench" });
+    command.args(["--no-run", "--message-format=json-render-diagnostics"]);
     for (package, bench) in [("metal-candle", "cpu"), ("metal-candle-runtime", "ceilings")] {
         command.args(["--package", package, "--bench", bench]);
-    }
-    if quick {
-        command.args(["--profile", "dev"]);
     }
     let built = output(&mut command)?;
     let messages: Vec<Value> =

@@ -45,20 +45,22 @@ fn main() {
     let args: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
     match &args[..] {
         [serve] if serve == "--serve" => serve_lines(),
-        [] => ALL.iter().for_each(|name| answer(name)),
-        words => answer(&words.join(" ")),
+        [] => drop(ALL.iter().all(|name| answer(name))),
+        words => drop(answer(&words.join(" "))),
     }
 }
 
 fn serve_lines() {
-    for line in std::io::stdin().lock().lines().map_while(Result::ok) {
-        answer(line.trim());
-    }
+    // Nobody listens any more where the one who asked was stopped.
+    let mut lines = std::io::stdin().lock().lines().map_while(Result::ok);
+    lines.all(|line| answer(line.trim()));
 }
 
-fn answer(name: &str) {
-    println!("{}", Answer { name, ceiling: measure(name) });
-    std::io::stdout().flush().expect("standard output is open");
+/// False where standard output is closed.
+fn answer(name: &str) -> bool {
+    let answer = Answer { name, ceiling: measure(name) };
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "{answer}").and_then(|()| out.flush()).is_ok()
 }
 
 /// `Err` says why there is none.

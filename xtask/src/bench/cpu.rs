@@ -16,23 +16,25 @@ pub(super) fn run(options: &Options) -> Result<()> {
     let mut crew = Crew::gather(options)?;
     let all = rows::all(&model::fetch()?, options.quick);
     let wanted: Vec<&Row> = all.iter().filter(|row| options.wants(&row.name)).collect();
+    let file = options.json.clone().unwrap_or_else(|| crew.folder.join("cpu.json"));
+    let processor = processor();
     print_head();
     let mut measured = Vec::new();
     for row in wanted {
         let figures = measure(row, options, &mut crew)?;
         figures.print();
         measured.push(figures.json());
+        let page = json!({
+            "threads": options.threads,
+            "quick": options.quick,
+            "processor": processor,
+            "ceilings": crew.ceilings,
+            "rows": measured,
+        });
+        // After each row: a run that is stopped leaves what it has.
+        std::fs::write(&file, serde_json::to_string_pretty(&page)?)
+            .with_context(|| file.display().to_string())?;
     }
-    let file = options.json.clone().unwrap_or_else(|| crew.folder.join("cpu.json"));
-    let page = json!({
-        "threads": options.threads,
-        "quick": options.quick,
-        "processor": processor(),
-        "ceilings": crew.ceilings,
-        "rows": measured,
-    });
-    std::fs::write(&file, serde_json::to_string_pretty(&page)?)
-        .with_context(|| file.display().to_string())?;
     println!(
         "\n{} threads; ratio: how many times ours is as fast, round by round",
         options.threads

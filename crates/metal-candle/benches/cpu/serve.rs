@@ -73,8 +73,11 @@ pub(crate) fn lines(who: &str) -> Result<(), Failure> {
         let question: Value = serde_json::from_str(&line?)?;
         let answer = answer(who, &question, &mut current);
         let answer = answer.unwrap_or_else(|why| json!({ "missing": why.to_string() }));
-        println!("{answer}");
-        std::io::stdout().flush()?;
+        // Nobody listens any more where the one who asked was stopped.
+        let mut out = std::io::stdout().lock();
+        if writeln!(out, "{answer}").and_then(|()| out.flush()).is_err() {
+            break;
+        }
     }
     Ok(())
 }
