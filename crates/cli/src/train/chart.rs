@@ -191,7 +191,11 @@ fn draw(svg: &mut String, frame: &Frame, line: &Line) {
             }
         }
     }
-    let _ = write!(svg, "<path class=\"{}\" d=\"{path}\"/>{dots}", line.class);
+    let _ = write!(
+        svg,
+        "<path fill=\"none\" stroke=\"currentColor\" class=\"{}\" d=\"{path}\"/>{dots}",
+        line.class
+    );
 }
 
 /// Round numbers from at most `low` to at least `high`, about so many, evenly apart (Heckbert 1990).
