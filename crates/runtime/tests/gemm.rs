@@ -100,3 +100,19 @@ fn gemm_of_nothing_is_nothing_or_zero() {
         }
     }
 }
+
+#[test]
+fn gemm_of_few_rows_reads_a_dense_operand_where_it_lies() {
+    let mut rng = Rng::new(5);
+    for dtype in FLOATS {
+        for [m, k, n] in [[64, 70, 130], [5, 300, 64], [2, 1100, 97], [84, 16, 33]] {
+            let (a, b) = (rng.units(m * k), rng.units(k * n));
+            let (a, b) = (Tensor::dense(dtype, &[m, k], &a), Tensor::dense(dtype, &[k, n], &b));
+            let call = LibraryCall::Gemm { alpha: 0.5, accumulate: false };
+            let got = run(call, &[&a, &b], &[(dtype, shape(&[m, n]))], None).unwrap();
+            let expected = product(&a, &b, 0.5, None);
+            let tolerance = tolerance(dtype) * (1.0 + k as f64).sqrt();
+            close(&got[0], &expected, tolerance, &format!("{dtype} {m}x{k}x{n}"));
+        }
+    }
+}

@@ -39,6 +39,10 @@ impl<'a, T: Element> Mat<'a, T> {
         unsafe { Mat::new(data.as_ptr(), [rows, cols], [cols as isize, 1]) }
     }
 
+    pub(crate) fn as_ptr(&self) -> *const T {
+        self.data
+    }
+
     pub(crate) fn rows(&self) -> usize {
         self.rows
     }

@@ -21,6 +21,8 @@ const MAX_WHOLE: usize = 2048;
 const GROUP: usize = 4;
 /// Tasks that there should be at least.
 const TASKS: usize = 8;
+/// Panels of a for which a panel of b is read where it lies: packing it would take longer than it saves.
+const FEW_PANELS: usize = 6;
 /// Packed words from which on packing is worth a second thread.
 const PARALLEL_PACK: usize = 1 << 17;
 /// Elements of the largest tile of any kernel.
@@ -85,6 +87,8 @@ struct Run<'a, P: 'static, T: Number<Acc: 'static>> {
 struct Panels<'p, P> {
     packed: &'p [P],
     first: usize,
+    /// Whether whole panels were left where they lie.
+    in_place: bool,
 }
 
 impl<P: Pod + Send + Sync, T: Number<Acc: Real>> Run<'_, P, T> {
@@ -94,19 +98,24 @@ impl<P: Pod + Send + Sync, T: Number<Acc: Real>> Run<'_, P, T> {
         let panels = [0, 1].map(|side| self.extents[side].div_ceil(self.widths[side]));
         let at_a_time = (MAX_WHOLE / self.widths[whole]).max(1);
         let group = if panels[other] >= TASKS * GROUP { GROUP } else { 1 };
+        let in_place = other == 1
+            && panels[0] <= FEW_PANELS
+            && self.operands[1].in_place(0, self.k.start).is_some();
         for first in (0..panels[whole]).step_by(at_a_time) {
             let count = at_a_time.min(panels[whole] - first);
             scratch::with(count * self.panel_len(whole), |packed: &mut [P]| {
                 self.pack_all(whole, first, count, packed, parallel);
-                let whole_panels = Panels { packed, first };
+                let whole_panels = Panels { packed, first, in_place: false };
                 parallel::for_each(parallel, panels[other].div_ceil(group), |task| {
                     let first = task * group;
                     let count = group.min(panels[other] - first);
                     scratch::with(count * self.panel_len(other), |packed: &mut [P]| {
                         for (i, to) in packed.chunks_exact_mut(self.panel_len(other)).enumerate() {
-                            self.pack(other, first + i, to);
+                            if !(in_place && self.is_whole(other, first + i)) {
+                                self.pack(other, first + i, to);
+                            }
                         }
-                        let panels = Panels { packed, first };
+                        let panels = Panels { packed, first, in_place };
                         if whole == 0 {
                             self.tiles(&whole_panels, &panels);
                         } else {
@@ -159,18 +168,29 @@ impl<P: Pod + Send + Sync, T: Number<Acc: Real>> Run<'_, P, T> {
         });
     }
 
+    /// Whether a panel is as wide as they come.
+    fn is_whole(&self, side: usize, panel: usize) -> bool {
+        self.range(side, panel).len() == self.widths[side]
+    }
+
     /// Every panel of `a` with every panel of `b`.
     fn tiles(&self, a: &Panels<P>, b: &Panels<P>) {
         let [a_len, b_len] = [self.panel_len(0), self.panel_len(1)];
         for (j, b_panel) in b.packed.chunks_exact(b_len).enumerate() {
+            let cols = self.range(1, b.first + j);
+            let lies = match b.in_place && self.is_whole(1, b.first + j) {
+                true => self.operands[1].in_place(cols.start, self.k.start),
+                false => None,
+            };
+            let b_panel = lies.unwrap_or((b_panel.as_ptr(), self.width(1, cols.len())));
             for (i, a_panel) in a.packed.chunks_exact(a_len).enumerate() {
-                let (rows, cols) = (self.range(0, a.first + i), self.range(1, b.first + j));
-                self.tile(a_panel, b_panel, rows, cols);
+                self.tile(a_panel, b_panel, self.range(0, a.first + i), cols.clone());
             }
         }
     }
 
-    fn tile(&self, a: &[P], b: &[P], rows: Range<usize>, cols: Range<usize>) {
+    /// `b` is the panel's start and how far it is from one `k` to the next.
+    fn tile(&self, a: &[P], b: (*const P, usize), rows: Range<usize>, cols: Range<usize>) {
         let (height, by_vectors) = self.kernels.of_rows(rows.len());
         let vectors = cols.len().div_ceil(self.kernels.lanes);
         let width = vectors * self.kernels.lanes;
@@ -181,8 +201,8 @@ impl<P: Pod + Send + Sync, T: Number<Acc: Real>> Run<'_, P, T> {
         let mut tile = Tile {
             k: self.packed_k(),
             a: a.as_ptr(),
-            b: b.as_ptr(),
-            b_stride: width,
+            b: b.0,
+            b_stride: b.1,
             c: c.cast::<T::Acc>(),
             row_stride: row_stride.unsigned_abs(),
             alpha: self.alpha,

@@ -16,6 +16,12 @@ const MAX_STEPS: usize = 2;
 pub(crate) trait Source<P>: Sync {
     /// Packs `outer` by `k` into `[k, width]`, with zeros for what is missing.
     fn pack(&self, outer: Range<usize>, k: Range<usize>, width: usize, to: &mut [P]);
+
+    /// Where element `(outer, k)` lies, and how far it is from one `k` to the next, if those of one `k` lie side by side
+    /// as the kernel wants them.
+    fn in_place(&self, _outer: usize, _k: usize) -> Option<(*const P, usize)> {
+        None
+    }
 }
 
 /// A factor that packs itself for whatever kernels there are.
@@ -31,6 +37,10 @@ pub(crate) trait Packed<T>: Pod {
     /// The words of elements that lie side by side; each of `from` is one of the word's steps.
     fn across(from: [&[T]; MAX_STEPS], to: &mut [Self]);
     fn word(from: [T; MAX_STEPS]) -> Self;
+    /// An element that is its own word.
+    fn itself(_from: *const T) -> Option<*const Self> {
+        None
+    }
     /// Writes the first `width` columns of the tile's transpose, `stride` words apart.
     ///
     /// # Safety
@@ -50,6 +60,12 @@ impl<T: Number, P: Packed<T>> Source<P> for Mat<'_, T> {
         let room = k.len().div_ceil(P::STEPS) * width;
         assert!(outer.len() <= width && to.len() >= room, "metal-candle bug: a panel of its size");
         pack(from, width, to);
+    }
+
+    fn in_place(&self, outer: usize, k: usize) -> Option<(*const P, usize)> {
+        let stride = usize::try_from(self.col_stride()).ok()?;
+        let data = P::itself(self.row_range(outer, 1).col_range(k, 1).as_ptr())?;
+        (self.row_stride() == 1).then_some((data, stride))
     }
 }
 
@@ -149,6 +165,9 @@ macro_rules! itself {
             #[inline(always)]
             fn word([x, _]: [$ty; MAX_STEPS]) -> $ty {
                 x
+            }
+            fn itself(from: *const $ty) -> Option<*const $ty> {
+                Some(from)
             }
             #[inline(always)]
             unsafe fn transpose(
