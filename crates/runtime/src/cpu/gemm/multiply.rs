@@ -5,6 +5,7 @@ use super::{blocked, micro};
 use crate::cpu::matrix::{Mat, MatMut};
 use crate::cpu::number::Number;
 use half::{bf16, f16};
+use metal_candle_graph::DType;
 
 /// `out = alpha · a b`, or `out += alpha · a b`.
 #[derive(Clone, Copy)]
@@ -32,54 +33,27 @@ pub(crate) trait Multiply: Number {
     );
 }
 
-impl Multiply for f32 {
-    fn factor<'m>(rows: &'m Mat<'_, f32>) -> &'m dyn Factor {
-        rows
-    }
+/// Dtypes that are summed in f32.
+macro_rules! summed_in_f32 {
+    ($($ty:ty),*) => {$(
+        impl Multiply for $ty {
+            fn factor<'m>(rows: &'m Mat<'_, $ty>) -> &'m dyn Factor {
+                rows
+            }
 
-    fn multiply(
-        out: MatMut<'_, f32>,
-        a: &dyn Factor,
-        b: &dyn Factor,
-        product: Product<f32>,
-        parallel: bool,
-    ) {
-        summed_in_f32(out, a, b, product, parallel);
-    }
+            fn multiply(
+                out: MatMut<'_, $ty>,
+                a: &dyn Factor,
+                b: &dyn Factor,
+                product: Product<f32>,
+                parallel: bool,
+            ) {
+                summed_in_f32(out, a, b, product, parallel);
+            }
+        }
+    )*};
 }
-
-impl Multiply for f16 {
-    fn factor<'m>(rows: &'m Mat<'_, f16>) -> &'m dyn Factor {
-        rows
-    }
-
-    fn multiply(
-        out: MatMut<'_, f16>,
-        a: &dyn Factor,
-        b: &dyn Factor,
-        product: Product<f32>,
-        parallel: bool,
-    ) {
-        summed_in_f32(out, a, b, product, parallel);
-    }
-}
-
-impl Multiply for bf16 {
-    fn factor<'m>(rows: &'m Mat<'_, bf16>) -> &'m dyn Factor {
-        rows
-    }
-
-    fn multiply(
-        out: MatMut<'_, bf16>,
-        a: &dyn Factor,
-        b: &dyn Factor,
-        product: Product<f32>,
-        parallel: bool,
-    ) {
-        // They are bf16 already, or as good as.
-        summed_in_f32(out, a, b, Product { rounded: true, ..product }, parallel);
-    }
-}
+summed_in_f32!(f32, f16, bf16);
 
 impl Multiply for f64 {
     fn factor<'m>(rows: &'m Mat<'_, f64>) -> &'m dyn Factor {
@@ -104,7 +78,9 @@ fn summed_in_f32<T: Number<Acc = f32>>(
     product: Product<f32>,
     parallel: bool,
 ) {
-    match micro::for_bf16_pairs().filter(|_| product.rounded) {
+    // Factors of a bf16 result are bf16 already, or as good as.
+    let rounded = product.rounded || T::DTYPE == DType::BF16;
+    match micro::for_bf16_pairs().filter(|_| rounded) {
         Some(kernels) => blocked::product::<u32, T>(kernels, out, [a, b], &product, parallel),
         None => blocked::product::<f32, T>(micro::for_f32(), out, [a, b], &product, parallel),
     }
