@@ -8,7 +8,9 @@ mod page;
 use crate::columns::DataArgs;
 use crate::model::ModelArgs;
 use crate::ui::{is_quiet, note, progress};
+use crate::units::Bytes;
 use anyhow::Result;
+use events::Memory;
 use indicatif::ProgressBar;
 use metal_candle::io::data::{
     Batcher, Dataset, Example, Examples, Rows, TokenizeOptions, tokenize,
@@ -296,7 +298,11 @@ fn show(bar: &ProgressBar, args: &Args, report: Report) {
     let line = match report {
         Report::Train { step, loss, rate, gradient_norm, tokens_per_second, .. } => {
             bar.set_position(step as u64);
-            bar.set_message(format!("loss {loss:.3}"));
+            let memory = Memory::now()
+                .map_or_else(String::new, |memory| format!(", {}", Bytes(memory.resident)));
+            bar.set_message(format!(
+                "loss {loss:.3}, {tokens_per_second:.0} tok/s, rate {rate:.1e}{memory},"
+            ));
             format!(
                 "step {step}: loss {loss:.4}, learning rate {rate:.2e}, gradient norm \
                  {gradient_norm:.3}, {tokens_per_second:.0} tok/s"
