@@ -5,6 +5,7 @@
 //! passes ── what is computed in which pass, what is kept  Kernel, Launch -> Passes
 //! body ──── the text, the same in every dialect          Passes         -> Source
 //! dialect ─ what a language calls things: `cuda.rs`, `metal.rs`
+//! call ──── a library call, as kernels and products       LibraryCall    -> Call
 //! ```
 //!
 //! A dialect is data about a language, not a device: nothing here needs a GPU, and the tests compile both
@@ -12,6 +13,7 @@
 //! turns divisions into multiplications and keeps a row in registers.
 
 mod body;
+mod call;
 mod cuda;
 mod dialect;
 mod index;
@@ -21,6 +23,7 @@ mod passes;
 mod scalar;
 mod text;
 
+pub use call::{Call, Part, Place, Status, call};
 pub use dialect::Dialect;
 pub use launch::{Launch, Limits, Team, launch};
 
@@ -35,13 +38,21 @@ pub enum RenderError {
     DType { language: &'static str, dtype: DType },
     #[error("a kernel of {operands} operands, where {limit} can be bound: plan with shorter tapes")]
     Operands { operands: usize, limit: usize },
+    #[error("no kernel for {call} in {language}: run it on the CPU")]
+    Call { language: &'static str, call: &'static str },
 }
 
-/// What a kernel reads or writes: its argument or output of this number, bound in this order.
+/// Memory that a kernel is given the address of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Binding {
+    /// The step's argument of this number.
     Arg(u32),
+    /// The step's output of this number.
     Out(u32),
+    /// So many bytes into the [call's workspace](Call::workspace_bytes).
+    Workspace { offset_bytes: usize },
+    /// The run's [status](Status).
+    Status,
 }
 
 /// A rendered kernel. Its text wants the dialect's [header](Dialect::header) before it.

@@ -19,6 +19,14 @@ impl Target {
     pub const CPU: Target =
         Target { name: "cpu", max_tape: 96, align_bytes: 64, max_reduce: 1 << 14 };
 
+    /// Any NVIDIA GPU.
+    pub const CUDA: Target =
+        Target { name: "cuda", max_tape: 96, align_bytes: 256, max_reduce: 1 << 14 };
+
+    /// Any GPU of Apple's.
+    pub const METAL: Target =
+        Target { name: "metal", max_tape: 96, align_bytes: 256, max_reduce: 1 << 14 };
+
     /// Whether this target has a library call for `composite`; otherwise it is expanded and fused.
     pub fn keeps(&self, composite: &Composite) -> bool {
         match composite {

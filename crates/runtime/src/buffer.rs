@@ -80,6 +80,17 @@ impl Buffer {
         Device::Cpu
     }
 
+    /// The same elements on `device`: this buffer itself if it is there already, else a copy.
+    ///
+    /// # Errors
+    /// [`Error::Device`] for a device that this build has no kernels for.
+    pub fn to_device(&self, device: &Device) -> Result<Buffer> {
+        match device {
+            Device::Cpu => Ok(self.clone()),
+            other => Err(Error::Device { got: format!("{other:?}") }),
+        }
+    }
+
     pub fn dtype(&self) -> DType {
         match &*self.memory {
             Memory::Owned(data) => data.dtype(),

@@ -9,6 +9,10 @@ use metal_candle_compiler::Target;
 pub enum Device {
     #[default]
     Cpu,
+    /// The NVIDIA GPU of this number.
+    Cuda(u32),
+    /// The GPU of this number of an Apple computer.
+    Metal(u32),
 }
 
 impl Device {
@@ -16,13 +20,19 @@ impl Device {
     pub const fn target(&self) -> &'static Target {
         match self {
             Device::Cpu => &Target::CPU,
+            Device::Cuda(_) => &Target::CUDA,
+            Device::Metal(_) => &Target::METAL,
         }
     }
 
     /// The same device in Candle's words.
-    pub const fn candle(&self) -> candle_core::Device {
+    ///
+    /// # Errors
+    /// [`Error::Device`] for a device that this build has no kernels for.
+    pub fn candle(&self) -> Result<candle_core::Device> {
         match self {
-            Device::Cpu => candle_core::Device::Cpu,
+            Device::Cpu => Ok(candle_core::Device::Cpu),
+            other => Err(Error::Device { got: format!("{other:?}") }),
         }
     }
 }

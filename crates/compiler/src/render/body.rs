@@ -110,6 +110,9 @@ impl<'a> Body<'a> {
             let (form, name) = match operand.binding {
                 Binding::Arg(i) => (dialect.argument, format!("in{i}")),
                 Binding::Out(i) => (dialect.output, format!("out{i}")),
+                Binding::Workspace { .. } | Binding::Status => {
+                    panic!("metal-candle bug: a fused kernel reads arguments, writes outputs")
+                }
             };
             let form = form.replace("{type}", scalar::memory_type(operand.dtype));
             parameters.push(form.replace("{name}", &name).replace("{n}", &n.to_string()));

@@ -31,7 +31,6 @@ impl LazyTensor {
         device: &Device,
     ) -> Result<LazyTensor> {
         let shape = Shape::new(dims).at_caller()?;
-        let Device::Cpu = device else { return unsupported(*device) };
         let got = data.len();
         let buffer = Buffer::from_vec(data);
         let dtype = buffer.dtype();
@@ -39,6 +38,7 @@ impl LazyTensor {
             let expected = shape.len();
             return Err(Error::from(ErrorKind::DataLength { dtype, shape, expected, got }));
         }
+        let buffer = buffer.to_device(device).at_caller()?;
         Ok(LazyTensor::ready(buffer, TensorType::new(dtype, shape)))
     }
 
@@ -55,7 +55,6 @@ impl LazyTensor {
         device: &Device,
     ) -> Result<LazyTensor> {
         let shape = Shape::new(dims).at_caller()?;
-        let Device::Cpu = device else { return unsupported(*device) };
         let (expected, size) = (shape.len(), dtype.size_bytes());
         if Some(bytes.len()) != expected.checked_mul(size) {
             let got = bytes.len() / size;
@@ -65,6 +64,7 @@ impl LazyTensor {
             Bytes::Owned(bytes) => Buffer::from_bytes(bytes, dtype),
             Bytes::Mapped(bytes) => Buffer::from_mapped(bytes, dtype),
         };
+        let buffer = buffer.to_device(device).at_caller()?;
         Ok(LazyTensor::ready(buffer, TensorType::new(dtype, shape)))
     }
 
@@ -209,9 +209,4 @@ impl LazyTensor {
     pub(crate) fn scalar_like(&self, value: f64) -> LazyTensor {
         LazyTensor::constant(Scalar::from_f64(self.dtype(), value), self.device())
     }
-}
-
-#[track_caller]
-fn unsupported<T>(device: Device) -> Result<T> {
-    Err(metal_candle_runtime::Error::Device { got: format!("{device:?}") }).at_caller()
 }
