@@ -5,6 +5,7 @@
 //! command ──── a launch of a kernel, or a product
 //! product ──── cuBLASLt, and a plain kernel for what it does not take
 //! compile ──── rendered text to machine code, kept on disk
+//! marks ────── what a step takes
 //! memory ───── device memory, and host memory that the device reads
 //! gpu ──────── a device: context, stream, libraries
 //! ```
@@ -15,6 +16,7 @@ mod command;
 mod compile;
 mod executable;
 mod gpu;
+mod marks;
 mod memory;
 mod product;
 

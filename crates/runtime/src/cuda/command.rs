@@ -141,16 +141,20 @@ fn compile(gpu: &Gpu, drafts: Vec<(usize, SmallVec<[Place; 4]>, Draft)>) -> Resu
 }
 
 fn place(plan: &Plan, step: &Step, binding: Binding) -> Place {
-    let slot = match binding {
-        Binding::Arg(i) => step.args[i as usize].slot,
-        Binding::Out(i) => step.outs[i as usize].slot,
+    let (slot, skipped) = match binding {
+        Binding::Arg(i) => (step.args[i as usize].slot, 0),
+        Binding::Out(i) => (step.outs[i as usize].slot, 0),
+        Binding::ArgAt { arg, offset_bytes } => (step.args[arg as usize].slot, offset_bytes),
+        Binding::OutAt { out, offset_bytes } => (step.outs[out as usize].slot, offset_bytes),
         Binding::Workspace { offset_bytes } => return Place { base: Bases::SCRATCH, offset_bytes },
         Binding::Status => return Place { base: Bases::STATUS, offset_bytes: 0 },
     };
     match slot {
-        Slot::Arena { offset_bytes, .. } => Place { base: Bases::ARENA, offset_bytes },
-        Slot::Input(i) => Place { base: Bases::INPUTS + i as usize, offset_bytes: 0 },
-        Slot::Output(i) => Place { base: Bases::outputs(plan) + i as usize, offset_bytes: 0 },
+        Slot::Arena { offset_bytes, .. } => {
+            Place { base: Bases::ARENA, offset_bytes: offset_bytes + skipped }
+        }
+        Slot::Input(i) => Place { base: Bases::INPUTS + i as usize, offset_bytes: skipped },
+        Slot::Output(i) => Place { base: Bases::outputs(plan) + i as usize, offset_bytes: skipped },
     }
 }
 

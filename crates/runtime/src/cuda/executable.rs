@@ -7,6 +7,7 @@
 use super::Gpu;
 use super::command::{Bases, Commands};
 use super::gpu::Said;
+use super::marks::Marks;
 use super::memory::{Allocation, Pinned, Resident, STAGED_BYTES};
 use crate::buffer::{Buffer, DeviceMemory, Memory};
 use crate::candle::Shared;
@@ -131,20 +132,20 @@ impl CudaExecutable {
         plan: &Plan,
         workspace: &mut Workspace,
         bases: Vec<CUdeviceptr>,
+        marks: Option<&Marks>,
     ) -> Result<()> {
         if workspace.graph.is_some() && workspace.last != bases {
             workspace.graph = None;
         } else if workspace.graph.is_none() && workspace.last == bases {
             workspace.graph = Some(self.record(plan, &bases)?);
         }
-        match &workspace.graph {
-            // SAFETY: recorded with these addresses.
-            Some(graph) => {
+        match (&workspace.graph, marks) {
+            (Some(graph), None) => {
                 // SAFETY: recorded with these addresses.
                 unsafe { result::graph::launch(graph.executable, self.gpu.raw_stream()) }
                     .said(|| "replaying a plan".into())?;
             }
-            None => self.enqueue_commands(plan, &bases, self.gpu.raw_stream())?,
+            _ => self.enqueue_commands(plan, &bases, self.gpu.raw_stream(), marks)?,
         }
         workspace.last = bases;
         Ok(())
@@ -155,6 +156,7 @@ impl CudaExecutable {
         plan: &Plan,
         bases: &[CUdeviceptr],
         stream: sys::CUstream,
+        marks: Option<&Marks>,
     ) -> Result<()> {
         let zero = |at, len, what: &str| {
             // SAFETY: the run's own memory, of at least this length.
@@ -167,13 +169,22 @@ impl CudaExecutable {
                 zero(bases[Bases::outputs(plan) + i], output.ty.size_bytes(), "a result")?;
             }
         }
+        let mut reached = 0;
         for command in &self.commands.list {
+            while let Some(marks) = marks.filter(|_| reached <= command.step) {
+                marks.set(reached, stream)?;
+                reached += 1;
+            }
             // SAFETY: the plan has been verified; the run holds the memory at `bases`, of the plan's sizes, until the
             // stream is through.
             unsafe { command.enqueue(&self.gpu, bases, stream) }.map_err(|error| {
                 let label = plan.steps[command.step].label.clone();
                 Error::Step { step: command.step, label, source: Box::new(error) }
             })?;
+        }
+        while let Some(marks) = marks.filter(|_| reached <= plan.steps.len()) {
+            marks.set(reached, stream)?;
+            reached += 1;
         }
         Ok(())
     }
@@ -183,7 +194,7 @@ impl CudaExecutable {
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         let doing = || "recording a plan".to_owned();
         recorder.begin_capture(mode).said(doing)?;
-        let outcome = self.enqueue_commands(plan, bases, recorder.cu_stream());
+        let outcome = self.enqueue_commands(plan, bases, recorder.cu_stream(), None);
         // SAFETY: capture has begun, and ends whatever happened in between.
         let graph = unsafe { result::stream::end_capture(recorder.cu_stream()) };
         outcome?;
@@ -318,19 +329,24 @@ impl CudaExecutable {
         workspace: &mut Workspace,
         inputs: &[Buffer],
         outputs: &[Option<Allocation>],
+        clock: Option<&mut Vec<f64>>,
     ) -> Result<()> {
         let mut held = Held::default();
+        let marks = clock.as_ref().map(|_| Marks::new(&self.gpu, plan.steps.len())).transpose()?;
         let outcome = (|| {
             let bases = self.bind(plan, workspace, inputs, outputs, &mut held)?;
             for range in &held.staged {
                 self.exchange(workspace, range.clone(), true)?;
             }
-            self.enqueue(plan, workspace, bases)?;
+            self.enqueue(plan, workspace, bases, marks.as_ref())?;
             self.exchange(workspace, self.staging.status..self.staging.len_bytes, false)
         })();
         // Whatever happened, nothing may still be running on memory that is given back.
         let waited = self.gpu.synchronize();
         outcome.and(waited)?;
+        if let (Some(clock), Some(marks)) = (clock, marks) {
+            marks.seconds(clock)?;
+        }
         let status = Status::from_bytes(&workspace.host.bytes()[self.staging.status..]);
         status.check().map_err(Error::Graph)
     }
@@ -378,6 +394,7 @@ impl Backend for CudaExecutable {
         plan: &Plan,
         mut inputs: Vec<Buffer>,
         _pool: Option<&ThreadPool>,
+        clock: Option<&mut Vec<f64>>,
     ) -> Result<Vec<Buffer>> {
         self.gpu.bind()?;
         for (buffer, input) in inputs.iter_mut().zip(&plan.inputs) {
@@ -392,7 +409,7 @@ impl Backend for CudaExecutable {
         let outputs = plan.outputs.iter().zip(&self.staging.outputs);
         let outputs = outputs.map(|(o, slot)| self.fresh(o, *slot)).collect::<Result<Vec<_>>>();
         let outcome = outputs.and_then(|outputs| {
-            self.run_steps(plan, &mut workspace, &inputs, &outputs)?;
+            self.run_steps(plan, &mut workspace, &inputs, &outputs, clock)?;
             Ok(self.results(plan, &workspace, &inputs, outputs))
         });
         let mut idle = self.idle();
