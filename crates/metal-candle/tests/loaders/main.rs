@@ -17,6 +17,9 @@ mod random_model;
 #[path = "../io/support.rs"]
 #[allow(dead_code, reason = "shared with other tests")]
 mod support;
+#[path = "../support/testbed.rs"]
+#[allow(dead_code, reason = "shared with other tests")]
+mod testbed;
 #[path = "../regressions/tiny.rs"]
 #[allow(dead_code, reason = "shared with other tests")]
 mod tiny;

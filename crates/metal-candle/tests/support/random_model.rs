@@ -1,5 +1,6 @@
 //! Random models of the Llama family in Hugging Face folders.
 
+use crate::testbed::device;
 use candle_core::{DType as CandleDType, Tensor};
 use metal_candle::models::{BaseWeights, Decoder, load_decoder};
 use metal_candle::{DType, Device, LazyTensor};
@@ -83,5 +84,5 @@ pub(crate) fn write(folder: &Path, sizes: Sizes, matrices: CandleDType, stored: 
 }
 
 pub(crate) fn decoder(folder: &Path, base: BaseWeights) -> Decoder {
-    load_decoder(folder, base, &Device::Cpu).unwrap()
+    load_decoder(folder, base, device()).unwrap()
 }
