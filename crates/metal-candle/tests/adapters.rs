@@ -20,7 +20,7 @@ use metal_candle::io::PeftAdapter;
 use metal_candle::models::{BaseWeights, Decoder, load_decoder};
 use metal_candle::nn::LoRAAdapter;
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 fn data(name: &str) -> PathBuf {
     testbed::file("data").join(name)

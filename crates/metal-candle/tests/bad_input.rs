@@ -10,8 +10,7 @@ mod testbed;
 use crate::testbed::device;
 use metal_candle::graph::Error as GraphError;
 use metal_candle::{
-    Attention, BlockFormat, CrossEntropy, DType, Device, Error, ErrorKind, LazyTensor, compile,
-    grad,
+    Attention, BlockFormat, CrossEntropy, DType, Error, ErrorKind, LazyTensor, compile, grad,
 };
 use metal_candle_runtime::Error as RuntimeError;
 

@@ -18,7 +18,7 @@ use metal_candle::{LazyTensor, grad};
 use serde::Deserialize;
 use serde_json::Value;
 use std::collections::{BTreeMap, HashMap};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// Relative and absolute.
 type Tolerance = [f64; 2];

@@ -22,7 +22,6 @@ use metal_candle::models::{BaseWeights, LoadedModel, load_gguf};
 use metal_candle::nn::LoRAAdapter;
 use metal_candle::train::{AdamWConfig, TrainStep};
 use std::collections::HashMap;
-use std::path::Path;
 use std::sync::Arc;
 
 /// Prompts in the vectors.

@@ -8,7 +8,7 @@ mod random_model;
 #[allow(dead_code, reason = "shared with other tests")]
 mod testbed;
 
-use crate::testbed::device;
+use crate::testbed::{decoder, device};
 use candle_core::{DType as CandleDType, Device as CandleDevice};
 use metal_candle::io::data::Batch;
 use metal_candle::io::peft::TargetModules;
@@ -17,7 +17,7 @@ use metal_candle::models::{BaseWeights, Decoder, load_decoder};
 use metal_candle::nn::LoRAAdapter;
 use metal_candle::train::{AdamWConfig, TrainStep};
 use metal_candle::{DType, LazyTensor};
-use random_model::{decoder, model};
+use random_model::model;
 use std::fs;
 use std::sync::Arc;
 use tempfile::TempDir;

@@ -102,12 +102,19 @@ impl Device {
     /// The same device in Candle's words.
     ///
     /// # Errors
-    /// [`Error::Device`] for a device that this build has no kernels for.
+    /// [`Error::Device`] for a device that this build or machine lacks.
     pub fn candle(&self) -> Result<candle_core::Device> {
         match self {
             Device::Cpu => Ok(candle_core::Device::Cpu),
-            other => Err(Error::Device { got: other.to_string() }),
+            #[cfg(feature = "cuda")]
+            Device::Cuda(number) => Ok(crate::cuda::Gpu::get(*number)?.candle()),
+            other => Err(other.missing()),
         }
+    }
+
+    /// Why there is no such device.
+    pub(crate) fn missing(&self) -> Error {
+        self.check().err().unwrap_or_else(|| Error::Device { got: self.to_string() })
     }
 }
 
@@ -158,6 +165,8 @@ impl TryFrom<&candle_core::Device> for Device {
     fn try_from(device: &candle_core::Device) -> Result<Device> {
         match device {
             candle_core::Device::Cpu => Ok(Device::Cpu),
+            #[cfg(feature = "cuda")]
+            candle_core::Device::Cuda(device) => crate::cuda::Gpu::of_candle(device),
             other => Err(Error::Device { got: format!("{:?}", other.location()) }),
         }
     }

@@ -24,6 +24,8 @@ pub enum Error {
     InputCount { expected: usize, got: usize },
     #[error("input {index}: expected {expected}, got {got} of {len} elements")]
     InputType { index: usize, expected: TensorType, got: DType, len: usize },
+    #[error("input {index} is on {got}, the plan is for {expected}: move it with `to_device`")]
+    InputDevice { index: usize, expected: Device, got: Device },
     #[error(
         "input {input} is donated, but something else holds its memory too: \
          give the only handle away, or `Buffer::into_owned` it first"

@@ -183,7 +183,7 @@ impl Compiled {
         Ok(Traced {
             types: args.iter().map(LazyTensor::ty).collect(),
             device,
-            executable: Arc::new(Executable::new(plan).at_caller()?),
+            executable: Arc::new(Executable::new(plan, &device).at_caller()?),
             inputs: trace.leaves,
             results,
         })

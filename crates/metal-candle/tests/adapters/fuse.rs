@@ -7,7 +7,7 @@ use metal_candle::io::{AdapterFormat, DecoderConfig, adapter};
 use metal_candle::models::fuse::{Fused, fuse_to_folder, fuse_to_gguf};
 use metal_candle::models::{BaseWeights, Decoder, load, load_decoder};
 use metal_candle::nn::LoRAAdapter;
-use metal_candle::{BlockFormat, DType, Device};
+use metal_candle::{BlockFormat, DType};
 use std::fs;
 use std::path::Path;
 use tempfile::TempDir;

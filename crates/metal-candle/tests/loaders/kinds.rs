@@ -3,7 +3,6 @@
 use super::{alone, damage, load};
 use crate::testbed::device;
 use crate::tiny::Tiny;
-use metal_candle::Device;
 use metal_candle::io::data::{Dataset, Example};
 use metal_candle::io::gguf::GgufFile;
 use metal_candle::io::{PeftAdapter, Tokenizer, adapter};

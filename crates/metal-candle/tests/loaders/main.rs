@@ -27,11 +27,12 @@ mod tiny;
 use candle_core::DType as CandleDType;
 use counting::{Counting, watch};
 use metal_candle::models::BaseWeights;
-use random_model::{HIDDEN, INNER, decoder, model};
+use random_model::{HIDDEN, INNER, model};
 use std::fs;
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+use testbed::decoder;
 
 #[global_allocator]
 static COUNTING: Counting = Counting;

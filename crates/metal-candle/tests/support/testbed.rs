@@ -1,6 +1,7 @@
 //! What the tests run on: the device that `METAL_CANDLE_TEST_DEVICE` names (`cpu` if it names none), and the files of
 //! the checkout, which is at `METAL_CANDLE_TEST_DATA` if not where the tests were built.
 
+use metal_candle::models::{BaseWeights, Decoder, load_decoder};
 use metal_candle::{DType, Device};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -14,6 +15,11 @@ pub(crate) fn device() -> &'static Device {
         let device = Device::parse(&name).and_then(|device| device.check().map(|()| device));
         device.unwrap_or_else(|e| panic!("METAL_CANDLE_TEST_DEVICE: {e}"))
     })
+}
+
+/// A decoder on it.
+pub(crate) fn decoder(path: &Path, base: BaseWeights) -> Decoder {
+    load_decoder(path, base, device()).unwrap()
 }
 
 /// Whether the tests run on the CPU; if not, says why `test` is left out.

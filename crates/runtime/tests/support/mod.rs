@@ -36,7 +36,7 @@ pub fn computes(dtypes: &[DType]) -> bool {
 
 /// A plan made ready to run on the device.
 pub fn executable(plan: Plan) -> Result<Executable> {
-    Executable::new(plan)
+    Executable::new(plan, device())
 }
 
 /// splitmix64
@@ -279,7 +279,7 @@ pub fn run(
     outs: &[(DType, Shape)],
     base: Option<&Tensor>,
 ) -> Result<Vec<Vec<f64>>> {
-    let executable = Executable::new(plan(call, args, outs, base))?;
+    let executable = Executable::new(plan(call, args, outs, base), &Device::Cpu)?;
     let inputs = || -> Vec<Buffer> {
         let args = args.iter().map(|t| t.buffer.clone());
         args.chain(base.map(|t| t.buffer.clone().into_owned().unwrap())).collect()
