@@ -49,10 +49,42 @@ pub enum Binding {
     Arg(u32),
     /// The step's output of this number.
     Out(u32),
+    /// So many bytes into an argument, or an output.
+    ArgAt {
+        arg: u32,
+        offset_bytes: usize,
+    },
+    OutAt {
+        out: u32,
+        offset_bytes: usize,
+    },
     /// So many bytes into the [call's workspace](Call::workspace_bytes).
-    Workspace { offset_bytes: usize },
+    Workspace {
+        offset_bytes: usize,
+    },
     /// The run's [status](Status).
     Status,
+}
+
+impl Binding {
+    /// So many bytes further.
+    fn further(self, bytes: usize) -> Binding {
+        match self {
+            _ if bytes == 0 => self,
+            Binding::Arg(arg) => Binding::ArgAt { arg, offset_bytes: bytes },
+            Binding::Out(out) => Binding::OutAt { out, offset_bytes: bytes },
+            Binding::ArgAt { arg, offset_bytes } => {
+                Binding::ArgAt { arg, offset_bytes: offset_bytes + bytes }
+            }
+            Binding::OutAt { out, offset_bytes } => {
+                Binding::OutAt { out, offset_bytes: offset_bytes + bytes }
+            }
+            Binding::Workspace { offset_bytes } => {
+                Binding::Workspace { offset_bytes: offset_bytes + bytes }
+            }
+            Binding::Status => panic!("metal-candle bug: a part of the status"),
+        }
+    }
 }
 
 /// A rendered kernel. Its text wants the dialect's [header](Dialect::header) before it.

@@ -236,6 +236,15 @@ impl Buffer {
         &self.memory
     }
 
+    /// The memory for writing, if nothing else can see it and it is a device's.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn unique_device_mut(&mut self) -> Option<&mut dyn DeviceMemory> {
+        match Arc::get_mut(&mut self.memory)? {
+            Memory::Device(memory) => Some(memory.as_mut()),
+            Memory::Owned(_) | Memory::Shared(_) | Memory::Mapped(_) => None,
+        }
+    }
+
     /// The elements for writing, if nothing else can see them and the CPU can.
     pub(crate) fn unique_mut(&mut self) -> Option<&mut Data> {
         match Arc::get_mut(&mut self.memory)? {

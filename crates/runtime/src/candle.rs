@@ -87,6 +87,12 @@ impl Shared {
         self.dtype
     }
 
+    /// Where its elements start in the storage.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn start(&self) -> usize {
+        self.start
+    }
+
     pub(crate) fn len(&self) -> usize {
         self.len
     }

@@ -2,6 +2,7 @@
 
 use crate::Device;
 use metal_candle_compiler::Slot;
+use metal_candle_compiler::render::RenderError;
 use metal_candle_graph::{DType, TensorType};
 
 #[derive(Debug, thiserror::Error)]
@@ -37,7 +38,9 @@ pub enum Error {
     Len { expected: usize, got: usize },
     #[error("dtype {got:?} is not supported: cast to one of u8, u32, i64, bf16, f16, f32, f64")]
     UnsupportedDType { got: candle_core::DType },
-    #[error("device {got} is not supported by this build: expected cpu")]
+    #[error(
+        "there is no device {got} here: use cpu, or a build with its feature (cuda, metal) on a machine that has one"
+    )]
     Device { got: String },
     #[error("expected a device (cpu, cuda, cuda:N, metal or metal:N), got {got:?}")]
     DeviceName { got: String },
@@ -48,6 +51,17 @@ pub enum Error {
     NotInBuild { device: Device },
     #[error("{device}: this machine has {}", gpus(device, names))]
     NotInMachine { device: Device, names: Vec<String> },
+    /// What the driver, or a library, of an NVIDIA GPU said.
+    #[error("CUDA, {doing}: {message}")]
+    Cuda { doing: String, message: String },
+    #[error("step {step} ({label})")]
+    Step { step: usize, label: String, source: Box<Error> },
+    /// A kernel whose text the device's compiler refuses.
+    #[error("the kernel {kernel} does not compile:\n{log}")]
+    Compile { kernel: String, log: String },
+    /// A step that the device's language cannot say.
+    #[error("step {step} ({label}): {source}")]
+    Render { step: usize, label: String, source: RenderError },
     /// The plan would touch memory that is not its own; never true of a plan that the compiler made.
     #[error("step {step} ({label}): {fault}")]
     Plan { step: usize, label: String, fault: PlanFault },

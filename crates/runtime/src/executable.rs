@@ -24,12 +24,14 @@ pub struct Executable {
 /// What a device makes of a plan.
 pub(crate) trait Backend: Send + Sync {
     /// Runs the steps and waits for them; the CPU on `pool`, if there is one and they are worth it, else on this
-    /// thread. The inputs that are used have the plan's types, those that are donated are unique.
+    /// thread. The inputs that are used have the plan's types, those that are donated are unique. `clock` is given
+    /// the seconds of each step, at the cost of the whole.
     fn run(
         &self,
         plan: &Plan,
         inputs: Vec<Buffer>,
         pool: Option<&ThreadPool>,
+        clock: Option<&mut Vec<f64>>,
     ) -> Result<Vec<Buffer>>;
 
     /// See [`Executable::allocated_arena_bytes`].
@@ -73,7 +75,18 @@ impl Executable {
         pool: Option<&ThreadPool>,
     ) -> Result<Vec<Buffer>> {
         self.check_inputs(&mut inputs)?;
-        self.backend.run(&self.plan, inputs, pool)
+        self.backend.run(&self.plan, inputs, pool, None)
+    }
+
+    pub(crate) fn profile(
+        &self,
+        mut inputs: Vec<Buffer>,
+        pool: Option<&ThreadPool>,
+    ) -> Result<(Vec<Buffer>, Vec<f64>)> {
+        self.check_inputs(&mut inputs)?;
+        let mut seconds = Vec::with_capacity(self.plan.steps.len());
+        let results = self.backend.run(&self.plan, inputs, pool, Some(&mut seconds))?;
+        Ok((results, seconds))
     }
 
     /// # Errors

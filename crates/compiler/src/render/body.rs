@@ -110,7 +110,10 @@ impl<'a> Body<'a> {
             let (form, name) = match operand.binding {
                 Binding::Arg(i) => (dialect.argument, format!("in{i}")),
                 Binding::Out(i) => (dialect.output, format!("out{i}")),
-                Binding::Workspace { .. } | Binding::Status => {
+                Binding::ArgAt { .. }
+                | Binding::OutAt { .. }
+                | Binding::Workspace { .. }
+                | Binding::Status => {
                     panic!("metal-candle bug: a fused kernel reads arguments, writes outputs")
                 }
             };

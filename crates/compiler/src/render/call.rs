@@ -1,7 +1,25 @@
 //! A library call as what a GPU does for it: kernels and products, in order.
+//!
+//! ```text
+//! index, along, rope, quant, cross_entropy
+//!        which template of a header, with which extents and places
+//! factor ── matrices as products want them
+//! walk ── elements in order, and where each operand has them
+//! draft ── the text around the template
+//! ```
+
+mod along;
+mod cross_entropy;
+mod draft;
+mod factor;
+mod index;
+mod quant;
+mod rope;
+mod walk;
 
 use super::{Binding, Dialect, Limits, RenderError, Source};
 use crate::{Layout, LibraryCall, Operand};
+use draft::Gpu;
 use metal_candle_graph::DType;
 
 /// What a GPU does for a library call: the parts run one after the other.
@@ -13,6 +31,7 @@ pub struct Call {
 }
 
 /// One launch, or one product of the backend's own library.
+#[expect(clippy::large_enum_variant, reason = "a call has a handful of parts")]
 #[derive(Clone, Debug, PartialEq)]
 pub enum Part {
     Kernel(Source),
@@ -38,7 +57,7 @@ pub struct Place {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Status {
-    /// 0 while all is well; else 1 + the number of the operation that met a bad index.
+    /// 0 while all is well; else the number of the [operation](Status::operation) that met a bad index.
     pub failed: u32,
     pub reserved: u32,
     /// The index, the extent that it must be below, and where it stood among the indices.
@@ -47,10 +66,66 @@ pub struct Status {
     pub position: i64,
 }
 
-/// The parts of `call` on operands `args` and `outs`. Names of kernels begin with the call's.
+impl Status {
+    /// From memory that the kernels wrote, in the machine's order.
+    ///
+    /// # Panics
+    /// Where there are fewer bytes than it has.
+    pub fn from_bytes(bytes: &[u8]) -> Status {
+        let eight = |at: usize| *bytes[at..].first_chunk::<8>().expect("a status of 32 bytes");
+        let four = |at: usize| *bytes[at..].first_chunk::<4>().expect("a status of 32 bytes");
+        Status {
+            failed: u32::from_ne_bytes(four(0)),
+            reserved: u32::from_ne_bytes(four(4)),
+            index: i64::from_ne_bytes(eight(8)),
+            extent: i64::from_ne_bytes(eight(16)),
+            position: i64::from_ne_bytes(eight(24)),
+        }
+    }
+
+    /// # Errors
+    /// [`metal_candle_graph::Error::IndexOutOfRange`]
+    pub fn check(&self) -> metal_candle_graph::Result<()> {
+        if self.failed == 0 {
+            return Ok(());
+        }
+        Err(metal_candle_graph::Error::IndexOutOfRange {
+            op: self.operation().unwrap_or("index"),
+            index: self.index,
+            extent: self.extent as usize,
+            position: self.position as usize,
+        })
+    }
+
+    /// What can meet a bad index; the first one has number 1.
+    const OPERATIONS: [&str; 8] = [
+        "gather",
+        "index_select",
+        "scatter_add",
+        "index_add",
+        "slice_update",
+        "dynamic_slice",
+        "linear_cross_entropy",
+        "linear_cross_entropy_grad_weight",
+    ];
+
+    /// The name of the operation that failed, as errors print it.
+    pub fn operation(&self) -> Option<&'static str> {
+        let at = (self.failed as usize).checked_sub(1)?;
+        Status::OPERATIONS.get(at).copied()
+    }
+
+    fn number(call: &str) -> u32 {
+        let at = Status::OPERATIONS.iter().position(|name| *name == call);
+        1 + at.expect("metal-candle bug: a call that reports nothing") as u32
+    }
+}
+
+/// The parts of `call` on operands `args` and `outs`. A kernel's text, its name included, depends on dtypes, shapes and
+/// layouts only: equal calls have equal kernels.
 ///
 /// # Errors
-/// [`RenderError::DType`] for f64 in a language without.
+/// [`RenderError::DType`] for f64 in a language without; [`RenderError::Call`] for a call without kernels.
 pub fn call(
     call: &LibraryCall,
     args: &[Operand],
@@ -58,15 +133,46 @@ pub fn call(
     dialect: &Dialect,
     limits: &Limits,
 ) -> Result<Call, RenderError> {
-    let _ = (args, outs, limits);
-    match call {
-        LibraryCall::Gemm { alpha, accumulate } => {
-            let place = |binding, o: &Operand| Place { binding, dtype: o.dtype, layout: o.layout };
-            let [a, b] = [0, 1].map(|i| place(Binding::Arg(i), &args[i as usize]));
-            let out = place(Binding::Out(0), &outs[0]);
-            let product = Part::Product { alpha: *alpha, accumulate: *accumulate, a, b, out };
-            Ok(Call { parts: vec![product], workspace_bytes: 0 })
-        }
-        other => Err(RenderError::Call { language: dialect.language, call: other.name() }),
+    let missing = |o: &&Operand| o.dtype == DType::F64 && !dialect.has_f64;
+    if let Some(Operand { dtype, .. }) = args.iter().chain(outs).find(missing) {
+        return Err(RenderError::DType { language: dialect.language, dtype: *dtype });
     }
+    let gpu = Gpu { dialect, limits };
+    Ok(match *call {
+        LibraryCall::Gemm { alpha, accumulate } => gemm(alpha, accumulate, args, outs),
+        LibraryCall::Rope { layout } => rope::rope(gpu, args, &outs[0], layout),
+        LibraryCall::Gather { dim } => index::gather(gpu, args, outs, dim),
+        LibraryCall::IndexSelect { dim } => index::index_select(gpu, args, outs, dim),
+        LibraryCall::ScatterAdd { dim } => index::scatter_add(gpu, args, outs, dim),
+        LibraryCall::IndexAdd { dim } => index::index_add(gpu, args, outs, dim),
+        LibraryCall::SliceUpdate { dim } => index::slice_update(gpu, args, outs, dim),
+        LibraryCall::DynamicSlice { dim } => index::dynamic_slice(gpu, args, outs, dim),
+        LibraryCall::CumSum { dim, reverse } => {
+            along::cumsum(gpu, &args[0], &outs[0], dim, reverse)
+        }
+        LibraryCall::ArgReduce { op, dim } => along::arg_reduce(gpu, &args[0], &outs[0], dim, op),
+        LibraryCall::QuantGemm { format, rows, cols, transposed } => {
+            quant::gemm(gpu, args, &outs[0], format, [rows, cols], transposed)
+        }
+        LibraryCall::Dequantize { format, rows, cols } => {
+            quant::dequantize(gpu, args, outs, format, [rows, cols])
+        }
+        LibraryCall::LinearCrossEntropy { attrs, losses, grad_x } => {
+            cross_entropy::loss(gpu, args, outs, attrs, [losses, grad_x])
+        }
+        LibraryCall::LinearCrossEntropyGradWeight(attrs) => {
+            cross_entropy::grad_weight(gpu, args, &outs[0], attrs)
+        }
+        LibraryCall::Attention(_) | LibraryCall::AttentionGrad { .. } => {
+            return Err(RenderError::Call { language: dialect.language, call: call.name() });
+        }
+    })
+}
+
+fn gemm(alpha: f64, accumulate: bool, args: &[Operand], outs: &[Operand]) -> Call {
+    let place = |binding, o: &Operand| Place { binding, dtype: o.dtype, layout: o.layout };
+    let [a, b] = [0, 1].map(|i| place(Binding::Arg(i), &args[i as usize]));
+    let out = place(Binding::Out(0), &outs[0]);
+    let product = Part::Product { alpha, accumulate, a, b, out };
+    Call { parts: vec![product], workspace_bytes: 0 }
 }

@@ -35,11 +35,14 @@ struct bf16 {
     __device__ operator f32() const { return __uint_as_float(u32(bits) << 16); }
 };
 
+FN f32 f16_of_bits(u16 bits) { return f16_to_f32(bits); }
 FN f32 f32_of_bits(u32 bits) { return __uint_as_float(bits); }
 #define INF f32_of_bits(0x7f800000u)
 FN f64 f64_of_bits(u64 bits) { return __longlong_as_double(i64(bits)); }
 
 FN void barrier() { __syncthreads(); }
+// Whether this thread is the first one to put `mark` in the place of 0.
+FN bool claim(u32* at, u32 mark) { return atomicCAS(at, 0u, mark) == 0u; }
 template <typename T> FN T shuffle_xor(T x, u32 mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 
 namespace math {

@@ -11,7 +11,7 @@ pub struct Dialect {
     /// What to tell the compiler.
     pub options: &'static [&'static str],
     /// What the kernels rely on, once before all of them: the dialect's own words, then what all dialects share.
-    pub(super) headers: [&'static str; 2],
+    pub(super) headers: [&'static str; 8],
     /// The beginning of a kernel's definition, up to its first parameter.
     pub(super) kernel: &'static str,
     /// A parameter that is read.
@@ -36,12 +36,21 @@ impl Dialect {
     pub const CUDA: &'static Dialect = &super::cuda::DIALECT;
     pub const METAL: &'static Dialect = &super::metal::DIALECT;
 
-    pub(super) const fn headers(own: &'static str) -> [&'static str; 2] {
-        [own, include_str!("common.h")]
+    pub(super) const fn headers(own: &'static str) -> [&'static str; 8] {
+        [
+            own,
+            include_str!("common.h"),
+            include_str!("call/common.h"),
+            include_str!("call/index.h"),
+            include_str!("call/along.h"),
+            include_str!("call/rope.h"),
+            include_str!("call/quant.h"),
+            include_str!("call/cross_entropy.h"),
+        ]
     }
 
     /// What comes before the kernels of a source file.
     pub fn header(&self) -> String {
-        self.headers.concat()
+        self.headers.join("\n")
     }
 }

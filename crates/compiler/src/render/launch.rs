@@ -2,6 +2,7 @@
 
 use super::{RenderError, accesses, index, operands};
 use crate::kernel::{Access, Affine, Kernel, KernelOp, Lanes, Level};
+use metal_candle_graph::DType;
 
 /// Lanes of a SIMD group (a warp), on every GPU that the dialects are for.
 pub(super) const SIMD: usize = 32;
@@ -27,6 +28,8 @@ pub struct Limits {
     pub max_operands: usize,
     /// Threads that run at once, on the whole device.
     pub resident_threads: usize,
+    /// Whether the library's products of 16-bit factors can give f32.
+    pub widening_products: bool,
 }
 
 impl Limits {
@@ -39,6 +42,7 @@ impl Limits {
             max_shared_bytes: 48 << 10,
             max_operands: 512,
             resident_threads: multiprocessors * threads,
+            widening_products: true,
         }
     }
 
@@ -51,7 +55,15 @@ impl Limits {
             max_shared_bytes: 32 << 10,
             max_operands: 31,
             resident_threads: cores * 1024,
+            widening_products: false,
         }
+    }
+}
+
+impl Limits {
+    /// Whether the library multiplies two `factor`s to an `out`.
+    pub(super) fn multiplies(&self, factor: DType, out: DType) -> bool {
+        factor == out || (self.widening_products && factor.size_bytes() == 2 && out == DType::F32)
     }
 }
 

@@ -18,10 +18,20 @@ typedef float f32;
 typedef half f16;
 typedef bfloat bf16;
 
+FN f32 f16_of_bits(u16 bits) { return f32(as_type<half>(bits)); }
 FN f32 f32_of_bits(u32 bits) { return as_type<float>(bits); }
 #define INF f32_of_bits(0x7f800000u)
 
 FN void barrier() { threadgroup_barrier(mem_flags::mem_threadgroup | mem_flags::mem_device); }
+// Whether this thread is the first one to put `mark` in the place of 0.
+FN bool claim(device u32* at, u32 mark) {
+    device atomic_uint* const word = (device atomic_uint*)at;
+    for (u32 before = 0; before == 0;) {
+        // May fail for no reason.
+        if (atomic_compare_exchange_weak_explicit(word, &before, mark, memory_order_relaxed, memory_order_relaxed)) return true;
+    }
+    return false;
+}
 FN f32 shuffle_xor(f32 x, u32 mask) { return simd_shuffle_xor(x, ushort(mask)); }
 // Shuffles move 32 bits at most.
 FN i64 shuffle_xor(i64 x, u32 mask) {

@@ -25,6 +25,12 @@ impl Text {
         self.line("}");
     }
 
+    /// As [`Text::close`], of a type.
+    pub(super) fn end_type(&mut self) {
+        self.depth -= 1;
+        self.line("};");
+    }
+
     /// A loop whose trip count is known, to be written out.
     pub(super) fn unrolled(&mut self, head: impl AsRef<str>) {
         self.line("#pragma unroll");

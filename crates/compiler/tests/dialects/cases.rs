@@ -1,6 +1,6 @@
 //! Steps of plans, with what they read and what they must write.
 
-use crate::machine::{Buffer, Run};
+use crate::program::{Address, Part, Program, Region};
 use crate::random::Rng;
 use crate::walk::{self, Memory};
 use metal_candle_compiler::kernel::{Kernel, KernelOp};
@@ -65,23 +65,40 @@ pub(crate) fn of_graph(
     cases
 }
 
+/// The memory of a slot, before.
+struct Buffer {
+    bytes: Vec<u8>,
+    element_bytes: usize,
+    writable: bool,
+}
+
 impl Case {
     pub(crate) fn has_f64(&self) -> bool {
         let stores = self.kernel.stores.iter().map(|s| s.to.dtype);
         self.kernel.tape.iter().map(|i| i.dtype).chain(stores).any(|d| d == DType::F64)
     }
 
-    pub(crate) fn run<'a>(&self, source: &'a Source) -> Run<'a> {
-        let binding = |binding: &Binding| match *binding {
-            Binding::Arg(i) => self.args[i as usize],
-            Binding::Out(i) => self.outs[i as usize].0,
+    pub(crate) fn program(&self, source: &Source) -> Program {
+        let start = |buffer| Address { buffer, offset_bytes: 0 };
+        let region = |(i, buffer): (usize, &Buffer)| Region {
+            start: start(i),
+            len_bytes: buffer.bytes.len(),
+            element_bytes: buffer.element_bytes,
+            writable: buffer.writable,
         };
-        Run {
-            name: &source.name,
+        let operand = |binding: &Binding| match *binding {
+            Binding::Arg(i) => start(self.args[i as usize]),
+            Binding::Out(i) => start(self.outs[i as usize].0),
+            other => panic!("a kernel of the IR knows no {other:?}"),
+        };
+        let launch = Part::Launch {
+            kernel: source.name.clone(),
             launch: source.launch,
-            buffers: self.before.clone(),
-            bindings: source.bindings.iter().map(binding).collect(),
-        }
+            regions: self.before.iter().enumerate().map(region).collect(),
+            operands: source.bindings.iter().map(operand).collect(),
+        };
+        let buffers = self.before.iter().map(|buffer| buffer.bytes.clone()).collect();
+        Program { buffers, parts: vec![launch] }
     }
 
     /// Panics where a result is too far from the walk's.

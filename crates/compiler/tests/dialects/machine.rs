@@ -1,6 +1,7 @@
 //! Compiles rendered kernels as C++ and runs them: see `machine/machine.h` for what they are held to.
 
-use metal_candle_compiler::render::{Dialect, Launch, Source};
+use crate::program::{self, Program};
+use metal_candle_compiler::render::{Dialect, Source};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Mutex;
@@ -12,23 +13,7 @@ pub(crate) struct Unit {
     pub(crate) sources: Vec<Source>,
 }
 
-/// A buffer, before and after.
-#[derive(Clone)]
-pub(crate) struct Buffer {
-    pub(crate) bytes: Vec<u8>,
-    pub(crate) element_bytes: usize,
-    pub(crate) writable: bool,
-}
-
-/// One launch of a kernel. `bindings`: the buffer of each operand.
-pub(crate) struct Run<'a> {
-    pub(crate) name: &'a str,
-    pub(crate) launch: Launch,
-    pub(crate) buffers: Vec<Buffer>,
-    pub(crate) bindings: Vec<usize>,
-}
-
-/// A program of kernels.
+/// Compiled kernels, to be run.
 pub(crate) struct Machine {
     folder: PathBuf,
 }
@@ -38,7 +23,10 @@ impl Machine {
     pub(crate) fn build(dialect: &Dialect, name: &str, units: &[Unit]) -> Machine {
         let folder = folder(name);
         let here = machine_sources();
-        let mut jobs = vec![(here.join("machine.cpp"), folder.join("machine.o"), false)];
+        let own = ["machine", "program"].map(|name| {
+            (here.join(name).with_extension("cpp"), folder.join(name).with_extension("o"), false)
+        });
+        let mut jobs = own.to_vec();
         for (i, unit) in units.iter().enumerate() {
             let path = folder.join(format!("unit{i}.cpp"));
             std::fs::write(&path, unit_text(dialect, unit)).unwrap();
@@ -51,25 +39,12 @@ impl Machine {
         Machine { folder }
     }
 
-    /// The buffers after each run, or what it did wrong.
-    pub(crate) fn run(&self, runs: &[Run<'_>]) -> Vec<Result<Vec<Vec<u8>>, String>> {
-        let [cases, results] = ["cases", "results"].map(|name| self.folder.join(name));
-        std::fs::write(&cases, encode(runs)).unwrap();
-        execute(Command::new(self.folder.join("machine")).arg(&cases).arg(&results));
-        let bytes = std::fs::read(&results).unwrap();
-        let mut rest = &bytes[..];
-        let mut take = |n: usize| {
-            let (head, tail) = rest.split_at(n);
-            rest = tail;
-            head.to_vec()
-        };
-        let mut result = |run: &Run<'_>| {
-            let length = u32::from_le_bytes(take(4).try_into().unwrap());
-            let fault = String::from_utf8(take(length as usize)).unwrap();
-            let buffers = run.buffers.iter().map(|b| take(b.bytes.len())).collect();
-            if fault.is_empty() { Ok(buffers) } else { Err(fault) }
-        };
-        runs.iter().map(&mut result).collect()
+    /// The buffers after each program, or what it did wrong.
+    pub(crate) fn run(&self, programs: &[Program]) -> Vec<Result<Vec<Vec<u8>>, String>> {
+        let [file, results] = ["programs", "results"].map(|name| self.folder.join(name));
+        std::fs::write(&file, program::encode(programs)).unwrap();
+        execute(Command::new(self.folder.join("machine")).arg(&file).arg(&results));
+        program::decode(programs, &std::fs::read(&results).unwrap())
     }
 }
 
@@ -196,29 +171,4 @@ fn run(command: &mut Command) -> Result<(), String> {
     let output = command.output().map_err(|error| format!("{command:?}: {error}"))?;
     let errors = String::from_utf8_lossy(&output.stderr);
     if output.status.success() { Ok(()) } else { Err(format!("{command:?} failed:\n{errors}")) }
-}
-
-/// As `machine.cpp` reads it.
-fn encode(runs: &[Run<'_>]) -> Vec<u8> {
-    let mut out = Vec::new();
-    let number = |out: &mut Vec<u8>, n: usize| {
-        out.extend(u32::try_from(n).unwrap().to_le_bytes());
-    };
-    number(&mut out, runs.len());
-    for run in runs {
-        number(&mut out, run.name.len());
-        out.extend(run.name.as_bytes());
-        for n in [run.launch.grid, run.launch.block, run.launch.shared_bytes, run.buffers.len()] {
-            number(&mut out, n);
-        }
-        for buffer in &run.buffers {
-            out.extend((buffer.bytes.len() as u64).to_le_bytes());
-            number(&mut out, buffer.element_bytes);
-            number(&mut out, usize::from(buffer.writable));
-            out.extend(&buffer.bytes);
-        }
-        number(&mut out, run.bindings.len());
-        run.bindings.iter().for_each(|binding| number(&mut out, *binding));
-    }
-    out
 }

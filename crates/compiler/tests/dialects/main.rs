@@ -4,6 +4,8 @@
 mod cases;
 mod graphs;
 mod machine;
+mod plans;
+mod program;
 #[path = "../../../graph/tests/random/mod.rs"]
 mod random;
 #[path = "../support/mod.rs"]
@@ -12,10 +14,12 @@ mod support;
 mod walk;
 
 use cases::Case;
-use machine::{Machine, Run, Unit};
+use machine::{Machine, Unit};
 use metal_candle_compiler::kernel::Kernel;
 use metal_candle_compiler::render::{Dialect, Limits, RenderError, Source, render};
 use metal_candle_graph::DType;
+use plans::Task;
+use program::Program;
 use random::{Limits as Draw, Rng, SMALL, case, seeds};
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
@@ -47,11 +51,11 @@ fn sources(cases: &[Case], dialect: &Dialect, limits: &Limits) -> Vec<Option<Sou
 }
 
 /// The kernels of all sources, each once, in units of about the same size.
-fn units(sources: &[Option<Source>], dialect: &Dialect) -> Vec<Unit> {
+fn units<'a>(sources: impl IntoIterator<Item = &'a Source>, dialect: &Dialect) -> Vec<Unit> {
     let mut units: Vec<Unit> =
         (0..UNITS).map(|_| Unit { header: dialect.header(), sources: Vec::new() }).collect();
     let mut known = HashSet::new();
-    for source in sources.iter().flatten() {
+    for source in sources {
         if known.insert(&source.name) {
             units[known.len() % UNITS].sources.push(source.clone());
         }
@@ -62,15 +66,15 @@ fn units(sources: &[Option<Source>], dialect: &Dialect) -> Vec<Unit> {
 /// Runs all cases in a dialect, and says how many there were.
 fn check(name: &str, (dialect_name, dialect, limits): (&str, &Dialect, Limits), cases: &[Case]) {
     let sources = sources(cases, dialect, &limits);
-    let units = units(&sources, dialect);
+    let units = units(sources.iter().flatten(), dialect);
     let machine = Machine::build(dialect, &format!("{name}-{dialect_name}"), &units);
     let work: Vec<(&Case, &Source)> = cases
         .iter()
         .zip(&sources)
         .filter_map(|(case, source)| Some((case, source.as_ref()?)))
         .collect();
-    let runs: Vec<Run<'_>> = work.iter().map(|(case, source)| case.run(source)).collect();
-    for ((case, source), result) in work.iter().zip(machine.run(&runs)) {
+    let programs: Vec<Program> = work.iter().map(|(case, source)| case.program(source)).collect();
+    for ((case, source), result) in work.iter().zip(machine.run(&programs)) {
         match result {
             Ok(buffers) => case.check(&buffers, source),
             Err(fault) => panic!("{}: {fault}\n{}", case.name, source.text),
@@ -160,8 +164,8 @@ fn planted_faults_are_found() {
             Unit { header, sources: vec![Source { text, ..right }] }
         });
         let machine = Machine::build(dialect, &format!("faults-{dialect_name}"), &planted);
-        let runs: Vec<Run<'_>> = planted.iter().map(|u| case.run(&u.sources[0])).collect();
-        for ((name, .., message), result) in FAULTS.iter().zip(machine.run(&runs)) {
+        let programs: Vec<Program> = planted.iter().map(|u| case.program(&u.sources[0])).collect();
+        for ((name, .., message), result) in FAULTS.iter().zip(machine.run(&programs)) {
             let fault = result.expect_err(name);
             assert!(fault.contains(message), "{name}: {fault}");
         }
@@ -177,6 +181,32 @@ fn cuda_kernels_compile_for_sm_80_and_sm_90() {
     };
     let all: Vec<Case> = [real_cases(), all_random_cases()].into_iter().flatten().collect();
     let limits = Limits::cuda(132, 2048);
-    let units = units(&sources(&all, Dialect::CUDA, &limits), Dialect::CUDA);
+    let units = units(sources(&all, Dialect::CUDA, &limits).iter().flatten(), Dialect::CUDA);
     machine::compile_by_nvrtc(Path::new(&home), "sm_80,sm_90", Dialect::CUDA, &units);
+}
+
+/// What a dialect cannot, or a library call that has no kernels yet.
+fn refused(error: &RenderError) -> bool {
+    matches!(error, RenderError::DType { .. } | RenderError::Call { .. })
+}
+
+fn random_tasks(from: u64, n: u64, limits: &Draw) -> Vec<Task> {
+    let task = |seed: u64| {
+        let random::Case { graph, inputs, tolerances, .. } = case(from + seed, limits);
+        let mut rng = Rng(seed);
+        let donated = inputs.iter().map(|_| rng.one_in(3)).collect();
+        Task { name: format!("graph {}", from + seed), graph, inputs, donated, tolerances }
+    };
+    seeds(n).map(task).collect()
+}
+
+#[test]
+fn plans_of_random_graphs_equal_the_oracle() {
+    let single = Draw { floats: &[DType::F32, DType::F32, DType::BF16, DType::F16], ..SMALL };
+    let tasks =
+        [random_tasks(0, 60, &Draw { ops: 8, ..single }), random_tasks(1 << 21, 30, &SMALL)]
+            .concat();
+    for (_, dialect, limits) in DIALECTS {
+        plans::check("plans", dialect, limits, &tasks, refused);
+    }
 }

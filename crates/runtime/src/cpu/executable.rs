@@ -15,6 +15,7 @@ use smallvec::SmallVec;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 /// Workspaces that are kept while nothing runs; more are made, and freed again, as more runs are in flight.
 const IDLE_WORKSPACES: usize = 4;
@@ -110,6 +111,7 @@ impl CpuExecutable {
         workspace: &mut Workspace,
         inputs: &mut [Buffer],
         pool: Option<&ThreadPool>,
+        clock: Option<&mut Vec<f64>>,
     ) -> Result<()> {
         let Workspace { arena, bases, outputs, shared, guards } = workspace;
         bases.clear();
@@ -134,23 +136,33 @@ impl CpuExecutable {
         bases.extend(outputs.map(|o| o.as_mut().map_or(std::ptr::null_mut(), Data::as_mut_ptr)));
         let mut held: Vec<StorageRef<'_>> = recycled(std::mem::take(guards));
         lock_shared(plan, inputs, shared, bases, &mut held)?;
-        let outcome = self.walk(plan, &Bases(bases), pool);
+        let outcome = self.walk(plan, &Bases(bases), pool, clock);
         held.clear();
         *guards = recycled(held);
         outcome
     }
 
-    fn walk(&self, plan: &Plan, bases: &Bases, pool: Option<&ThreadPool>) -> Result<()> {
+    fn walk(
+        &self,
+        plan: &Plan,
+        bases: &Bases,
+        pool: Option<&ThreadPool>,
+        mut clock: Option<&mut Vec<f64>>,
+    ) -> Result<()> {
         let at = AtomicUsize::new(0);
         let pool = pool.filter(|_| self.parallel);
-        let walk = || {
+        let mut walk = || {
             for (index, (prepared, step)) in self.steps.iter().zip(&plan.steps).enumerate() {
                 at.store(index, Ordering::Relaxed);
+                let start = clock.is_some().then(Instant::now);
                 // SAFETY: `verify` has seen every operand of the plan within its slot, and the outputs of a step
                 // apart from what else it touches; `bases` holds the slots' memory: inputs of the plan's types,
                 // those that are written ours alone, the others locked or immutable; fresh outputs; an arena of
                 // the plan's size. Steps run one after the other.
                 unsafe { prepared.run(step, bases, pool.is_some())? };
+                if let (Some(clock), Some(start)) = (clock.as_deref_mut(), start) {
+                    clock.push(start.elapsed().as_secs_f64());
+                }
             }
             Ok(())
         };
@@ -176,6 +188,7 @@ impl Backend for CpuExecutable {
         plan: &Plan,
         mut inputs: Vec<Buffer>,
         pool: Option<&ThreadPool>,
+        clock: Option<&mut Vec<f64>>,
     ) -> Result<Vec<Buffer>> {
         let idle = self.idle().pop();
         let workspace = idle.map_or_else(|| self.new_workspace(plan), Ok)?;
@@ -185,7 +198,7 @@ impl Backend for CpuExecutable {
         for (output, zeroed) in plan.outputs.iter().zip(&self.zeroed) {
             workspace.outputs.push(fresh(output, *zeroed)?);
         }
-        self.run_steps(plan, workspace, &mut inputs, pool)?;
+        self.run_steps(plan, workspace, &mut inputs, pool, clock)?;
         Ok(results(plan, workspace, &inputs))
     }
 

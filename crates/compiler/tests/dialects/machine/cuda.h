@@ -20,6 +20,10 @@ struct Index { unsigned x; };
 inline void __syncthreads() { machine::barrier(); }
 template <typename T> T __shfl_xor_sync(unsigned, T x, unsigned mask) { return machine::shuffle_xor(x, mask); }
 
+inline unsigned atomicCAS(unsigned* at, unsigned expected, unsigned desired) {
+    return machine::compare_exchange(at, expected, desired);
+}
+
 inline float __uint_as_float(unsigned bits) { float x; std::memcpy(&x, &bits, sizeof x); return x; }
 inline double __longlong_as_double(long long bits) { double x; std::memcpy(&x, &bits, sizeof x); return x; }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }

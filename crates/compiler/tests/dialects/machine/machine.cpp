@@ -1,5 +1,6 @@
-// Fibers, the shadow of memory, and the protocol with the test: `machine CASES RESULTS`.
+// Fibers, and the shadow of memory.
 
+#include "grid.h"
 #include "machine.h"
 
 #include <csetjmp>
@@ -25,23 +26,6 @@ namespace {
 
 constexpr unsigned SIMD = 32;
 constexpr size_t STACK_BYTES = 128 << 10;
-
-/// An access, as the shadow remembers it. `thread` counts from 1 over the whole grid.
-struct Stamp { uint32_t thread = 0, block_epoch = 0, simd_epoch = 0; };
-
-struct Shadow {
-    Stamp write;
-    /// Who read since: the last thread, the one before it, and the last one of another SIMD group.
-    Stamp read[3];
-};
-
-struct Region {
-    uint8_t* start = nullptr;
-    size_t bytes = 0, element = 1;
-    bool writable = false, shared = false;
-    std::string name;
-    std::vector<Shadow> shadow;
-};
 
 enum class State { Ready, AtBarrier, AtShuffle, Done, Faulty };
 
@@ -72,15 +56,6 @@ struct Machine {
 std::map<std::string, Call>& kernels() {
     static std::map<std::string, Call> all;
     return all;
-}
-
-std::string text(const char* format, ...) {
-    char buffer[512];
-    va_list args;
-    va_start(args, format);
-    vsnprintf(buffer, sizeof buffer, format, args);
-    va_end(args);
-    return buffer;
 }
 
 // ---- fibers ----
@@ -240,86 +215,37 @@ void access(const void* address, size_t bytes, bool write) {
     fail(text("%s %zu bytes out of bounds of every operand", verb, bytes));
 }
 
-// ---- the protocol ----
-
-struct Reader {
-    FILE* file;
-    template <typename T> T get() {
-        T x;
-        if (fread(&x, sizeof x, 1, file) != 1) { fprintf(stderr, "the case file ends too early\n"); exit(1); }
-        return x;
-    }
-    void bytes(uint8_t* to, size_t n) {
-        if (n > 0 && fread(to, 1, n, file) != n) { fprintf(stderr, "the case file ends too early\n"); exit(1); }
-    }
-    std::string string() {
-        std::string s(get<uint32_t>(), 0);
-        bytes(reinterpret_cast<uint8_t*>(s.data()), s.size());
-        return s;
-    }
-};
-
-void put(FILE* file, const void* from, size_t n) {
-    if (n > 0 && fwrite(from, 1, n, file) != n) { fprintf(stderr, "cannot write the results\n"); exit(1); }
 }
 
-/// A buffer starts at a multiple of 16 and of no more, between two stretches that are nobody's.
-constexpr size_t GUARD_BYTES = 1 << 14;
-
-struct Buffer {
-    std::vector<uint8_t> memory;
-    Region region;
-
-    void read(Reader& in, size_t number) {
-        region.bytes = in.get<uint64_t>();
-        region.element = in.get<uint32_t>();
-        region.writable = in.get<uint32_t>() != 0;
-        region.name = text("buffer %zu", number);
-        memory.resize(region.bytes + 2 * GUARD_BYTES + 64);
-        const auto start = reinterpret_cast<uintptr_t>(memory.data()) + GUARD_BYTES;
-        region.start = reinterpret_cast<uint8_t*>((start + 31) / 32 * 32 + 16);
-        region.shadow.resize(region.bytes / region.element);
-        in.bytes(region.start, region.bytes);
-    }
-};
-
-void run_grid(Call kernel, unsigned grid, unsigned block, size_t shared_bytes) {
-    Region region{reinterpret_cast<uint8_t*>(shared), shared_bytes, 4, true, true, "shared memory", {}};
-    region.shadow.resize(shared_bytes / region.element);
-    if (shared_bytes > 0) gpu.regions.push_back(region);
-    gpu.pointers.push_back(shared);
-    gpu.kernel = kernel;
-    gpu.block_size = block;
-    gpu.blocks = grid;
-    gpu.simd_epoch.assign((block + SIMD - 1) / SIMD, 0);
-    if (gpu.fibers.size() < block) gpu.fibers = std::vector<Fiber>(block);
-    for (gpu.block = 0; gpu.block < grid && gpu.fault.empty(); ++gpu.block) run_block();
+std::string run_grid(const Grid& grid, std::vector<Region> regions, std::vector<void*> pointers) {
+    const auto kernel = kernels().find(grid.kernel);
+    if (kernel == kernels().end()) return text("there is no kernel %s", grid.kernel.c_str());
+    Region block_memory{reinterpret_cast<uint8_t*>(shared), grid.shared_bytes, 4, true, true, "shared memory", {}};
+    if (grid.shared_bytes > 0) regions.push_back(block_memory);
+    for (Region& region : regions) region.shadow.resize((region.bytes + region.element - 1) / region.element);
+    pointers.push_back(shared);
+    gpu.fault.clear();
+    gpu.regions = std::move(regions);
+    gpu.pointers = std::move(pointers);
+    gpu.kernel = kernel->second;
+    gpu.block_size = grid.block;
+    gpu.blocks = grid.blocks;
+    gpu.simd_epoch.assign((grid.block + SIMD - 1) / SIMD, 0);
+    if (gpu.fibers.size() < grid.block) gpu.fibers = std::vector<Fiber>(grid.block);
+    for (gpu.block = 0; gpu.block < grid.blocks && gpu.fault.empty(); ++gpu.block) run_block();
     if (!gpu.fault.empty()) {
         for (Fiber& fiber : gpu.fibers) fiber.started = false;
     }
+    return gpu.fault;
 }
 
-void run_case(Reader& in, FILE* out) {
-    const std::string name = in.string();
-    const auto grid = in.get<uint32_t>(), block = in.get<uint32_t>(), shared_bytes = in.get<uint32_t>();
-    std::vector<Buffer> buffers(in.get<uint32_t>());
-    gpu.regions.clear();
-    gpu.pointers.clear();
-    gpu.fault.clear();
-    for (size_t i = 0; i < buffers.size(); ++i) {
-        buffers[i].read(in, i);
-        gpu.regions.push_back(buffers[i].region);
-    }
-    for (auto n = in.get<uint32_t>(); n > 0; --n) {
-        gpu.pointers.push_back(buffers.at(in.get<uint32_t>()).region.start);
-    }
-    run_grid(kernels().at(name), grid, block, shared_bytes);
-    const auto length = static_cast<uint32_t>(gpu.fault.size());
-    put(out, &length, sizeof length);
-    put(out, gpu.fault.data(), length);
-    for (const Buffer& buffer : buffers) put(out, buffer.region.start, buffer.region.bytes);
-}
-
+std::string text(const char* format, ...) {
+    char buffer[512];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(buffer, sizeof buffer, format, args);
+    va_end(args);
+    return buffer;
 }
 
 Ids ids() { return {gpu.tid, gpu.block, gpu.blocks}; }
@@ -336,6 +262,17 @@ uint64_t shuffle_xor(uint64_t bits, unsigned mask) {
     self.mask = mask;
     yield(State::AtShuffle);
     return self.bits;
+}
+
+unsigned compare_exchange(unsigned* at, unsigned expected, unsigned desired) {
+    // Atomic: threads take turns, and an access that is atomic races with nothing.
+    for (const Region& region : gpu.regions) {
+        if (!region.writable || !within(at, region.start, region.bytes)) continue;
+        const unsigned before = *at;
+        if (before == expected) *at = desired;
+        return before;
+    }
+    fail("exchanges what is no operand's");
 }
 
 Kernel::Kernel(const char* name, Call call) { kernels()[name] = call; }
@@ -380,13 +317,4 @@ UNDEFINED(negate_overflow, "overflow of -")
 UNDEFINED(divrem_overflow, "overflow of /, or a division by 0")
 UNDEFINED(shift_out_of_bounds, "shift by too much")
 UNDEFINED(float_cast_overflow, "a float beyond the integers")
-}
-
-int main(int argc, char** argv) {
-    if (argc != 3) { fprintf(stderr, "machine CASES RESULTS\n"); return 2; }
-    machine::Reader in{fopen(argv[1], "rb")};
-    FILE* out = fopen(argv[2], "wb");
-    if (in.file == nullptr || out == nullptr) { fprintf(stderr, "cannot open the files\n"); return 1; }
-    for (auto n = in.get<uint32_t>(); n > 0; --n) machine::run_case(in, out);
-    return fclose(out) == 0 ? 0 : 1;
 }

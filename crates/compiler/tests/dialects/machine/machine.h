@@ -28,6 +28,9 @@ void barrier();
 /// Gives `bits` to the other lanes, and takes those of lane `lane ^ mask`.
 uint64_t shuffle_xor(uint64_t bits, unsigned mask);
 
+/// Writes `desired` if `expected` is there; gives what was there.
+unsigned compare_exchange(unsigned* at, unsigned expected, unsigned desired);
+
 template <typename T> T shuffle_xor(T x, unsigned mask) {
     static_assert(sizeof(T) <= sizeof(uint64_t));
     uint64_t bits = 0;

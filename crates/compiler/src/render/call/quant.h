@@ -1,0 +1,227 @@
+// ---- weights in GGUF blocks ----
+//
+// The layouts are llama.cpp's (`ggml-common.h`). A format gives runs of eight neighbouring weights of a block, which it
+// reads in words of W: as wide as the place of its blocks allows.
+
+// Eight bytes.
+template <typename W> FN void bytes(DEVICE const u8* from, THREAD u8 (&to)[8]) {
+    for (u32 i = 0; i < 8 / sizeof(W); ++i) {
+        const W word = ((DEVICE const W*)from)[i];
+        for (u32 b = 0; b < sizeof(W); ++b) to[i * sizeof(W) + b] = u8(u64(word) >> (8 * b));
+    }
+}
+
+template <typename W> FN u32 u16_at(DEVICE const u8* from) {
+    if (sizeof(W) > 1) return *(DEVICE const u16*)from;
+    return u32(from[0]) | u32(from[1]) << 8;
+}
+
+template <typename W> FN u32 u32_at(DEVICE const u8* from) {
+    return u16_at<W>(from) | u16_at<W>(from + 2) << 16;
+}
+
+template <typename W> FN f32 half_at(DEVICE const u8* from) { return f16_of_bits(u16(u16_at<W>(from))); }
+
+// Runs 0 and 1 of a block of 32 are the low nibbles of 16 bytes, 2 and 3 the high ones.
+template <typename W> FN void nibbles(DEVICE const u8* from, u32 run, THREAD u8 (&to)[8]) {
+    bytes<W>(from + run % 2 * 8, to);
+    for (u32 i = 0; i < 8; ++i) to[i] = to[i] >> (run / 2 * 4) & 15;
+}
+
+template <typename W> struct Q4_0 {
+    enum : u32 { LENGTH = 32, BYTES = 18 };
+    FN void run(DEVICE const u8* block, u32 run, THREAD f32 (&w)[8]) {
+        u8 q[8];
+        nibbles<W>(block + 2, run, q);
+        const f32 d = half_at<W>(block);
+        for (u32 i = 0; i < 8; ++i) w[i] = d * (f32(q[i]) - 8.0f);
+    }
+};
+
+template <typename W> struct Q4_1 {
+    enum : u32 { LENGTH = 32, BYTES = 20 };
+    FN void run(DEVICE const u8* block, u32 run, THREAD f32 (&w)[8]) {
+        u8 q[8];
+        nibbles<W>(block + 4, run, q);
+        const f32 d = half_at<W>(block), m = half_at<W>(block + 2);
+        for (u32 i = 0; i < 8; ++i) w[i] = d * f32(q[i]) + m;
+    }
+};
+
+// A fifth bit for each of 32 weights.
+FN f32 with_fifth(u8 q, u32 high, u32 at) { return f32(u32(q) | (high >> at & 1) << 4); }
+
+template <typename W> struct Q5_0 {
+    enum : u32 { LENGTH = 32, BYTES = 22 };
+    FN void run(DEVICE const u8* block, u32 run, THREAD f32 (&w)[8]) {
+        u8 q[8];
+        nibbles<W>(block + 6, run, q);
+        const u32 high = u32_at<W>(block + 2);
+        const f32 d = half_at<W>(block);
+        for (u32 i = 0; i < 8; ++i) w[i] = d * (with_fifth(q[i], high, run * 8 + i) - 16.0f);
+    }
+};
+
+template <typename W> struct Q5_1 {
+    enum : u32 { LENGTH = 32, BYTES = 24 };
+    FN void run(DEVICE const u8* block, u32 run, THREAD f32 (&w)[8]) {
+        u8 q[8];
+        nibbles<W>(block + 8, run, q);
+        const u32 high = u32_at<W>(block + 4);
+        const f32 d = half_at<W>(block), m = half_at<W>(block + 2);
+        for (u32 i = 0; i < 8; ++i) w[i] = d * with_fifth(q[i], high, run * 8 + i) + m;
+    }
+};
+
+// Signed bytes, from byte START on.
+template <typename W, i32 START> FN void signed_run(DEVICE const u8* block, u32 run, f32 d, THREAD f32 (&w)[8]) {
+    u8 q[8];
+    bytes<W>(block + (START + run * 8), q);
+    for (u32 i = 0; i < 8; ++i) w[i] = d * f32(i32(q[i] ^ 128) - 128);
+}
+
+template <typename W> struct Q8_0 {
+    enum : u32 { LENGTH = 32, BYTES = 34 };
+    FN void run(DEVICE const u8* block, u32 run, THREAD f32 (&w)[8]) { signed_run<W, 2>(block, run, half_at<W>(block), w); }
+};
+
+template <typename W> struct Q8_1 {
+    enum : u32 { LENGTH = 32, BYTES = 36 };
+    FN void run(DEVICE const u8* block, u32 run, THREAD f32 (&w)[8]) { signed_run<W, 4>(block, run, half_at<W>(block), w); }
+};
+
+template <typename W> struct Q8K {
+    enum : u32 { LENGTH = 256, BYTES = 292 };
+    FN void run(DEVICE const u8* block, u32 run, THREAD f32 (&w)[8]) {
+        signed_run<W, 4>(block, run, f32_of_bits(u32_at<W>(block)), w);
+    }
+};
+
+// Of Q2K and Q3K, run 4 p + r of a half block has bits 2 p of bytes 8 r on.
+template <typename W> FN void pairs(DEVICE const u8* from, u32 run, THREAD u8 (&to)[8]) {
+    bytes<W>(from + (run / 16 * 32 + run % 4 * 8), to);
+    for (u32 i = 0; i < 8; ++i) to[i] = to[i] >> (run % 16 / 4 * 2) & 3;
+}
+
+template <typename W> struct Q2K {
+    enum : u32 { LENGTH = 256, BYTES = 84 };
+    FN void run(DEVICE const u8* block, u32 run, THREAD f32 (&w)[8]) {
+        u8 q[8];
+        pairs<W>(block + 16, run, q);
+        const u32 scale = block[run / 2];
+        const f32 d = half_at<W>(block + 80) * f32(scale & 15), m = half_at<W>(block + 82) * f32(scale >> 4);
+        for (u32 i = 0; i < 8; ++i) w[i] = d * f32(q[i]) - m;
+    }
+};
+
+template <typename W> struct Q3K {
+    enum : u32 { LENGTH = 256, BYTES = 110 };
+    FN void run(DEVICE const u8* block, u32 run, THREAD f32 (&w)[8]) {
+        u8 q[8], high[8];
+        pairs<W>(block + 32, run, q);
+        bytes<W>(block + run % 4 * 8, high);
+        // Six bits: the low four in eight bytes, the high two in four.
+        const u32 at = run / 2, low = block[96 + at % 8] >> (at / 8 * 4) & 15, top = block[104 + at % 4] >> (at / 4 * 2) & 3;
+        const f32 d = half_at<W>(block + 108) * f32(i32(low | top << 4) - 32);
+        for (u32 i = 0; i < 8; ++i) w[i] = d * f32(i32(q[i]) - ((high[i] >> (run / 4) & 1) != 0 ? 0 : 4));
+    }
+};
+
+// Scale and minimum of a part of 32, six bits each, of the twelve bytes that hold eight of them.
+FN void scale_and_min(DEVICE const u8* from, u32 part, THREAD u32& scale, THREAD u32& min) {
+    if (part < 4) {
+        scale = from[part] & 63;
+        min = from[part + 4] & 63;
+    } else {
+        scale = (from[part + 4] & 15) | from[part - 4] >> 6 << 4;
+        min = from[part + 4] >> 4 | from[part] >> 6 << 4;
+    }
+}
+
+// Of Q4K and Q5K, parts of 32 take turns in the low and the high nibbles of 32 bytes.
+template <typename W> FN void nibble_part(DEVICE const u8* from, u32 run, THREAD u8 (&to)[8]) {
+    bytes<W>(from + (run / 8 * 32 + run % 4 * 8), to);
+    for (u32 i = 0; i < 8; ++i) to[i] = to[i] >> (run / 4 % 2 * 4) & 15;
+}
+
+template <typename W> struct Q4K {
+    enum : u32 { LENGTH = 256, BYTES = 144 };
+    FN void run(DEVICE const u8* block, u32 run, THREAD f32 (&w)[8]) {
+        u8 q[8];
+        u32 scale, min;
+        nibble_part<W>(block + 16, run, q);
+        scale_and_min(block + 4, run / 4, scale, min);
+        const f32 d = half_at<W>(block) * f32(scale), m = half_at<W>(block + 2) * f32(min);
+        for (u32 i = 0; i < 8; ++i) w[i] = d * f32(q[i]) - m;
+    }
+};
+
+template <typename W> struct Q5K {
+    enum : u32 { LENGTH = 256, BYTES = 176 };
+    FN void run(DEVICE const u8* block, u32 run, THREAD f32 (&w)[8]) {
+        u8 q[8], high[8];
+        u32 scale, min;
+        nibble_part<W>(block + 48, run, q);
+        bytes<W>(block + (16 + run % 4 * 8), high);
+        scale_and_min(block + 4, run / 4, scale, min);
+        const f32 d = half_at<W>(block) * f32(scale), m = half_at<W>(block + 2) * f32(min);
+        for (u32 i = 0; i < 8; ++i) w[i] = d * with_fifth(q[i], high[i], run / 4) - m;
+    }
+};
+
+template <typename W> struct Q6K {
+    enum : u32 { LENGTH = 256, BYTES = 210 };
+    FN void run(DEVICE const u8* block, u32 run, THREAD f32 (&w)[8]) {
+        // Two halves, each of four parts of 32: low nibbles of 64 bytes, then the high ones; two more bits elsewhere.
+        const u32 side = run / 16, part = run / 4 % 4, at = run % 4 * 8;
+        u8 q[8], high[8];
+        bytes<W>(block + (side * 64 + part % 2 * 32 + at), q);
+        bytes<W>(block + (128 + side * 32 + at), high);
+        const i32 scale = i32(block[192 + run / 2] ^ 128) - 128;
+        const f32 d = half_at<W>(block + 208) * f32(scale);
+        for (u32 i = 0; i < 8; ++i) {
+            const u32 low = q[i] >> (part / 2 * 4) & 15, top = high[i] >> (2 * part) & 3;
+            w[i] = d * f32(i32(low | top << 4) - 32);
+        }
+    }
+};
+
+// Run number `run` of a row of blocks.
+template <typename FORMAT> FN void row_run(DEVICE const u8* row, u32 run, THREAD f32 (&w)[8]) {
+    const u32 runs = FORMAT::LENGTH / 8;
+    FORMAT::run(row + u64(run / runs) * FORMAT::BYTES, run % runs, w);
+}
+
+// The blocks of a matrix, or of a part of it, as T[ROWS, 8 RUNS].
+template <typename K, typename FORMAT, typename T> FN void dequantize(DEVICE const u8* blocks, DEVICE T* out, Thread t) {
+    EACH(i, K::ELEMENTS) {
+        f32 w[8];
+        row_run<FORMAT>(blocks + u64(i / K::RUNS) * K::ROW_BYTES, u32(i % K::RUNS), w);
+        store_run(out + i * 8, w);
+    }
+}
+
+// x Wᵀ for M rows of x: a SIMD group has rows of W, which it reads once, and as blocks.
+template <typename K, typename FORMAT, i32 M, typename T>
+FN void quant_rows(DEVICE const T* x, DEVICE const u8* blocks, DEVICE T* out, Thread t) {
+    typedef typename K::I I;
+    typedef typename K::A A;
+    const I groups = K::BLOCK / 32;
+    for (I row = I(t.block) * groups + t.tid / 32; row < K::ROWS; row += I(t.blocks) * groups) {
+        A sum[M];
+        for (i32 m = 0; m < M; ++m) sum[m] = 0;
+        for (u32 run = t.tid % 32; run < K::RUNS; run += 32) {
+            f32 w[8];
+            row_run<FORMAT>(blocks + u64(row) * K::ROW_BYTES, run, w);
+            for (i32 m = 0; m < M; ++m) {
+                A a[8];
+                load_run<K::VECTOR, K::STEP>(x + (K::from(m) + I(run) * 8 * K::STEP), a);
+                for (i32 j = 0; j < 8; ++j) sum[m] += a[j] * A(w[j]);
+            }
+        }
+        for (i32 m = 0; m < M; ++m) {
+            const A all = simd_reduce<Sum>(sum[m]);
+            if (t.tid % 32 == 0) out[K::to(m) + row] = T(all);
+        }
+    }
+}

@@ -1,0 +1,55 @@
+//! Rotary position embedding.
+
+use super::Call;
+use super::draft::{Draft, Gpu};
+use super::walk::Walk;
+use crate::Operand;
+use crate::render::Binding;
+use metal_candle_graph::composite::RopeLayout;
+
+/// The bytes of an access, at most.
+const ACCESS: usize = 16;
+
+/// `args = [x: [.., d], cos: [.., d/2], sin: [.., d/2]]`
+pub(super) fn rope(gpu: Gpu<'_>, args: &[Operand], out: &Operand, layout: RopeLayout) -> Call {
+    let (x, tables) = (&args[0], [&args[1], &args[2]]);
+    let shape = x.layout.shape;
+    let last = shape.rank() - 1;
+    let half = shape[last] / 2;
+    let pairs = shape.with(last, half);
+    // Between the pairs' first elements, and from a first one to its second.
+    let steps = |o: &Operand| {
+        let mut strides = o.layout.strides().to_vec();
+        let stride = strides[last];
+        let (step, second) = match layout {
+            RopeLayout::Half => (stride, half as isize * stride),
+            RopeLayout::Interleaved => (2 * stride, stride),
+        };
+        strides[last] = step;
+        (strides, second)
+    };
+    let ((from, second), (to, out_second)) = (steps(x), steps(out));
+    let walk = Walk::over(pairs.dims())
+        .place("from", &from, x.layout.offset)
+        .place("to", &to, out.layout.offset)
+        .layout("cos", &tables[0].layout)
+        .layout("sin", &tables[1].layout)
+        .collapsed();
+    let all = [x, out, tables[0], tables[1]];
+    let widest = all.map(|o| o.dtype.size_bytes()).into_iter().max().expect("four");
+    let moved = ["from", "to", "cos", "sin"];
+    let n = walk.vector(&moved, &[second, out_second], ACCESS / widest);
+    let walk = walk.by(n, &moved, false);
+    let draft = Draft::new(gpu, "rope", "rope")
+        .template(n)
+        .reads(Binding::Arg(0), "x", x.dtype)
+        .reads(Binding::Arg(1), "cos", tables[0].dtype)
+        .reads(Binding::Arg(2), "sin", tables[1].dtype)
+        .writes(Binding::Out(0), "out", out.dtype)
+        .numbers(x.dtype)
+        .aligned(n * widest)
+        .constant("SECOND", second as i64)
+        .constant("OUT_SECOND", out_second as i64)
+        .walk(&walk, second.unsigned_abs().max(out_second.unsigned_abs()));
+    Call { parts: vec![draft.finish(gpu.elements(walk.len()))], workspace_bytes: 0 }
+}

@@ -1,0 +1,294 @@
+//! Whole plans, as a backend runs them: fused kernels, the kernels of calls, and products as its library would do them,
+//! against the graph's oracle.
+
+use crate::machine::Machine;
+use crate::program::{Address, Part as Do, Program, Region};
+use crate::{units, walk};
+use metal_candle_compiler::kernel::Kernel;
+use metal_candle_compiler::render::{
+    self, Binding, Call, Dialect, Limits, Part, Place, RenderError, Source, Status, render,
+};
+use metal_candle_compiler::{OutputSource, Plan, Slot, Step, Target, Work};
+use metal_candle_graph::oracle::{self, Value};
+use metal_candle_graph::{ComputationGraph, DType};
+use std::collections::HashMap;
+
+/// A graph to be planned and run.
+#[derive(Clone)]
+pub(crate) struct Task {
+    pub(crate) name: String,
+    pub(crate) graph: ComputationGraph,
+    pub(crate) inputs: Vec<Value>,
+    pub(crate) donated: Vec<bool>,
+    /// By output, in units of `1 + |expected|`.
+    pub(crate) tolerances: Vec<f64>,
+}
+
+/// What a run gave.
+pub(crate) struct Outcome {
+    pub(crate) outputs: Vec<Vec<f64>>,
+    pub(crate) status: Status,
+}
+
+/// A plan whose steps are rendered.
+pub(crate) struct Rendered {
+    plan: Plan,
+    steps: Vec<Call>,
+}
+
+/// Renders plans; equal kernels once.
+pub(crate) struct Renderer {
+    pub(crate) dialect: &'static Dialect,
+    pub(crate) limits: Limits,
+    known: HashMap<Kernel, Source>,
+}
+
+impl Renderer {
+    pub(crate) fn new(dialect: &'static Dialect, limits: Limits) -> Renderer {
+        Renderer { dialect, limits, known: HashMap::new() }
+    }
+
+    /// # Errors
+    /// What a dialect refuses.
+    pub(crate) fn plan(
+        &mut self,
+        g: &ComputationGraph,
+        donated: &[bool],
+    ) -> Result<Rendered, RenderError> {
+        let target = if self.dialect.has_f64 { Target::CUDA } else { Target::METAL };
+        let plan = metal_candle_compiler::plan(g, &target, donated).unwrap();
+        let steps = plan.steps.iter().map(|step| self.step(step)).collect::<Result<_, _>>()?;
+        Ok(Rendered { plan, steps })
+    }
+
+    fn step(&mut self, step: &Step) -> Result<Call, RenderError> {
+        match &step.work {
+            Work::Kernel(kernel) => {
+                let source = self.kernel(kernel)?;
+                Ok(Call { parts: vec![Part::Kernel(source)], workspace_bytes: 0 })
+            }
+            Work::Call(call) => {
+                render::call(call, &step.args, &step.outs, self.dialect, &self.limits)
+            }
+        }
+    }
+
+    fn kernel(&mut self, kernel: &Kernel) -> Result<Source, RenderError> {
+        if let Some(source) = self.known.get(kernel) {
+            return Ok(source.clone());
+        }
+        let name = format!("k{}", self.known.len());
+        let source = render(kernel, self.dialect, &self.limits, &name)?;
+        self.known.insert(kernel.clone(), source.clone());
+        Ok(source)
+    }
+
+    /// Runs each on its inputs.
+    pub(crate) fn run(&self, name: &str, all: &[(Rendered, &[Value])]) -> Vec<Outcome> {
+        let name = format!("{name}-{}", self.dialect.language.replace(' ', "-"));
+        let machine = Machine::build(
+            self.dialect,
+            &name,
+            &units(sources(all.iter().map(|r| &r.0)), self.dialect),
+        );
+        let programs: Vec<Program> =
+            all.iter().map(|(rendered, inputs)| rendered.program(inputs)).collect();
+        let outcome = |((rendered, _), result): (&(Rendered, _), Result<Vec<Vec<u8>>, String>)| {
+            match result {
+                Ok(buffers) => rendered.outcome(&buffers),
+                Err(fault) => panic!("{fault}\n{}\n{}", rendered.plan, rendered.text()),
+            }
+        };
+        all.iter().zip(machine.run(&programs)).map(outcome).collect()
+    }
+}
+
+/// All kernels.
+pub(crate) fn sources<'a>(
+    all: impl IntoIterator<Item = &'a Rendered>,
+) -> impl Iterator<Item = &'a Source> {
+    let parts = all.into_iter().flat_map(|rendered| &rendered.steps).flat_map(|step| &step.parts);
+    parts.filter_map(|part| match part {
+        Part::Kernel(source) => Some(source),
+        Part::Product { .. } => None,
+    })
+}
+
+impl Rendered {
+    pub(crate) fn steps(&self) -> impl Iterator<Item = (&Step, &Call)> {
+        self.plan.steps.iter().zip(&self.steps)
+    }
+
+    fn text(&self) -> String {
+        let parts = self.steps.iter().flat_map(|step| &step.parts).enumerate();
+        let text = |(i, part): (usize, &Part)| match part {
+            Part::Kernel(source) => format!("part {i}:\n{}", source.text),
+            Part::Product { .. } => format!("part {i}: {part:?}\n"),
+        };
+        parts.map(text).collect()
+    }
+
+    /// Memory: inputs, outputs, arena, workspace, status. What nobody wrote is NaN, or a large number.
+    fn program(&self, inputs: &[Value]) -> Program {
+        let unwritten = |len: usize| vec![0xff; len];
+        let mut buffers: Vec<Vec<u8>> =
+            inputs.iter().map(|v| walk::encode(v.ty.dtype, &v.data)).collect();
+        buffers.extend(self.plan.outputs.iter().map(|o| unwritten(o.ty.size_bytes())));
+        let workspace = self.steps.iter().map(|step| step.workspace_bytes).max().unwrap_or(0);
+        buffers.extend([self.plan.arena_bytes, workspace].map(unwritten));
+        buffers.push(vec![0; size_of::<Status>()]);
+        let parts = self.steps().flat_map(|(step, call)| {
+            call.parts.iter().map(|part| match part {
+                Part::Kernel(source) => self.launch(step, call, source),
+                Part::Product { alpha, accumulate, a, b, out } => Do::Product {
+                    alpha: *alpha,
+                    accumulate: *accumulate,
+                    places: [a, b, out].map(|place| self.place(step, place)),
+                },
+            })
+        });
+        Program { buffers, parts: parts.collect() }
+    }
+
+    fn launch(&self, step: &Step, call: &Call, source: &Source) -> Do {
+        let mut regions: Vec<(Slot, Region)> = Vec::new();
+        let operands =
+            step.args.iter().map(|o| (o, false)).chain(step.outs.iter().map(|o| (o, true)));
+        for (operand, writable) in operands {
+            let at = regions.iter().position(|(slot, _)| *slot == operand.slot);
+            let at = at.unwrap_or_else(|| {
+                let region = Region {
+                    start: self.address(operand.slot),
+                    len_bytes: self.len_bytes(operand.slot),
+                    element_bytes: operand.dtype.size_bytes(),
+                    writable: false,
+                };
+                regions.push((operand.slot, region));
+                regions.len() - 1
+            });
+            regions[at].1.writable |= writable;
+        }
+        let mut regions: Vec<Region> = regions.into_iter().map(|(_, region)| region).collect();
+        let whole = |buffer: usize, len_bytes, element_bytes| Region {
+            start: Address { buffer, offset_bytes: 0 },
+            len_bytes,
+            element_bytes,
+            writable: true,
+        };
+        regions.push(whole(self.first_buffer(2) + 1, call.workspace_bytes, 2));
+        regions.push(whole(self.first_buffer(2) + 2, size_of::<Status>(), 4));
+        Do::Launch {
+            kernel: source.name.clone(),
+            launch: source.launch,
+            regions,
+            operands: source.bindings.iter().map(|b| self.operand(step, *b)).collect(),
+        }
+    }
+
+    fn place(&self, step: &Step, place: &Place) -> (Address, DType, metal_candle_compiler::Layout) {
+        (self.operand(step, place.binding), place.dtype, place.layout)
+    }
+
+    fn operand(&self, step: &Step, binding: Binding) -> Address {
+        let last = self.first_buffer(2);
+        match binding {
+            Binding::Arg(i) => self.address(step.args[i as usize].slot),
+            Binding::Out(i) => self.address(step.outs[i as usize].slot),
+            Binding::ArgAt { arg, offset_bytes } => {
+                self.address(step.args[arg as usize].slot).further(offset_bytes)
+            }
+            Binding::OutAt { out, offset_bytes } => {
+                self.address(step.outs[out as usize].slot).further(offset_bytes)
+            }
+            Binding::Workspace { offset_bytes } => Address { buffer: last + 1, offset_bytes },
+            Binding::Status => Address { buffer: last + 2, offset_bytes: 0 },
+        }
+    }
+
+    /// Of the inputs, the outputs, the arena.
+    fn first_buffer(&self, kind: usize) -> usize {
+        [0, self.plan.inputs.len(), self.plan.inputs.len() + self.plan.outputs.len()][kind]
+    }
+
+    fn address(&self, slot: Slot) -> Address {
+        let (kind, i, offset_bytes) = match slot {
+            Slot::Input(i) => (0, i, 0),
+            Slot::Output(i) => (1, i, 0),
+            Slot::Arena { offset_bytes, .. } => (2, 0, offset_bytes),
+        };
+        Address { buffer: self.first_buffer(kind) + i as usize, offset_bytes }
+    }
+
+    fn len_bytes(&self, slot: Slot) -> usize {
+        match slot {
+            Slot::Input(i) => self.plan.inputs[i as usize].ty.size_bytes(),
+            Slot::Output(i) => self.plan.outputs[i as usize].ty.size_bytes(),
+            Slot::Arena { len_bytes, .. } => len_bytes,
+        }
+    }
+
+    fn outcome(&self, buffers: &[Vec<u8>]) -> Outcome {
+        let mut outputs: Vec<Vec<f64>> = Vec::new();
+        for (i, output) in self.plan.outputs.iter().enumerate() {
+            let slot = match output.source {
+                OutputSource::Written => Slot::Output(i as u32),
+                OutputSource::Donated(input) | OutputSource::Input(input) => Slot::Input(input),
+                OutputSource::SameAs(other) => {
+                    outputs.push(outputs[other as usize].clone());
+                    continue;
+                }
+            };
+            let bytes = &buffers[self.address(slot).buffer][..output.ty.size_bytes()];
+            outputs.push(walk::decode(output.ty.dtype, bytes));
+        }
+        Outcome { outputs, status: status(&buffers[buffers.len() - 1]) }
+    }
+}
+
+fn status(bytes: &[u8]) -> Status {
+    let i64_at = |at: usize| i64::from_ne_bytes(bytes[at..at + 8].try_into().unwrap());
+    let failed = u32::from_ne_bytes(bytes[..4].try_into().unwrap());
+    Status { failed, reserved: 0, index: i64_at(8), extent: i64_at(16), position: i64_at(24) }
+}
+
+/// Runs all tasks and compares them with the oracle. `skips` says which refusals are expected; the rest must run.
+pub(crate) fn check(
+    name: &str,
+    dialect: &'static Dialect,
+    limits: Limits,
+    tasks: &[Task],
+    skips: impl Fn(&RenderError) -> bool,
+) {
+    let mut renderer = Renderer::new(dialect, limits);
+    let (mut all, mut of) = (Vec::new(), Vec::new());
+    for task in tasks {
+        match renderer.plan(&task.graph, &task.donated) {
+            Ok(rendered) => {
+                all.push((rendered, &task.inputs[..]));
+                of.push(task);
+            }
+            Err(error) if skips(&error) => {}
+            Err(error) => panic!("{}: {error}\n{}", task.name, task.graph),
+        }
+    }
+    for ((task, outcome), (rendered, _)) in of.iter().zip(renderer.run(name, &all)).zip(&all) {
+        let want = oracle::evaluate(&task.graph, &task.inputs).unwrap();
+        assert_eq!(outcome.status, Status::default(), "{}", task.name);
+        for (i, (got, want)) in outcome.outputs.iter().zip(&want).enumerate() {
+            for (at, (got, want)) in got.iter().zip(&want.data).enumerate() {
+                let same = got == want || (got.is_nan() && want.is_nan());
+                let near = (got - want).abs() <= task.tolerances[i] * (1.0 + want.abs());
+                assert!(
+                    same || near,
+                    "{}, output {i}, element {at}: expected {want}, got {got}\n{}\n{}\n{}",
+                    task.name,
+                    task.graph,
+                    rendered.plan,
+                    rendered.text()
+                );
+            }
+        }
+    }
+    println!("{}: {} plans of {} run", dialect.language, all.len(), tasks.len());
+    assert!(all.len() > tasks.len() / 2, "most were refused");
+}
