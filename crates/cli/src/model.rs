@@ -1,7 +1,8 @@
 //! What the commands share: the model to load, from a path or from the hub.
 
+use crate::device::DeviceArgs;
+use crate::ui::note;
 use anyhow::{Context, Result, bail};
-use metal_candle::Device;
 use metal_candle::models::{BaseWeights, LoadedModel, load};
 use metal_candle::nn::{ApplyAdapter, LoRAAdapter};
 use std::path::{Path, PathBuf};
@@ -32,6 +33,8 @@ pub(crate) struct ModelArgs {
     /// Hold the weights as this [default: blocks as they are stored, floats as f32]
     #[arg(long, value_enum)]
     dtype: Option<WeightType>,
+    #[command(flatten)]
+    device: DeviceArgs,
 }
 
 /// What a weight may be held as.
@@ -67,9 +70,14 @@ impl ModelSource {
 
 impl ModelArgs {
     pub(crate) fn load(&self) -> Result<LoadedModel> {
+        // Before the model is fetched: a device that is not here should not take its time.
+        let device = self.device.present()?;
+        let name = device.describe()?;
         let path = self.source.path()?;
-        load(&path, self.base(), &Device::Cpu)
-            .with_context(|| format!("cannot load {}", self.source.model))
+        let loaded = load(&path, self.base(), &device)
+            .with_context(|| format!("cannot load {}", self.source.model))?;
+        note!("device: {name}");
+        Ok(loaded)
     }
 
     /// How its weights are held.
@@ -86,11 +94,16 @@ impl ModelArgs {
     pub(crate) fn load_with(&self, adapter: Option<&Path>) -> Result<LoadedModel> {
         let mut loaded = self.load()?;
         if let Some(path) = adapter {
-            let adapter = LoRAAdapter::load(path, &loaded.decoder.config, &Device::Cpu)
+            let decoder = &loaded.decoder;
+            let adapter = LoRAAdapter::load(path, &decoder.config, decoder.device())
                 .with_context(|| format!("cannot load the adapter {}", path.display()))?;
             loaded.decoder.apply_adapter(adapter)?;
         }
         Ok(loaded)
+    }
+
+    pub(crate) fn device(&self) -> &DeviceArgs {
+        &self.device
     }
 
     pub(crate) fn source(&self) -> &ModelSource {

@@ -42,6 +42,15 @@ pub enum Error {
         "there is no device {got} here: use cpu, or a build with its feature (cuda, metal) on a machine that has one"
     )]
     Device { got: String },
+    #[error("expected a device (cpu, cuda, cuda:N, metal or metal:N), got {got:?}")]
+    DeviceName { got: String },
+    #[error(
+        "{device}: this build has no {}: install it with `cargo install metal-candle-cli --features {}`",
+        device.feature().to_uppercase(), device.feature()
+    )]
+    NotInBuild { device: Device },
+    #[error("{device}: this machine has {}", gpus(device, names))]
+    NotInMachine { device: Device, names: Vec<String> },
     /// What the driver, or a library, of an NVIDIA GPU said.
     #[error("CUDA, {doing}: {message}")]
     Cuda { doing: String, message: String },
@@ -56,6 +65,19 @@ pub enum Error {
     /// The plan would touch memory that is not its own; never true of a plan that the compiler made.
     #[error("step {step} ({label}): {fault}")]
     Plan { step: usize, label: String, fault: PlanFault },
+}
+
+/// The GPUs of a machine that lacks the one that was asked for.
+fn gpus(device: &Device, names: &[String]) -> String {
+    let maker = match device {
+        Device::Cuda(_) => "NVIDIA GPU, or no driver for one (see nvidia-smi)",
+        Device::Cpu | Device::Metal(_) => "GPU that Metal can use",
+    };
+    match names {
+        [] => format!("no {maker}"),
+        [only] => format!("one GPU of this kind, number 0: {only}"),
+        names => format!("GPUs 0 to {}: {}", names.len() - 1, names.join(", ")),
+    }
 }
 
 pub type Result<T> = std::result::Result<T, Error>;

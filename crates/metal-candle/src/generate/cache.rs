@@ -12,6 +12,7 @@ pub struct KVCache {
     pub(super) values: Vec<LazyTensor>,
     capacity: usize,
     len: usize,
+    device: Device,
 }
 
 impl KVCache {
@@ -32,7 +33,7 @@ impl KVCache {
         // Zeroed pages of the machine's, in memory that nothing else holds: no run is waited for.
         let layer = || LazyTensor::from_vec(vec![0f32; len], &dims, device);
         let layers = || (0..config.num_layers).map(|_| layer()).collect::<Result<Vec<_>>>();
-        Ok(KVCache { keys: layers()?, values: layers()?, capacity, len: 0 })
+        Ok(KVCache { keys: layers()?, values: layers()?, capacity, len: 0, device: *device })
     }
 
     /// Positions that hold a token.
@@ -50,6 +51,11 @@ impl KVCache {
         self.capacity
     }
 
+    /// Where it is; while a step runs, keys and values are with the step.
+    pub(super) fn device(&self) -> &Device {
+        &self.device
+    }
+
     pub(super) fn has_room(&self) -> bool {
         self.len < self.capacity
     }
@@ -59,14 +65,10 @@ impl KVCache {
         self.len = self.len.min(len);
     }
 
-    /// More positions, for a batch of 1: a position is then a row, and new ones follow the old.
+    /// More positions after those that there are.
     pub(super) fn grow(&mut self, capacity: usize) -> Result<()> {
         for tensor in self.keys.iter_mut().chain(&mut self.values) {
-            let mut dims = tensor.dims().to_vec();
-            dims[1] = capacity;
-            let mut values = tensor.to_vec::<f32>()?;
-            values.resize(dims.iter().product(), 0.0);
-            *tensor = LazyTensor::from_vec(values, &dims, &Device::Cpu)?;
+            *tensor = tensor.pad(1, 0, capacity - self.capacity, 0.0)?.into_owned()?;
         }
         self.capacity = capacity;
         Ok(())

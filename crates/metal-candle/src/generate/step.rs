@@ -61,9 +61,9 @@ pub(super) fn many(decoder: Arc<Decoder>) -> Compiled {
 
 /// What a step of this shape would run, and on what; nothing is allocated.
 pub(super) fn outline(decoder: Arc<Decoder>, shape: DecodeShape) -> Result<Outline> {
-    let c = decoder.config.clone();
+    let (c, device) = (decoder.config.clone(), *decoder.device());
     let DecodeShape { batch, tokens, capacity } = shape;
-    let hold = |dims: &[usize], dtype| LazyTensor::placeholder(dims, dtype, &Device::Cpu);
+    let hold = |dims: &[usize], dtype| LazyTensor::placeholder(dims, dtype, &device);
     let ids = hold(&[batch, tokens], DType::U32)?;
     let position = hold(&[], DType::I64)?;
     let mut args = match batch {
@@ -92,15 +92,15 @@ pub(super) fn arguments(ids: &[u32], cache: &mut KVCache) -> Result<Vec<LazyTens
     let mut row = ids.to_vec();
     row.resize(padded, 0);
     let mut args = vec![
-        LazyTensor::from_vec(row, &[1, padded], &Device::Cpu)?,
-        scalar(cache.len())?,
-        scalar(ids.len() - 1)?,
+        LazyTensor::from_vec(row, &[1, padded], cache.device())?,
+        scalar(cache.len(), cache.device())?,
+        scalar(ids.len() - 1, cache.device())?,
     ];
     args.append(&mut cache.keys);
     args.append(&mut cache.values);
     Ok(args)
 }
 
-pub(super) fn scalar(value: usize) -> Result<LazyTensor> {
-    LazyTensor::from_vec(vec![value as i64], &[], &Device::Cpu)
+pub(super) fn scalar(value: usize, device: &Device) -> Result<LazyTensor> {
+    LazyTensor::from_vec(vec![value as i64], &[], device)
 }

@@ -2,8 +2,9 @@
 
 use crate::error::ErrorKind;
 use crate::io::DecoderConfig;
+use crate::lazy::one_device;
 use crate::nn::{ApplyAdapter, Embedding, Linear, LoRAAdapter, RmsNorm, Rotary, Rotation, Weight};
-use crate::{Attention, CrossEntropy, DType, LazyTensor, Result};
+use crate::{Attention, CrossEntropy, DType, Device, LazyTensor, Result};
 
 /// One block: attention and a gated feed-forward, each after a norm and added to the residual.
 #[derive(Clone, Debug)]
@@ -103,6 +104,16 @@ impl Decoder {
     /// See [`Decoder::with_activations`].
     pub fn activations(&self) -> DType {
         self.activations
+    }
+
+    /// Where its weights are, and so where it computes.
+    pub fn device(&self) -> &Device {
+        self.norm.weight.device()
+    }
+
+    /// One that is where all are.
+    pub(crate) fn weight(&self) -> &LazyTensor {
+        &self.norm.weight
     }
 
     /// The hidden states after the last norm.
@@ -291,6 +302,7 @@ impl ApplyAdapter for Decoder {
                 let module = module.to_string();
                 return Err(ErrorKind::AdapterShape { module, expected: [out, input], got }.into());
             }
+            one_device("apply_adapter", [&self.norm.weight, &layer.a, &layer.b])?;
         }
         Ok(self.adapter.replace(adapter))
     }

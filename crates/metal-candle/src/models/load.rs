@@ -226,7 +226,8 @@ impl Builder<'_> {
 
     fn rotary(&self, c: &DecoderConfig) -> Result<Rotary> {
         let (theta, positions) = (c.rope_theta, c.max_position_embeddings);
-        let rotary = Rotary::new(c.head_dim, theta, &c.rope_scaling, positions, c.rope_layout)?;
+        let rotary =
+            Rotary::new(c.head_dim, theta, &c.rope_scaling, positions, c.rope_layout, self.device)?;
         match self.read {
             Read::Weights => Ok(rotary),
             Read::Headers => rotary.without_values(),
@@ -277,7 +278,8 @@ impl Builder<'_> {
                 if stored.encoding == Encoding::Dense(dtype) {
                     LazyTensor::from_bytes(stored.bytes, dtype, &stored.shape, self.device)?
                 } else {
-                    LazyTensor::from_tensor(&self.source.dequantise(name, &stored, dtype)?)?
+                    let floats = self.source.dequantise(name, &stored, dtype)?;
+                    LazyTensor::from_tensor(&floats)?.to_device(self.device)?
                 }
             }
             (Read::Headers, _) => LazyTensor::placeholder(dims, dtype, self.device)?,
