@@ -73,7 +73,7 @@ impl Rows {
         let pads: Vec<usize> = ids.iter().map(|ids| width - ids.len()).collect();
         let keys = pads.iter().flat_map(|pad| (0..capacity).map(move |at| u8::from(at >= *pad)));
         let keys = LazyTensor::from_vec(keys.collect(), &[batch, capacity], device)?;
-        let cache = KVCache::new(config, batch, capacity, device)?;
+        let cache = KVCache::new(generator.decoder(), batch, capacity)?;
         Ok(Rows { cache, pads, keys, context })
     }
 

@@ -1,8 +1,9 @@
 //! The keys and values of the tokens seen so far.
 
 use crate::error::ErrorKind;
-use crate::io::DecoderConfig;
-use crate::{Device, LazyTensor, Result};
+use crate::models::Decoder;
+use crate::{DType, Device, LazyTensor, Result};
+use half::{bf16, f16};
 
 /// Preallocated keys and values, `[batch, capacity, kv heads, head dim]` for every layer. They are
 /// donated to each step and updated in place.
@@ -16,22 +17,22 @@ pub struct KVCache {
 }
 
 impl KVCache {
-    /// An empty cache for `capacity` positions.
+    /// An empty cache for `capacity` positions, where the decoder is and of its activations' dtype.
     ///
     /// # Errors
     /// Where that many positions cannot be addressed.
-    pub fn new(
-        config: &DecoderConfig,
-        batch: usize,
-        capacity: usize,
-        device: &Device,
-    ) -> Result<Self> {
+    pub fn new(decoder: &Decoder, batch: usize, capacity: usize) -> Result<Self> {
+        let (config, device) = (&decoder.config, decoder.device());
         let dims = [batch, capacity, config.num_kv_heads, config.head_dim];
         let len = dims.iter().try_fold(1usize, |n, dim| n.checked_mul(*dim));
         let len = len.filter(|n| *n <= isize::MAX as usize / 4);
         let len = len.ok_or_else(|| ErrorKind::CacheSize { dims: dims.to_vec() })?;
         // Zeroed pages of the machine's, in memory that nothing else holds: no run is waited for.
-        let layer = || LazyTensor::from_vec(vec![0f32; len], &dims, device);
+        let layer = || match decoder.activations() {
+            DType::BF16 => LazyTensor::from_vec(vec![bf16::ZERO; len], &dims, device),
+            DType::F16 => LazyTensor::from_vec(vec![f16::ZERO; len], &dims, device),
+            _ => LazyTensor::from_vec(vec![0f32; len], &dims, device),
+        };
         let layers = || (0..config.num_layers).map(|_| layer()).collect::<Result<Vec<_>>>();
         Ok(KVCache { keys: layers()?, values: layers()?, capacity, len: 0, device: *device })
     }

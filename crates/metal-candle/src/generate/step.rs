@@ -35,6 +35,7 @@ pub(super) fn one(decoder: Arc<Decoder>) -> Compiled {
         // Only one position's logits are wanted: [1, t, hidden] -> [1, 1, hidden] -> [vocabulary]
         let last = hidden.dynamic_slice(1, &args[2], 1)?;
         let logits = decoder.logits(&last)?.reshape(&[decoder.config.vocab_size])?;
+        let logits = logits.to_dtype(DType::F32)?;
         Ok([vec![logits], keys, values].concat())
     };
     compile(step).donate(ONE_ARGS..ONE_ARGS + 2 * layers)
@@ -53,7 +54,7 @@ pub(super) fn many(decoder: Arc<Decoder>) -> Compiled {
             decoder.hidden_padded(&args[0], cache, rows, decoder.adapter())?;
         let [b, t] = [args[0].dims()[0], args[0].dims()[1]];
         let logits = decoder.logits(&hidden.narrow(1, t - 1, 1)?)?;
-        let logits = logits.reshape(&[b, decoder.config.vocab_size])?;
+        let logits = logits.reshape(&[b, decoder.config.vocab_size])?.to_dtype(DType::F32)?;
         Ok([vec![logits], keys, values].concat())
     };
     compile(step).donate(MANY_ARGS..MANY_ARGS + 2 * layers)
@@ -76,7 +77,7 @@ pub(super) fn outline(decoder: Arc<Decoder>, shape: DecodeShape) -> Result<Outli
     };
     let cache = [batch, capacity, c.num_kv_heads, c.head_dim];
     for _ in 0..2 * c.num_layers {
-        args.push(hold(&cache, DType::F32)?);
+        args.push(hold(&cache, decoder.activations())?);
     }
     let step = if batch == 1 { one(decoder) } else { many(decoder) };
     step.outline(&args)

@@ -106,7 +106,7 @@ fn the_cache_is_read() {
         vec(&decoder.hidden_cached(&ids(&TOKENS[8..]), input, None).unwrap().0)
     };
     assert_ne!(last(0.0), last(1.0));
-    let cache = KVCache::new(&decoder.config, 1, 64, device()).unwrap();
+    let cache = KVCache::new(&decoder, 1, 64).unwrap();
     assert_eq!((cache.len(), cache.capacity()), (0, 64));
 }
 
