@@ -222,7 +222,7 @@ fn broken_plan() -> Plan {
 
 #[tokio::test]
 async fn a_panic_in_a_kernel_is_an_error_at_the_waiter() {
-    let executable = Arc::new(Executable::new(broken_plan()).unwrap());
+    let executable = Arc::new(Executable::new(broken_plan(), &Device::Cpu).unwrap());
     let inputs = || vec![Buffer::from_vec(vec![0f32; 4]), Buffer::from_vec(vec![0u32; 2])];
     for threads in [1, 2] {
         let executor = AsyncGraphExecutor::with_threads(threads);

@@ -1,6 +1,8 @@
 //! What can go wrong between a plan and its results.
 
+use crate::Device;
 use metal_candle_compiler::Slot;
+use metal_candle_compiler::render::RenderError;
 use metal_candle_graph::{DType, TensorType};
 
 #[derive(Debug, thiserror::Error)]
@@ -23,6 +25,8 @@ pub enum Error {
     InputCount { expected: usize, got: usize },
     #[error("input {index}: expected {expected}, got {got} of {len} elements")]
     InputType { index: usize, expected: TensorType, got: DType, len: usize },
+    #[error("input {index} is on {got}, the plan is for {expected}: move it with `to_device`")]
+    InputDevice { index: usize, expected: Device, got: Device },
     #[error(
         "input {input} is donated, but something else holds its memory too: \
          give the only handle away, or `Buffer::into_owned` it first"
@@ -34,8 +38,21 @@ pub enum Error {
     Len { expected: usize, got: usize },
     #[error("dtype {got:?} is not supported: cast to one of u8, u32, i64, bf16, f16, f32, f64")]
     UnsupportedDType { got: candle_core::DType },
-    #[error("device {got} is not supported by this build: expected cpu")]
+    #[error(
+        "there is no device {got} here: use cpu, or a build with its feature (cuda, metal) on a machine that has one"
+    )]
     Device { got: String },
+    /// What the driver, or a library, of an NVIDIA GPU said.
+    #[error("CUDA, {doing}: {message}")]
+    Cuda { doing: String, message: String },
+    #[error("step {step} ({label})")]
+    Step { step: usize, label: String, source: Box<Error> },
+    /// A kernel whose text the device's compiler refuses.
+    #[error("the kernel {kernel} does not compile:\n{log}")]
+    Compile { kernel: String, log: String },
+    /// A step that the device's language cannot say.
+    #[error("step {step} ({label}): {source}")]
+    Render { step: usize, label: String, source: RenderError },
     /// The plan would touch memory that is not its own; never true of a plan that the compiler made.
     #[error("step {step} ({label}): {fault}")]
     Plan { step: usize, label: String, fault: PlanFault },

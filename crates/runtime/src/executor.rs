@@ -82,6 +82,19 @@ impl AsyncGraphExecutor {
         executable.run(inputs, self.owner.shared.pool.as_ref())
     }
 
+    /// As [`AsyncGraphExecutor::run`], and the seconds that each step took on the device. The whole takes longer than
+    /// otherwise, for a GPU's steps are then asked for one by one.
+    ///
+    /// # Errors
+    /// As [`AsyncGraphExecutor::run`].
+    pub fn profile(
+        &self,
+        executable: &Executable,
+        inputs: Vec<Buffer>,
+    ) -> Result<(Vec<Buffer>, Vec<f64>)> {
+        executable.profile(inputs, self.owner.shared.pool.as_ref())
+    }
+
     /// Runs the executable on the executor's threads. Returns at once.
     pub fn submit(&self, executable: Arc<Executable>, inputs: Vec<Buffer>) -> Pending {
         let (pending, completion) = Pending::new();

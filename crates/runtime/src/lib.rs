@@ -10,10 +10,14 @@
 //! do [`MappedBytes`] of a file become buffers.
 
 mod arena;
+#[cfg(any(feature = "cuda", test))]
+mod blas;
 mod buffer;
 mod cache;
 mod candle;
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod device;
 mod element;
 mod error;

@@ -11,7 +11,7 @@ mod walk;
 use metal_candle_compiler::{OutputSource, Plan, Slot, Target};
 use metal_candle_graph::oracle::Value;
 use metal_candle_graph::{BinaryOp, ComputationGraph, DType, Dims, NodeId, ReduceOp, UnaryOp};
-use metal_candle_runtime::{AsyncGraphExecutor, Buffer, Executable};
+use metal_candle_runtime::{AsyncGraphExecutor, Buffer, Device, Executable};
 use random::{Case, Limits, Rng, SMALL, case, seeds};
 use std::sync::LazyLock;
 
@@ -51,7 +51,7 @@ fn check(seed: u64, limits: &Limits) -> Plan {
 /// the walk's values.
 fn compare(name: &str, case: &Case, donated: &[bool]) -> Plan {
     let plan = planned(&case.graph, donated);
-    let executable = Executable::new(plan.clone())
+    let executable = Executable::new(plan.clone(), &Device::Cpu)
         .unwrap_or_else(|e| panic!("{name}: {e}\n{}\n{plan}", case.graph));
     assert_eq!(executable.allocated_arena_bytes(), plan.arena_bytes);
     let run = |executor: &AsyncGraphExecutor| -> Vec<Vec<f64>> {

@@ -32,6 +32,7 @@ pub struct Call {
 }
 
 /// One launch, or one product of the backend's own library.
+#[expect(clippy::large_enum_variant, reason = "a call has a handful of parts")]
 #[derive(Clone, Debug, PartialEq)]
 pub enum Part {
     Kernel(Source),
@@ -67,6 +68,36 @@ pub struct Status {
 }
 
 impl Status {
+    /// From memory that the kernels wrote, in the machine's order.
+    ///
+    /// # Panics
+    /// Where there are fewer bytes than it has.
+    pub fn from_bytes(bytes: &[u8]) -> Status {
+        let eight = |at: usize| *bytes[at..].first_chunk::<8>().expect("a status of 32 bytes");
+        let four = |at: usize| *bytes[at..].first_chunk::<4>().expect("a status of 32 bytes");
+        Status {
+            failed: u32::from_ne_bytes(four(0)),
+            reserved: u32::from_ne_bytes(four(4)),
+            index: i64::from_ne_bytes(eight(8)),
+            extent: i64::from_ne_bytes(eight(16)),
+            position: i64::from_ne_bytes(eight(24)),
+        }
+    }
+
+    /// # Errors
+    /// [`metal_candle_graph::Error::IndexOutOfRange`]
+    pub fn check(&self) -> metal_candle_graph::Result<()> {
+        if self.failed == 0 {
+            return Ok(());
+        }
+        Err(metal_candle_graph::Error::IndexOutOfRange {
+            op: self.operation().unwrap_or("index"),
+            index: self.index,
+            extent: self.extent as usize,
+            position: self.position as usize,
+        })
+    }
+
     /// What can meet a bad index; the first one has number 1.
     const OPERATIONS: [&str; 8] = [
         "gather",

@@ -33,7 +33,7 @@ impl Linear {
             None => base,
         };
         match &self.bias {
-            Some(bias) => adapted.add(bias),
+            Some(bias) => adapted.add(&bias.to_dtype(x.dtype())?),
             None => Ok(adapted),
         }
     }
@@ -48,12 +48,12 @@ pub struct Embedding {
 
 impl Embedding {
     /// # Shapes
-    /// `ids: u32 [b, t]` gives `f32 [b, t, hidden]`.
+    /// `ids: u32 [b, t]` gives `[b, t, hidden]` of `dtype`.
     ///
     /// # Errors
     /// Where an id is no row of the table (when it runs).
-    pub fn forward(&self, ids: &LazyTensor) -> Result<LazyTensor> {
-        self.weight.rows(ids)
+    pub fn forward(&self, ids: &LazyTensor, dtype: DType) -> Result<LazyTensor> {
+        self.weight.rows(ids, dtype)
     }
 }
 
@@ -70,7 +70,7 @@ impl RmsNorm {
     /// # Errors
     /// Where the last dim of x is not that of the weight.
     pub fn forward(&self, x: &LazyTensor) -> Result<LazyTensor> {
-        x.rms_norm(&self.weight, self.eps)
+        x.rms_norm(&self.weight.to_dtype(x.dtype())?, self.eps)
     }
 }
 

@@ -168,9 +168,10 @@ impl Compiled {
     #[track_caller]
     fn trace(&self, args: &[LazyTensor]) -> Result<Traced> {
         let (plan, results, trace) = self.planned(args)?;
+        let device = args.first().map_or(Device::Cpu, |x| *x.device());
         Ok(Traced {
             types: args.iter().map(LazyTensor::ty).collect(),
-            executable: Arc::new(Executable::new(plan).at_caller()?),
+            executable: Arc::new(Executable::new(plan, &device).at_caller()?),
             inputs: trace.leaves,
             results,
         })

@@ -6,7 +6,7 @@ use metal_candle_compiler::{
     Layout, LibraryCall, Operand, OutputSource, Plan, PlanInput, PlanOutput, Slot, Step, Work,
 };
 use metal_candle_graph::{DType, MAX_RANK, Shape, TensorType};
-use metal_candle_runtime::{AsyncGraphExecutor, Buffer, Executable, Result};
+use metal_candle_runtime::{AsyncGraphExecutor, Buffer, Device, Executable, Result};
 
 pub const FLOATS: [DType; 4] = [DType::BF16, DType::F16, DType::F32, DType::F64];
 pub const INDICES: [DType; 3] = [DType::U8, DType::U32, DType::I64];
@@ -251,7 +251,7 @@ pub fn run(
     outs: &[(DType, Shape)],
     base: Option<&Tensor>,
 ) -> Result<Vec<Vec<f64>>> {
-    let executable = Executable::new(plan(call, args, outs, base))?;
+    let executable = Executable::new(plan(call, args, outs, base), &Device::Cpu)?;
     let inputs = || -> Vec<Buffer> {
         let args = args.iter().map(|t| t.buffer.clone());
         args.chain(base.map(|t| t.buffer.clone().into_owned().unwrap())).collect()
