@@ -196,7 +196,8 @@ fn along(dtype: DType) -> Task {
     let mut outputs = Vec::new();
     let mut all = views(&mut b, dtype);
     all.extend(
-        [[3, 5, 700], [2, 600, 9], [300, 2, 9], [1, 2, 5000], [1, 400, 300]].map(|dims| b.input(dtype, &dims)),
+        [[3, 5, 700], [2, 600, 9], [300, 2, 9], [1, 2, 5000], [1, 400, 300]]
+            .map(|dims| b.input(dtype, &dims)),
     );
     if dtype.is_float() {
         // NaN comes before everything, the first one of several.
