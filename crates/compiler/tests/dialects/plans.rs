@@ -144,7 +144,7 @@ impl Rendered {
                 Part::Product { alpha, accumulate, a, b, out } => Do::Product {
                     alpha: *alpha,
                     accumulate: *accumulate,
-                    places: [a, b, out].map(|place| self.place(step, place)),
+                    places: Box::new([a, b, out].map(|place| self.place(step, place))),
                 },
             })
         });

@@ -9,6 +9,7 @@ use super::factor::{Matrix, Workspace, convert, dense, product, rows};
 use super::walk::Walk;
 use super::{Call, Part, Place};
 use crate::render::Binding;
+use crate::render::launch::SIMD;
 use crate::{Layout, Operand};
 use metal_candle_graph::{BlockFormat, DType};
 use std::ops::Range;
@@ -152,10 +153,14 @@ fn few(gpu: Gpu<'_>, x: &Operand, blocks: &Blocks, out: &Operand, m: usize) -> P
         .place("to", out.layout.strides(), out.layout.offset)
         .collapsed();
     let vector = vector(&walk, step, x.dtype);
+    // As many as sums fit into registers, where there are enough for the whole device.
+    let plenty = blocks.rows * SIMD >= gpu.limits.resident_threads;
+    let at_once = if m <= 4 && plenty { 2 } else { 1 };
     let draft = Draft::new(gpu, "quant_gemm", "quant_rows").reads(Binding::Arg(0), "x", x.dtype);
     let draft = blocks
         .reads(draft)
         .template(m)
+        .template(at_once)
         .writes(Binding::Out(0), "out", out.dtype)
         .numbers(x.dtype)
         .constant("ROWS", blocks.rows as i64)
@@ -163,7 +168,7 @@ fn few(gpu: Gpu<'_>, x: &Operand, blocks: &Blocks, out: &Operand, m: usize) -> P
         .constant("STEP", step as i64)
         .aligned(vector * x.dtype.size_bytes())
         .walk(&walk, blocks.cols * step.unsigned_abs() + blocks.rows);
-    draft.finish(gpu.simd_rows(blocks.rows))
+    draft.finish(gpu.simd_rows(blocks.rows.div_ceil(at_once)))
 }
 
 /// How many of eight neighbours of x can be loaded as one.
