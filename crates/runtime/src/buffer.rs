@@ -61,6 +61,10 @@ impl Buffer {
     /// [`Error::UnsupportedDType`] and [`Error::Device`]; [`Error::Candle`] if the copy fails.
     pub fn from_candle(tensor: &Tensor) -> Result<Buffer> {
         let shared = Shared::new(tensor)?;
+        if shared.len() == 0 {
+            // There is nothing to share, and on some devices no memory of no bytes.
+            return Buffer::zeroed(shared.dtype(), 0)?.to_device(&shared.device());
+        }
         Ok(Buffer { memory: Arc::new(Memory::Shared(shared)) })
     }
 
