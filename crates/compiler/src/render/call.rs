@@ -1,7 +1,7 @@
 //! A library call as what a GPU does for it: kernels and products, in order.
 //!
 //! ```text
-//! index, along, rope, quant, cross_entropy
+//! gemm, index, along, rope, quant, cross_entropy
 //!        which template of a header, with which extents and places
 //! factor ── matrices as products want them
 //! walk ── elements in order, and where each operand has them
@@ -12,6 +12,7 @@ mod along;
 mod cross_entropy;
 mod draft;
 mod factor;
+mod gemm;
 mod index;
 mod quant;
 mod rope;
@@ -139,7 +140,9 @@ pub fn call(
     }
     let gpu = Gpu { dialect, limits };
     Ok(match *call {
-        LibraryCall::Gemm { alpha, accumulate } => gemm(alpha, accumulate, args, outs),
+        LibraryCall::Gemm { alpha, accumulate } => {
+            gemm::gemm(gpu, args, &outs[0], alpha, accumulate)
+        }
         LibraryCall::Rope { layout } => rope::rope(gpu, args, &outs[0], layout),
         LibraryCall::Gather { dim } => index::gather(gpu, args, outs, dim),
         LibraryCall::IndexSelect { dim } => index::index_select(gpu, args, outs, dim),
@@ -167,12 +170,4 @@ pub fn call(
             return Err(RenderError::Call { language: dialect.language, call: call.name() });
         }
     })
-}
-
-fn gemm(alpha: f64, accumulate: bool, args: &[Operand], outs: &[Operand]) -> Call {
-    let place = |binding, o: &Operand| Place { binding, dtype: o.dtype, layout: o.layout };
-    let [a, b] = [0, 1].map(|i| place(Binding::Arg(i), &args[i as usize]));
-    let out = place(Binding::Out(0), &outs[0]);
-    let product = Part::Product { alpha, accumulate, a, b, out };
-    Call { parts: vec![product], workspace_bytes: 0 }
 }

@@ -11,7 +11,7 @@ pub struct Dialect {
     /// What to tell the compiler.
     pub options: &'static [&'static str],
     /// What the kernels rely on, once before all of them: the dialect's own words, then what all dialects share.
-    pub(super) headers: [&'static str; 8],
+    pub(super) headers: [&'static str; 9],
     /// The beginning of a kernel's definition, up to its first parameter.
     pub(super) kernel: &'static str,
     /// A parameter that is read.
@@ -36,7 +36,7 @@ impl Dialect {
     pub const CUDA: &'static Dialect = &super::cuda::DIALECT;
     pub const METAL: &'static Dialect = &super::metal::DIALECT;
 
-    pub(super) const fn headers(own: &'static str) -> [&'static str; 8] {
+    pub(super) const fn headers(own: &'static str) -> [&'static str; 9] {
         [
             own,
             include_str!("common.h"),
@@ -44,6 +44,7 @@ impl Dialect {
             include_str!("call/index.h"),
             include_str!("call/along.h"),
             include_str!("call/rope.h"),
+            include_str!("call/gemm.h"),
             include_str!("call/quant.h"),
             include_str!("call/cross_entropy.h"),
         ]

@@ -30,7 +30,14 @@ pub struct Limits {
     pub resident_threads: usize,
     /// Whether the library's products of 16-bit factors can give f32.
     pub widening_products: bool,
+    /// Rows of a product up to which a rendered kernel multiplies instead of the library; 0 for none.
+    pub few_rows: usize,
+    /// What the workspace of a call takes at most, about.
+    pub workspace_bytes: usize,
 }
+
+/// A few matrices of 16 bits that keep a large device busy.
+const WORKSPACE_BYTES: usize = 256 << 20;
 
 impl Limits {
     /// Any CUDA device, of this many multiprocessors with so many threads each ("CUDA C++ Programming Guide", table of
@@ -43,6 +50,8 @@ impl Limits {
             max_operands: 512,
             resident_threads: multiprocessors * threads,
             widening_products: true,
+            few_rows: 4,
+            workspace_bytes: WORKSPACE_BYTES,
         }
     }
 
@@ -56,6 +65,8 @@ impl Limits {
             max_operands: 31,
             resident_threads: cores * 1024,
             widening_products: false,
+            few_rows: 4,
+            workspace_bytes: WORKSPACE_BYTES,
         }
     }
 }

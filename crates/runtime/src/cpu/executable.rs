@@ -5,7 +5,7 @@ use super::view::{Arg, Out};
 use crate::arena::Arena;
 use crate::buffer::{Buffer, Memory};
 use crate::element::Data;
-use crate::executable::{Backend, message};
+use crate::executable::{Backend, Clock, Timing, message};
 use crate::pages::prefer_huge;
 use crate::{Error, Result, verify};
 use candle_core::StorageRef;
@@ -111,7 +111,7 @@ impl CpuExecutable {
         workspace: &mut Workspace,
         inputs: &mut [Buffer],
         pool: Option<&ThreadPool>,
-        clock: Option<&mut Vec<f64>>,
+        clock: Option<&mut Clock>,
     ) -> Result<()> {
         let Workspace { arena, bases, outputs, shared, guards } = workspace;
         bases.clear();
@@ -147,21 +147,22 @@ impl CpuExecutable {
         plan: &Plan,
         bases: &Bases,
         pool: Option<&ThreadPool>,
-        mut clock: Option<&mut Vec<f64>>,
+        mut clock: Option<&mut Clock>,
     ) -> Result<()> {
         let at = AtomicUsize::new(0);
         let pool = pool.filter(|_| self.parallel);
+        let whole = Instant::now();
         let mut walk = || {
             for (index, (prepared, step)) in self.steps.iter().zip(&plan.steps).enumerate() {
                 at.store(index, Ordering::Relaxed);
-                let start = clock.is_some().then(Instant::now);
+                let start = clock.as_ref().map(|_| Instant::now());
                 // SAFETY: `verify` has seen every operand of the plan within its slot, and the outputs of a step
                 // apart from what else it touches; `bases` holds the slots' memory: inputs of the plan's types,
                 // those that are written ours alone, the others locked or immutable; fresh outputs; an arena of
                 // the plan's size. Steps run one after the other.
                 unsafe { prepared.run(step, bases, pool.is_some())? };
                 if let (Some(clock), Some(start)) = (clock.as_deref_mut(), start) {
-                    clock.push(start.elapsed().as_secs_f64());
+                    clock.seconds.push(start.elapsed().as_secs_f64());
                 }
             }
             Ok(())
@@ -170,6 +171,9 @@ impl CpuExecutable {
             Some(pool) => pool.install(walk),
             None => walk(),
         }));
+        if let Some(clock) = clock.filter(|clock| clock.timing == Timing::Whole) {
+            clock.seconds = vec![whole.elapsed().as_secs_f64()];
+        }
         let step = at.into_inner();
         match outcome {
             Ok(done) => done.map_err(Error::Graph),
@@ -188,7 +192,7 @@ impl Backend for CpuExecutable {
         plan: &Plan,
         mut inputs: Vec<Buffer>,
         pool: Option<&ThreadPool>,
-        clock: Option<&mut Vec<f64>>,
+        clock: Option<&mut Clock>,
     ) -> Result<Vec<Buffer>> {
         let idle = self.idle().pop();
         let workspace = idle.map_or_else(|| self.new_workspace(plan), Ok)?;

@@ -21,6 +21,9 @@ const WORKSPACE_BYTES: usize = 32 << 20;
 pub(super) struct Library {
     handle: sys::cublasLtHandle_t,
     workspace: CUdeviceptr,
+    /// Held while a product is enqueued: its kernels hand each other what lies in the workspace, and those of another
+    /// thread must not come between.
+    enqueueing: Mutex<()>,
     known: Mutex<FxHashMap<Shape, Arc<Plan>>>,
 }
 
@@ -71,7 +74,7 @@ impl Library {
         // SAFETY: never freed, as the device is never let go.
         let workspace = unsafe { driver::malloc_async(stream.cu_stream(), WORKSPACE_BYTES) }
             .said(|| "allocating cuBLASLt's workspace".into())?;
-        Ok(Library { handle, workspace, known: Mutex::default() })
+        Ok(Library { handle, workspace, enqueueing: Mutex::default(), known: Mutex::default() })
     }
 
     /// The product, if the library takes its operands.
@@ -148,6 +151,7 @@ impl Library {
             }
         };
         let [a_layout, b_layout, out_layout] = product.plan.layouts;
+        let _alone = self.enqueueing.lock().unwrap_or_else(PoisonError::into_inner);
         for starts in &product.starts {
             let at = |i: usize| addresses[i].wrapping_add_signed(starts[i] as i64) as *mut c_void;
             let [a, b] = if product.swapped { [at(1), at(0)] } else { [at(0), at(1)] };
