@@ -113,7 +113,7 @@ impl Buffer {
     /// A small copy may stay in the host's memory until a run wants it.
     ///
     /// # Errors
-    /// [`Error::Device`] for a device that this build or machine lacks; [`Error::OutOfMemory`], and what else
+    /// [`Error::NotInBuild`], [`Error::NotInMachine`]; [`Error::OutOfMemory`], and what else
     /// its driver says.
     pub fn to_device(&self, device: &Device) -> Result<Buffer> {
         if self.device() == *device {

@@ -55,7 +55,7 @@ pub(crate) trait Backend: Send + Sync {
 impl Executable {
     /// # Errors
     /// [`Error::Plan`] if a step would touch memory that is not its own; [`Error::OutOfMemory`] for the arena;
-    /// [`Error::Device`] for a device that this build or machine lacks, and what its driver says.
+    /// [`Error::NotInBuild`] and [`Error::NotInMachine`], and what its driver says.
     pub fn new(plan: Plan, device: &Device) -> Result<Executable> {
         verify::verify(&plan)?;
         let backend: Box<dyn Backend> = match device {
