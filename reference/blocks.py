@@ -1,4 +1,4 @@
-"""Weights in GGUF blocks, as gguf-py (llama.cpp's own package) reads them: `blocks.py OUT.bin`.
+"""Weights in GGUF blocks, as gguf-py (of peers.lock, llama.cpp's own package) reads them: `blocks.py OUT.bin`.
 
 Writes, for the crate metal-candle-compiler's tests/dialects, of every format in the order of `BlockFormat::ALL`: the
 bytes of 512 random weights, then the weights as little-endian f32. Q8_1 and Q8_K, which gguf-py does not read, are a

@@ -91,10 +91,12 @@ fn along(dtype: DType) -> Task {
     let mut b = Build::new();
     let mut outputs = Vec::new();
     let mut all = views(&mut b, dtype);
-    all.extend(
-        [[3, 5, 700], [2, 600, 9], [300, 2, 9], [1, 2, 5000], [1, 400, 300]]
-            .map(|dims| b.input(dtype, &dims)),
-    );
+    let views = all.len();
+    let mut sizes = vec![[3, 5, 700], [300, 2, 9]];
+    if views > 2 {
+        sizes.extend([[2, 600, 9], [1, 2, 5000], [1, 400, 300]]);
+    }
+    all.extend(sizes.iter().map(|dims| b.input(dtype, dims)));
     if dtype.is_float() {
         // NaN comes before everything, the first one of several.
         let mut data: Vec<f64> = (0..2 * 600).map(|i| f64::from(i % 7)).collect();
@@ -104,7 +106,8 @@ fn along(dtype: DType) -> Task {
         all.push(b.given(dtype, &[2, 1, 600], data));
     }
     for (i, x) in all.into_iter().enumerate() {
-        for dim in 0..3 {
+        let dims = if i < views { i % 3..i % 3 + 1 } else { 0..3 };
+        for dim in dims {
             let op = [ArgReduceOp::ArgMax, ArgReduceOp::ArgMin][(i + dim) % 2];
             outputs.push(b.op(Operation::ArgReduce { op, dim }, &[x]));
             // The oracle adds up every prefix.

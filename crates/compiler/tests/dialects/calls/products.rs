@@ -7,10 +7,10 @@ use metal_candle_graph::{
     BinaryOp, BlockFormat, Composite, DType, NodeId, Operation, Shape, oracle,
 };
 
-/// Losses and gradients of 150 rows and 300 classes: several chunks of either, with and without ragged ends.
+/// Losses and gradients of 70 rows and 150 classes: several chunks of either, with and without ragged ends.
 fn losses(dtype: DType, ignore_index: Option<i64>, smoothing: f64) -> Task {
     let mut b = Build::new();
-    let [n, v, d] = [150, 300, 16];
+    let [n, v, d] = [70, 150, 16];
     let (x, w, dy) = (b.input(dtype, &[d, n]), b.input(dtype, &[v, d]), b.input(wide(dtype), &[n]));
     let x = b.g.permute(x, &[1, 0]).unwrap();
     let label = |i| if i % 5 == 0 { ignore_index.unwrap_or(3) as f64 } else { (i * 7 % v) as f64 };
@@ -133,7 +133,7 @@ fn exact_product(format: BlockFormat) -> Task {
 fn quantised_losses(format: BlockFormat, dtype: DType) -> Task {
     let [v, d] = if format.block_len() == 32 { [300, 64] } else { [300, 256] };
     quantised(format!("losses of {dtype} by {format:?}"), (format, [v, d]), 6e-2, |b, blocks, w| {
-        let n = 70;
+        let n = 66;
         let mut x = b.small(dtype, &[n, d], format);
         if blocks.is_none() {
             x = b.g.cast(x, DType::F64).unwrap();
