@@ -11,7 +11,7 @@ pub struct Dialect {
     /// What to tell the compiler.
     pub options: &'static [&'static str],
     /// What the kernels rely on, once before all of them: the dialect's own words, then what all dialects share.
-    pub(super) headers: [&'static str; 8],
+    pub(super) headers: [&'static str; 14],
     /// The beginning of a kernel's definition, up to its first parameter.
     pub(super) kernel: &'static str,
     /// A parameter that is read.
@@ -36,7 +36,11 @@ impl Dialect {
     pub const CUDA: &'static Dialect = &super::cuda::DIALECT;
     pub const METAL: &'static Dialect = &super::metal::DIALECT;
 
-    pub(super) const fn headers(own: &'static str) -> [&'static str; 8] {
+    pub(super) const fn headers(
+        own: &'static str,
+        tensor_cores: [&'static str; 3],
+    ) -> [&'static str; 14] {
+        let [mma, flash, flash_grad] = tensor_cores;
         [
             own,
             include_str!("common.h"),
@@ -46,6 +50,12 @@ impl Dialect {
             include_str!("call/rope.h"),
             include_str!("call/quant.h"),
             include_str!("call/cross_entropy.h"),
+            include_str!("call/attention.h"),
+            include_str!("call/attention_few.h"),
+            include_str!("call/attention_grad.h"),
+            mma,
+            flash,
+            flash_grad,
         ]
     }
 

@@ -1,6 +1,7 @@
 //! Every rendered kernel, in both dialects, against the scalar walk of the kernel IR: compiled as C++ and run on the
 //! CPU, thread by thread, with real barriers.
 
+mod attention;
 mod cases;
 mod graphs;
 mod machine;
@@ -181,7 +182,10 @@ fn cuda_kernels_compile_for_sm_80_and_sm_90() {
     };
     let all: Vec<Case> = [real_cases(), all_random_cases()].into_iter().flatten().collect();
     let limits = Limits::cuda(132, 2048);
-    let units = units(sources(&all, Dialect::CUDA, &limits).iter().flatten(), Dialect::CUDA);
+    let attention = attention::rendered();
+    let kernels = sources(&all, Dialect::CUDA, &limits);
+    let all = kernels.iter().flatten().chain(plans::sources(&attention));
+    let units = units(all, Dialect::CUDA);
     machine::compile_by_nvrtc(Path::new(&home), "sm_80,sm_90", Dialect::CUDA, &units);
 }
 
