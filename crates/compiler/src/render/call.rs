@@ -3,17 +3,23 @@
 //! ```text
 //! gemm, index, along, rope, quant, cross_entropy
 //!        which template of a header, with which extents and places
+//! attention, attention_few
+//!        tiles of scores; attention_shape ── what they are specialised by; kernel ── the text around them
 //! factor ── matrices as products want them
 //! walk ── elements in order, and where each operand has them
 //! draft ── the text around the template
 //! ```
 
 mod along;
+mod attention;
+mod attention_few;
+mod attention_shape;
 mod cross_entropy;
 mod draft;
 mod factor;
 mod gemm;
 mod index;
+mod kernel;
 mod quant;
 mod rope;
 mod walk;
@@ -126,7 +132,7 @@ impl Status {
 /// layouts only: equal calls have equal kernels.
 ///
 /// # Errors
-/// [`RenderError::DType`] for f64 in a language without; [`RenderError::Call`] for a call without kernels.
+/// [`RenderError::DType`] for f64 in a language without.
 pub fn call(
     call: &LibraryCall,
     args: &[Operand],
@@ -166,8 +172,9 @@ pub fn call(
         LibraryCall::LinearCrossEntropyGradWeight(attrs) => {
             cross_entropy::grad_weight(gpu, args, &outs[0], attrs)
         }
-        LibraryCall::Attention(_) | LibraryCall::AttentionGrad { .. } => {
-            return Err(RenderError::Call { language: dialect.language, call: call.name() });
+        LibraryCall::Attention(attrs) => attention::attention(gpu, &attrs, args, outs),
+        LibraryCall::AttentionGrad { attrs, ref wrt } => {
+            attention::attention_grad(gpu, &attrs, wrt, args, outs)
         }
     })
 }

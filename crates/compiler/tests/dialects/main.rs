@@ -1,6 +1,7 @@
 //! Every rendered kernel, in both dialects, against the scalar walk of the kernel IR: compiled as C++ and run on the
 //! CPU, thread by thread, with real barriers.
 
+mod attention;
 mod calls;
 mod cases;
 mod graphs;
@@ -185,8 +186,10 @@ fn cuda_kernels_compile_for_sm_80_and_sm_90() {
     let fused = sources(&all, Dialect::CUDA, &limits);
     let mut renderer = Renderer::new(Dialect::CUDA, limits);
     let plan = |task: Task| renderer.plan(&task.graph, &task.donated).unwrap();
-    let plans: Vec<Rendered> = calls::every().into_iter().map(plan).collect();
-    let of_calls = plans::sources(&plans).filter(|source| !source.name.starts_with('k'));
+    let calls: Vec<Rendered> = calls::every().into_iter().map(plan).collect();
+    let attention = attention::rendered();
+    let plans = plans::sources(&calls).chain(plans::sources(&attention));
+    let of_calls = plans.filter(|source| !source.name.starts_with('k'));
     let units = units(fused.iter().flatten().chain(of_calls), Dialect::CUDA);
     machine::compile_by_nvrtc(Path::new(&home), "sm_80,sm_90", Dialect::CUDA, &units);
 }

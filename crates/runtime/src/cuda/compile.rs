@@ -109,7 +109,7 @@ impl Toolchain {
     }
 
     fn machine_code(&self, source: &Source) -> Result<Vec<u8>> {
-        let text = format!("{}\n{}", Dialect::CUDA.header(), source.text);
+        let text = format!("{}\n{}", Dialect::CUDA.header_of(source), source.text);
         let key = format!("// sm_{}, {}\n{text}", self.architecture, self.versions);
         let path = self.folder.as_ref().map(|folder| folder.join(file_name(&key)));
         if let Some(code) = path.as_deref().and_then(|path| read(path, &key)) {

@@ -339,7 +339,7 @@ pub(super) fn plain(places: [&Place; 3], alpha: f64, accumulate: bool) -> Source
         shared_bytes: 0,
     };
     let bindings = vec![Binding::Arg(0), Binding::Arg(1), Binding::Out(0)];
-    Source { name, text, bindings, launch, align_bytes: 1 }
+    Source { name, text, bindings, launch, align_bytes: 1, is_call: false }
 }
 
 /// Where batch number `batch` of a product starts, as C.

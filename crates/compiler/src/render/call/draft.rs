@@ -177,6 +177,7 @@ impl<'a> Draft<'a> {
             bindings: draft.operands.iter().map(|operand| operand.binding).collect(),
             launch,
             align_bytes: draft.align_bytes,
+            is_call: true,
         })
     }
 
