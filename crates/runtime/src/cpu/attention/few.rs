@@ -229,7 +229,8 @@ mod tests {
         };
         let (k, v) = (cache([b, tk, hk, d]), cache([b, tk, hk, dv]));
         let q = Memory::new(T::DTYPE, &[b, tq, hq, d], &random(b * tq * hq * d));
-        let hides = |i: usize| if i % 3 == 0 { f32::NEG_INFINITY } else { (i % 7) as f32 * 0.1 };
+        let hides =
+            |i: usize| if i.is_multiple_of(3) { f32::NEG_INFINITY } else { (i % 7) as f32 * 0.1 };
         let masks: Vec<f32> = (0..b * hq * tq * tk).map(hides).collect();
         let masks = Memory::new(DType::F32, &[b, hq, tq, tk], &masks);
         // The first keys of the second text are padding, and the query of the last one sees nothing.
