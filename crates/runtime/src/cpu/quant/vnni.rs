@@ -57,8 +57,9 @@ unsafe fn pairs(row: &[u8], x: &[RoundedPart], y: &mut f32) {
         }
     }
     // SAFETY: vectors of f32.
-    let (sums, shifts): ([f32; 16], [f32; 4]) =
-        unsafe { (std::mem::transmute(sums), std::mem::transmute(shifts)) };
+    let sums = unsafe { std::mem::transmute::<__m512, [f32; 16]>(sums) };
+    // SAFETY: as above.
+    let shifts = unsafe { std::mem::transmute::<__m128, [f32; 4]>(shifts) };
     let mut of_both = [0.0; 8];
     for i in 0..4 {
         of_both[i] = sums[i] + sums[i + 4];
