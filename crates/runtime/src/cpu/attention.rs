@@ -5,7 +5,6 @@
 //! only for the keys that it can see. Few rows in all go another way (`few`).
 
 mod few;
-mod rows;
 
 use crate::cpu::gemm::gemm;
 use crate::cpu::matrix::{Mat, MatMut, widened_len};
@@ -18,8 +17,10 @@ use metal_candle_graph::DType;
 use metal_candle_graph::composite::AttentionAttrs;
 use std::ops::Range;
 
-/// Rows of one block.
-const ROWS: usize = 64;
+/// Positions of one block, with all query heads of the key head up to so many: what is packed of k and v is packed
+/// for all of them.
+const POSITIONS: usize = 64;
+const MAX_HEADS: usize = 4;
 
 /// `args` as `Composite::Attention`.
 pub(crate) fn call(args: &[Arg], outs: &mut [Out], attrs: &AttentionAttrs, parallel: bool) {
@@ -146,14 +147,18 @@ impl<'a, T: Float> Attention<'a, T> {
         self.hq / self.hk
     }
 
+    fn block_rows(&self) -> usize {
+        POSITIONS * self.group().min(MAX_HEADS)
+    }
+
     /// The number of blocks of one key head.
     pub(super) fn blocks(&self) -> usize {
-        (self.tq * self.group()).div_ceil(ROWS)
+        (self.tq * self.group()).div_ceil(self.block_rows())
     }
 
     pub(super) fn block(&self, index: usize) -> Block {
-        let start = index * ROWS;
-        let rows = start..(start + ROWS).min(self.tq * self.group());
+        let start = index * self.block_rows();
+        let rows = start..(start + self.block_rows()).min(self.tq * self.group());
         // What is seen moves with the position: the first row sees the first key, the last row the last.
         let keys = self.seen(rows.start).start..self.seen(rows.end - 1).end;
         Block { rows, keys: keys.start.min(keys.end)..keys.end }

@@ -4,22 +4,26 @@
 //! its maxima, sums and weighted values, which are then joined range by range (FlashDecoding, Dao et al. 2023). Ranges
 //! have a fixed length: any number of threads gives the same bits.
 
-use super::rows::loops;
 use super::{Attention, Block, reciprocal};
+use crate::cpu::gemm::few_rows::loops;
 use crate::cpu::math;
 use crate::cpu::matrix::{Mat, widened_len};
 use crate::cpu::number::{Float, Number};
 use crate::cpu::parallel::{self, Parts};
 use crate::cpu::scratch;
+use crate::cpu::simd::prefetch;
 use smallvec::SmallVec;
 use std::ops::Range;
 
 /// Rows of a key head that are few.
 const FEW_ROWS: usize = 16;
 /// Keys of one task.
-const RANGE: usize = 128;
+const RANGE: usize = 64;
 /// Keys that are read for one key head before those of the next, which lie between them.
-const STEP: usize = 16;
+const STEP: usize = 4;
+/// Bytes between what is read and what is asked for: processors foresee one long row, not many short ones.
+const AHEAD_BYTES: usize = 8 << 10;
+const LINE_BYTES: usize = 64;
 /// Multiplications from which on another thread is worth waking.
 const PARALLEL_WORK: usize = 1 << 17;
 
@@ -74,6 +78,7 @@ impl<T: Float + Number<Acc = f32>> Attention<'_, T> {
             let k: SmallVec<[Mat<T>; 16]> =
                 (0..self.hk).map(|head| self.k.index(2, head).index(0, b).matrix()).collect();
             each_step(block, self.hk, |head, at, step| {
+                ask_for_later(&k[head], step.clone());
                 let k = k[head].row_range(step.start, step.len()).widened(wide);
                 let (q, scores) = (&q[head * of_q..], &mut scores[head * of_scores + at..]);
                 // SAFETY: this processor has what the loops were compiled for.
@@ -90,6 +95,7 @@ impl<T: Float + Number<Acc = f32>> Attention<'_, T> {
             let v: SmallVec<[Mat<T>; 16]> =
                 (0..self.hk).map(|head| self.v.index(2, head).index(0, b).matrix()).collect();
             each_step(block, self.hk, |head, at, step| {
+                ask_for_later(&v[head], step.clone());
                 let v = v[head].row_range(step.start, step.len()).widened(wide);
                 let p = &scores[head * of_scores + at..(head + 1) * of_scores];
                 // SAFETY: as above.
@@ -105,6 +111,18 @@ fn each_step(block: &Block, heads: usize, mut f: impl FnMut(usize, usize, Range<
         for head in 0..heads {
             let end = (start + STEP).min(block.keys.end);
             f(head, start - block.keys.start, start..end);
+        }
+    }
+}
+
+/// Prefetches the rows that are read some way after `rows`.
+#[inline(always)]
+fn ask_for_later<T: Float>(of: &Mat<'_, T>, rows: Range<usize>) {
+    let ahead = (AHEAD_BYTES / size_of::<T>()) as isize;
+    for row in rows {
+        let row = of.as_ptr().wrapping_offset(row as isize * of.row_stride() + ahead);
+        for at in (0..of.cols()).step_by(LINE_BYTES / size_of::<T>()) {
+            prefetch(row.wrapping_add(at));
         }
     }
 }
@@ -211,7 +229,8 @@ mod tests {
         };
         let (k, v) = (cache([b, tk, hk, d]), cache([b, tk, hk, dv]));
         let q = Memory::new(T::DTYPE, &[b, tq, hq, d], &random(b * tq * hq * d));
-        let hides = |i: usize| if i % 3 == 0 { f32::NEG_INFINITY } else { (i % 7) as f32 * 0.1 };
+        let hides =
+            |i: usize| if i.is_multiple_of(3) { f32::NEG_INFINITY } else { (i % 7) as f32 * 0.1 };
         let masks: Vec<f32> = (0..b * hq * tq * tk).map(hides).collect();
         let masks = Memory::new(DType::F32, &[b, hq, tq, tk], &masks);
         // The first keys of the second text are padding, and the query of the last one sees nothing.

@@ -1,17 +1,17 @@
 //! A few rows times matrices whose rows lie side by side: no packing, every row of the matrix is read once.
 
-use crate::cpu::gemm::lanes::{Plain, Summed};
+use super::lanes::{Plain, Summed};
 use crate::cpu::matrix::Mat;
 
 /// The loops of one instruction set.
 ///
 /// # Safety
 /// They may be called where the processor has it. The elements of a row of the matrix lie side by side.
-pub(super) struct Loops {
+pub(in crate::cpu) struct Loops {
     /// `(q, k, scores, stride)`, `scores = q kᵀ`: `q [rows, d]`, `k [keys, d]`, rows of `scores` are `stride` apart.
-    pub(super) dots: unsafe fn(&[f32], Mat<'_, f32>, &mut [f32], usize),
+    pub(in crate::cpu) dots: unsafe fn(&[f32], Mat<'_, f32>, &mut [f32], usize),
     /// `(p, stride, v, y)`, `y += p v`: rows of `p` are `stride` apart, `v [keys, dv]`, `y [rows, dv]`.
-    pub(super) weigh: unsafe fn(&[f32], usize, Mat<'_, f32>, &mut [f32]),
+    pub(in crate::cpu) weigh: unsafe fn(&[f32], usize, Mat<'_, f32>, &mut [f32]),
 }
 
 /// Rows that share one pass over the matrix.
@@ -222,7 +222,7 @@ compiled!(NEON: crate::cpu::gemm::lanes::neon::F32x4);
 compiled!(PLAIN: Plain<f32>);
 
 /// The loops for this processor.
-pub(super) fn loops() -> &'static Loops {
+pub(in crate::cpu) fn loops() -> &'static Loops {
     #[cfg(target_arch = "x86_64")]
     {
         use crate::cpu::simd::{Level, level};
