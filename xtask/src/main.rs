@@ -16,6 +16,7 @@ cargo xtask COMMAND
 
     quickstart [--model FILE]   get a small model, fine-tune it, show its answers before and after
     test                        format, lints, tidy, doctests, all tests
+    test --device DEVICE        the tests of values on cuda, cuda:N, metal or cpu
     tidy                        the rules of ARCHITECTURE.md, and no loose ends
     bench [FILTER]              the same work through eager Candle and through this library
     bench cpu [OPTIONS]         our work beside everybody else's and the machine's ceilings
@@ -32,6 +33,7 @@ fn main() -> ExitCode {
         ["quickstart"] => quickstart::run(None),
         ["quickstart", "--model", path] => quickstart::run(Some(path.as_ref())),
         ["test"] => test::run(),
+        ["test", "--device", device] => test::run_on(device),
         ["tidy"] => tidy::run(),
         ["bench", ref rest @ ..] => bench::run(rest),
         ["peers"] => peers::run(),

@@ -33,6 +33,31 @@ pub(crate) fn run() -> Result<()> {
     Ok(())
 }
 
+/// The crates whose tests make tensors on `METAL_CANDLE_TEST_DEVICE`.
+const ON_DEVICES: [&str; 3] = ["metal-candle-runtime", "metal-candle", "metal-candle-cli"];
+
+/// The tests that look at values, on this device, by a build that can use it.
+pub(crate) fn run_on(device: &str) -> Result<()> {
+    let feature = match device.split(':').next() {
+        Some("cpu") => None,
+        Some(kind @ ("cuda" | "metal")) => Some(kind),
+        _ => bail!("--device: expected cpu, cuda, cuda:N or metal, got {device}"),
+    };
+    let mut command = cargo();
+    match has_nextest() {
+        true => command.args(["nextest", "run"]),
+        false => command.args(["test", "--lib", "--bins", "--tests"]),
+    };
+    for package in ON_DEVICES {
+        command.args(["--package", package]);
+        if let Some(feature) = feature {
+            command.args(["--features", &format!("{package}/{feature}")]);
+        }
+    }
+    command.env("METAL_CANDLE_TEST_DEVICE", device);
+    execute(command.env("METAL_CANDLE_MODELS", model::folder()?))
+}
+
 fn print_times(times: &[(&str, Duration)]) {
     let line: Vec<String> =
         times.iter().map(|(name, t)| format!("{name} {:.0} s", t.as_secs_f64())).collect();

@@ -5,6 +5,7 @@ mod chat;
 mod columns;
 mod config;
 mod data;
+mod device;
 mod eval;
 mod fuse;
 mod generate;

@@ -1,9 +1,11 @@
 //! What the commands share: the model to load, from a path or from the hub.
 
+use crate::device::DeviceArgs;
+use crate::ui::note;
 use anyhow::{Context, Result, bail};
-use metal_candle::Device;
 use metal_candle::models::{BaseWeights, LoadedModel, load};
 use metal_candle::nn::{ApplyAdapter, LoRAAdapter};
+use metal_candle::{DType, Device};
 use std::path::{Path, PathBuf};
 
 /// Where a model is.
@@ -32,14 +34,29 @@ pub(crate) struct ModelArgs {
     /// Hold the weights as this [default: blocks as they are stored, floats as f32]
     #[arg(long, value_enum)]
     dtype: Option<WeightType>,
+    /// Hold what lies between the products as this [default: f32; on a GPU that of --dtype]
+    #[arg(long, value_enum)]
+    activations: Option<WeightType>,
+    #[command(flatten)]
+    device: DeviceArgs,
 }
 
-/// What a weight may be held as.
+/// What a float may be held as.
 #[derive(Clone, Copy, clap::ValueEnum)]
 enum WeightType {
     F32,
     Bf16,
     F16,
+}
+
+impl WeightType {
+    fn dtype(self) -> DType {
+        match self {
+            WeightType::F32 => DType::F32,
+            WeightType::Bf16 => DType::BF16,
+            WeightType::F16 => DType::F16,
+        }
+    }
 }
 
 impl ModelSource {
@@ -67,9 +84,15 @@ impl ModelSource {
 
 impl ModelArgs {
     pub(crate) fn load(&self) -> Result<LoadedModel> {
+        // Before the model is fetched: a device that is not here should not take its time.
+        let device = self.device.present()?;
+        let name = device.describe()?;
         let path = self.source.path()?;
-        load(&path, self.base(), &Device::Cpu)
-            .with_context(|| format!("cannot load {}", self.source.model))
+        let mut loaded = load(&path, self.base(), &device)
+            .with_context(|| format!("cannot load {}", self.source.model))?;
+        loaded.decoder = loaded.decoder.with_activations(self.activations(&device));
+        note!("device: {name}");
+        Ok(loaded)
     }
 
     /// How its weights are held.
@@ -82,15 +105,26 @@ impl ModelArgs {
         }
     }
 
+    /// How what lies between its products is held. Memory traffic is what a GPU waits for.
+    pub(crate) fn activations(&self, device: &Device) -> DType {
+        let default = self.dtype.filter(|_| *device != Device::Cpu);
+        self.activations.or(default).map_or(DType::F32, WeightType::dtype)
+    }
+
     /// The model with an adapter on it.
     pub(crate) fn load_with(&self, adapter: Option<&Path>) -> Result<LoadedModel> {
         let mut loaded = self.load()?;
         if let Some(path) = adapter {
-            let adapter = LoRAAdapter::load(path, &loaded.decoder.config, &Device::Cpu)
+            let decoder = &loaded.decoder;
+            let adapter = LoRAAdapter::load(path, &decoder.config, decoder.device())
                 .with_context(|| format!("cannot load the adapter {}", path.display()))?;
             loaded.decoder.apply_adapter(adapter)?;
         }
         Ok(loaded)
+    }
+
+    pub(crate) fn device(&self) -> &DeviceArgs {
+        &self.device
     }
 
     pub(crate) fn source(&self) -> &ModelSource {

@@ -8,7 +8,7 @@ use metal_candle::io::data::{
     BatchOptions, Batcher, Examples, Order, Rows, TokenizeOptions, tokenize,
 };
 use metal_candle::nn::ApplyAdapter;
-use metal_candle::{Device, LazyTensor, compile};
+use metal_candle::{LazyTensor, compile};
 use std::io::Write;
 use std::path::PathBuf;
 use std::time::Instant;
@@ -59,6 +59,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         .map_err(|problem| anyhow::anyhow!("{}: {problem}", rows.path.display()))?;
 
     let decoder = loaded.decoder;
+    let device = *decoder.device();
     let loss = compile(move |args: &[LazyTensor]| {
         Ok(vec![decoder.loss(&args[0], &args[1], decoder.adapter())?])
     });
@@ -68,8 +69,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     for _ in 0..batcher.batches_per_epoch() {
         let batch = batcher.next_batch();
         let dims = [batch.batch, batch.seq];
-        let ids = LazyTensor::from_vec(batch.ids, &dims, &Device::Cpu)?;
-        let labels = LazyTensor::from_vec(batch.labels, &dims, &Device::Cpu)?;
+        let ids = LazyTensor::from_vec(batch.ids, &dims, &device)?;
+        let labels = LazyTensor::from_vec(batch.labels, &dims, &device)?;
         if batch.trained > 0 {
             // A mean over the batch: [] -> a sum over its tokens.
             let mean = loss.call(vec![ids, labels])?[0].to_vec::<f32>()?[0];

@@ -1,6 +1,7 @@
 //! `metal-candle plan`
 
 use crate::train;
+use crate::ui::note;
 use crate::units::{Bytes, Count};
 use anyhow::{Result, bail};
 use metal_candle::generate::{DecodeShape, Generator};
@@ -8,7 +9,7 @@ use metal_candle::graph::TensorType;
 use metal_candle::models::{Decoder, load_outline};
 use metal_candle::nn::LoRAAdapter;
 use metal_candle::train::Trainer;
-use metal_candle::{Device, InputSource, Outline};
+use metal_candle::{InputSource, Outline};
 use std::fmt::{self, Write as _};
 use std::io::Write as _;
 use std::sync::Arc;
@@ -36,7 +37,11 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args) -> Result<()> {
     let model = args.train.model();
     let path = model.source().path()?;
-    let decoder = Arc::new(load_outline(&path, model.base(), &Device::Cpu)?);
+    // A plan is data: it can be made for a device that is not here.
+    let device = model.device().named();
+    note!("planned for {device}");
+    let decoder = load_outline(&path, model.base(), &device)?;
+    let decoder = Arc::new(decoder.with_activations(model.activations(&device)));
     let (what, outline, parts) = match args.decode {
         true => decode(args, decoder)?,
         false => training(args, decoder)?,
@@ -55,7 +60,7 @@ type Parts = Vec<(&'static str, usize)>;
 fn training(args: &Args, decoder: Arc<Decoder>) -> Result<(String, Outline, Parts)> {
     let config = args.train.config();
     let adapter =
-        LoRAAdapter::new(args.train.lora(), decoder.modules(), config.seed, &Device::Cpu)?;
+        LoRAAdapter::new(args.train.lora(), decoder.modules(), config.seed, decoder.device())?;
     let examples = args.train.examples_for_plan()?;
     let seq = config.max_seq_length.min(decoder.config.max_position_embeddings);
     let outline = Trainer::outline(decoder, &adapter, &config, examples.as_deref())?;

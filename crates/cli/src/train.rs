@@ -180,8 +180,7 @@ pub(crate) fn run(args: &Args) -> Result<End> {
         None => None,
     };
     let decoder = Arc::new(loaded.decoder);
-    let adapter =
-        LoRAAdapter::new(args.lora(), decoder.modules(), args.seed, &metal_candle::Device::Cpu)?;
+    let adapter = LoRAAdapter::new(args.lora(), decoder.modules(), args.seed, decoder.device())?;
     let trainable = adapter.num_trainable_parameters();
     note!("adapter: {} layers, {trainable} trainable parameters", adapter.layers().len());
     let stop = on_interrupt()?;

@@ -1,6 +1,10 @@
 //! `metal-candle adapter`, `fuse` and `info` from outside, on small files that PEFT, mlx-lm and
 //! gguf-py made.
 
+#[path = "../../metal-candle/tests/support/testbed.rs"]
+#[allow(dead_code, reason = "only the files are used here")]
+mod testbed;
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -10,8 +14,7 @@ fn run(args: &[&str]) -> Output {
 }
 
 fn data(name: &str) -> String {
-    let data = concat!(env!("CARGO_MANIFEST_DIR"), "/../metal-candle/tests/data");
-    format!("{data}/{name}")
+    testbed::file("data").join(name).to_str().unwrap().to_owned()
 }
 
 /// Standard output of a command that succeeds.

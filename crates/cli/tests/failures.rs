@@ -4,6 +4,9 @@
 #[path = "../../metal-candle/tests/io/support.rs"]
 #[allow(dead_code, reason = "only the GGUF writer is used here")]
 mod support;
+#[path = "../../metal-candle/tests/support/testbed.rs"]
+#[allow(dead_code, reason = "only the files are used here")]
+mod testbed;
 #[path = "../../metal-candle/tests/regressions/tiny.rs"]
 #[allow(dead_code, reason = "only the model's file is used here")]
 mod tiny;

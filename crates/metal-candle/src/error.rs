@@ -32,7 +32,9 @@ pub enum ErrorKind {
     /// A Candle tensor that could not be read or made.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),
-    #[error("{op}: tensors live on {lhs:?} and on {rhs:?}: move one of them")]
+    #[error(
+        "{op}: expected tensors of one device, got one on {lhs} and one on {rhs}: move one with to_device"
+    )]
     DeviceMismatch { op: &'static str, lhs: Device, rhs: Device },
     #[error("expected a value of {expected} elements of {dtype} for shape {shape}, got {got}")]
     DataLength { dtype: DType, shape: Shape, expected: usize, got: usize },
@@ -117,6 +119,11 @@ impl Error {
     /// The caller's line.
     pub fn location(&self) -> &'static Location<'static> {
         self.location
+    }
+
+    /// The same mistake, made at another line.
+    pub(crate) fn moved_to(self, location: &'static Location<'static>) -> Error {
+        Error { location, ..self }
     }
 
     pub(crate) fn at(kind: impl Into<ErrorKind>, location: &'static Location<'static>) -> Error {

@@ -14,6 +14,10 @@ impl Fnv {
     pub(crate) fn add(&mut self, word: u64) {
         self.0 = (self.0 ^ word).wrapping_mul(0x0100_0000_01b3);
     }
+
+    pub(crate) fn finish(self) -> u64 {
+        self.0
+    }
 }
 
 impl std::fmt::LowerHex for Fnv {

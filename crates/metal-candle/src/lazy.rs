@@ -7,7 +7,7 @@ mod ops;
 mod tasks;
 mod trace;
 
-use crate::error::AtCaller;
+use crate::error::{AtCaller, ErrorKind};
 use crate::{DType, Device, Result};
 use metal_candle_graph::{Operation, TensorType, infer};
 use metal_candle_runtime::Buffer;
@@ -120,12 +120,12 @@ impl LazyTensor {
     /// Records `op`; its operands are as the graph wants them: broadcast, of one dtype.
     ///
     /// # Errors
-    /// Whatever inference refuses, at the caller's line.
+    /// Operands of several devices, and whatever inference refuses, at the caller's line.
     #[track_caller]
     pub(crate) fn record(op: Operation, inputs: &[&LazyTensor]) -> Result<LazyTensor> {
+        let device = one_device(op.name(), inputs.iter().copied())?.unwrap_or_default();
         let types: SmallVec<[TensorType; 4]> = inputs.iter().map(|x| x.0.ty).collect();
         let ty = infer(&op, &types).at_caller()?;
-        let device = inputs.first().map_or(Device::Cpu, |x| x.0.device);
         Ok(LazyTensor::from_parts(op, inputs.iter().map(|x| (*x).clone()).collect(), ty, device))
     }
 
@@ -160,6 +160,23 @@ impl LazyTensor {
     /// Identity of the node, for maps.
     fn key(&self) -> *const Node {
         Arc::as_ptr(&self.0)
+    }
+}
+
+/// The device that these tensors are on; `None` if there are none.
+///
+/// # Errors
+/// [`ErrorKind::DeviceMismatch`], at the caller's line.
+#[track_caller]
+pub(crate) fn one_device<'x>(
+    op: &'static str,
+    tensors: impl IntoIterator<Item = &'x LazyTensor>,
+) -> Result<Option<Device>> {
+    let mut devices = tensors.into_iter().map(|x| x.0.device);
+    let Some(lhs) = devices.next() else { return Ok(None) };
+    match devices.find(|device| *device != lhs) {
+        Some(rhs) => Err(ErrorKind::DeviceMismatch { op, lhs, rhs }.into()),
+        None => Ok(Some(lhs)),
     }
 }
 

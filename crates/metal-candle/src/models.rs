@@ -7,4 +7,6 @@ pub mod fuse;
 mod load;
 
 pub use decoder::{CacheInput, Decoder, DecoderLayer, PackedInput, PaddedRows};
-pub use load::{BaseWeights, LoadedModel, load, load_decoder, load_gguf, load_outline};
+pub use load::{
+    BaseWeights, LoadedModel, load, load_decoder, load_gguf, load_outline, random_decoder,
+};

@@ -9,17 +9,21 @@ mod fuse;
 mod refused;
 #[path = "adapters/registry.rs"]
 mod registry;
+#[path = "support/testbed.rs"]
+#[allow(dead_code, reason = "shared with other tests")]
+mod testbed;
 
+use crate::testbed::device;
 use candle_core::{Device as CandleDevice, Tensor};
+use metal_candle::LazyTensor;
 use metal_candle::io::PeftAdapter;
 use metal_candle::models::{BaseWeights, Decoder, load_decoder};
 use metal_candle::nn::LoRAAdapter;
-use metal_candle::{Device, LazyTensor};
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 fn data(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name)
+    testbed::file("data").join(name)
 }
 
 fn vectors(name: &str) -> HashMap<String, Tensor> {
@@ -27,7 +31,7 @@ fn vectors(name: &str) -> HashMap<String, Tensor> {
 }
 
 fn decoder() -> Decoder {
-    load_decoder(&data("models/llama"), BaseWeights::F32, &Device::Cpu).unwrap()
+    load_decoder(&data("models/llama"), BaseWeights::F32, device()).unwrap()
 }
 
 fn prompt() -> Vec<u32> {
@@ -38,7 +42,7 @@ fn prompt() -> Vec<u32> {
 /// `[t, vocabulary]`, row by row.
 fn logits(decoder: &Decoder, adapter: Option<&LoRAAdapter>) -> Vec<f32> {
     let ids = prompt();
-    let ids = LazyTensor::from_slice(&ids, &[1, ids.len()], &Device::Cpu).unwrap();
+    let ids = LazyTensor::from_slice(&ids, &[1, ids.len()], device()).unwrap();
     let hidden = decoder.hidden(&ids, adapter).unwrap();
     decoder.logits(&hidden).unwrap().to_vec().unwrap()
 }

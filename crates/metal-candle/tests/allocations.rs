@@ -6,16 +6,20 @@ mod counting;
 #[path = "io/support.rs"]
 #[allow(dead_code, reason = "only the GGUF writer is used here")]
 mod support;
+#[path = "support/testbed.rs"]
+#[allow(dead_code, reason = "shared with other tests")]
+mod testbed;
 #[path = "regressions/tiny.rs"]
 #[allow(dead_code, reason = "only the decoder is used here")]
 mod tiny;
 
+use crate::testbed::device;
 use counting::{Allocated, Counting, watch};
 use metal_candle::io::LoraConfig;
 use metal_candle::io::data::Batch;
 use metal_candle::nn::LoRAAdapter;
 use metal_candle::train::{AdamWConfig, TrainStep};
-use metal_candle::{Compiled, DType, Device, LazyTensor, compile, grad};
+use metal_candle::{Compiled, DType, LazyTensor, compile, grad};
 use std::sync::Arc;
 use tiny::Tiny;
 
@@ -26,8 +30,11 @@ static COUNTING: Counting = Counting;
 /// outputs.
 const HANDLES_BYTES: usize = 2 << 10;
 
+/// Why these are laws of the CPU.
+const COUNTS: &str = "it counts the allocations of this process";
+
 fn full(value: f32, dims: &[usize]) -> LazyTensor {
-    LazyTensor::from_vec(vec![value; dims.iter().product()], dims, &Device::Cpu).unwrap()
+    LazyTensor::from_vec(vec![value; dims.iter().product()], dims, device()).unwrap()
 }
 
 /// What a call allocates; its results are still there. The median of many, for a thread that first takes part in the
@@ -61,6 +68,9 @@ fn assert_only_outputs(allocated: Allocated, outputs: &[usize]) {
 /// Other threads would be counted too: one test, law by law.
 #[test]
 fn a_compiled_call_allocates_its_outputs_and_nothing_else() {
+    if !testbed::is_on_cpu("a_compiled_call_allocates_its_outputs_and_nothing_else", COUNTS) {
+        return;
+    }
     start_threads();
     kernels_and_calls_use_the_arena();
     donated_state_is_updated_in_place();
@@ -153,11 +163,9 @@ fn products_pack_into_memory_that_is_kept() {
 /// After the first steps, a step allocates its batch and the handles of its parameters; nothing of it stays.
 fn training_steps_reuse_their_memory() {
     let decoder = Arc::new(Tiny::new().decoder());
-    let adapter =
-        LoRAAdapter::new(LoraConfig::default(), decoder.modules(), 1, &Device::Cpu).unwrap();
+    let adapter = LoRAAdapter::new(LoraConfig::default(), decoder.modules(), 1, device()).unwrap();
     let parameters = adapter.parameters().len();
-    let mut step =
-        TrainStep::new(decoder, adapter, AdamWConfig::default(), 1.0, 0, &Device::Cpu).unwrap();
+    let mut step = TrainStep::new(decoder, adapter, AdamWConfig::default(), 1.0, 0).unwrap();
     let ids: Vec<u32> = (0..96).map(|i| i % 7).collect();
     let labels = ids.iter().map(|id| i64::from(*id)).collect();
     let batch = Batch { batch: 2, seq: 48, trained: 96, ids, labels, documents: None };

@@ -1,11 +1,16 @@
 //! What the feature `async-exec` adds.
 #![cfg(feature = "async-exec")]
 
-use metal_candle::{DType, Device, LazyTensor};
+#[path = "support/testbed.rs"]
+#[allow(dead_code, reason = "shared with other tests")]
+mod testbed;
+
+use crate::testbed::device;
+use metal_candle::{DType, LazyTensor};
 use std::time::Duration;
 
 fn product(n: usize) -> LazyTensor {
-    let x = LazyTensor::randn(&[n, n], DType::F32, 0, &Device::Cpu).unwrap();
+    let x = LazyTensor::randn(&[n, n], DType::F32, 0, device()).unwrap();
     x.matmul(&x).unwrap()
 }
 
@@ -30,8 +35,8 @@ async fn an_evaluation_within_its_time_has_a_value_and_one_beyond_it_is_given_up
 
 #[tokio::test(flavor = "current_thread")]
 async fn an_error_of_a_task_names_the_line_that_spawned_it() {
-    let table = LazyTensor::zeros(&[4, 2], DType::F32, &Device::Cpu).unwrap();
-    let ids = LazyTensor::from_slice(&[9u32], &[1], &Device::Cpu).unwrap();
+    let table = LazyTensor::zeros(&[4, 2], DType::F32, device()).unwrap();
+    let ids = LazyTensor::from_slice(&[9u32], &[1], device()).unwrap();
     let error = table.embedding(&ids).unwrap().spawn_eval().await.unwrap().unwrap_err();
     assert!(error.to_string().contains("async_exec.rs"), "{error}");
 }

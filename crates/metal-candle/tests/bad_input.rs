@@ -3,16 +3,19 @@
 
 #[path = "bad_input/calls.rs"]
 mod calls;
+#[path = "support/testbed.rs"]
+#[allow(dead_code, reason = "shared with other tests")]
+mod testbed;
 
+use crate::testbed::device;
 use metal_candle::graph::Error as GraphError;
 use metal_candle::{
-    Attention, BlockFormat, CrossEntropy, DType, Device, Error, ErrorKind, LazyTensor, compile,
-    grad,
+    Attention, BlockFormat, CrossEntropy, DType, Error, ErrorKind, LazyTensor, compile, grad,
 };
 use metal_candle_runtime::Error as RuntimeError;
 
 fn zeros(dims: &[usize], dtype: DType) -> LazyTensor {
-    LazyTensor::zeros(dims, dtype, &Device::Cpu).unwrap()
+    LazyTensor::zeros(dims, dtype, device()).unwrap()
 }
 
 fn f32(dims: &[usize]) -> LazyTensor {
@@ -20,7 +23,7 @@ fn f32(dims: &[usize]) -> LazyTensor {
 }
 
 fn index(values: &[i64], dims: &[usize]) -> LazyTensor {
-    LazyTensor::from_slice(values, dims, &Device::Cpu).unwrap()
+    LazyTensor::from_slice(values, dims, device()).unwrap()
 }
 
 /// The kind of error, printed: kinds hold `&'static str`s and shapes, of which text is the shortest
@@ -66,7 +69,7 @@ fn shapes_that_do_not_fit() {
     refused!(a.gather(&index(&[0; 9], &[3, 3]), 1), "gather: expected shape [2, 3], got [3, 3]");
     refused!(a.index_select(&index(&[0; 4], &[2, 2]), 0), "rank 1 for the index, got rank 2");
     refused!(a.slice_update(0, &f32(&[1, 4]), &index(&[0], &[])), "expected shape [1, 3]");
-    refused!(LazyTensor::from_vec(vec![1f32; 5], &[2, 3], &Device::Cpu), "expected a value of 6");
+    refused!(LazyTensor::from_vec(vec![1f32; 5], &[2, 3], device()), "expected a value of 6");
     let labels = index(&[0; 3], &[3]);
     refused!(a.cross_entropy(&labels, CrossEntropy::new()), "expected shape [2], got [3]");
     let q = f32(&[1, 2, 6, 8]);
@@ -89,7 +92,7 @@ fn dtypes_that_do_not_fit() {
     refused!(x.gather(&x, 0), "gather: expected dtype u8, u32 or i64 for the index, got f32");
     refused!(x.embedding(&x), "index_select: expected dtype u8, u32 or i64 for the index, got f32");
     refused!(n.dropout(0.5, 0), "dropout: expected dtype a float, got i64");
-    refused!(LazyTensor::randn(&[2], DType::U8, 0, &Device::Cpu), "random: expected dtype a float");
+    refused!(LazyTensor::randn(&[2], DType::U8, 0, device()), "random: expected dtype a float");
     refused!(n.affine(0.5, 0.0), "the scalar must be a value of the tensor's dtype, got 0.5");
     refused!(x.dynamic_slice(0, &zeros(&[], DType::U32), 1), "expected dtype i64 for the position");
     refused!(x.to_vec::<f64>(), "expected a buffer of f64, got f32");
@@ -225,19 +228,19 @@ fn reductions_of_nothing() {
 #[test]
 fn shapes_that_cannot_be_addressed() {
     let huge = 1 << 40;
-    let cpu = &Device::Cpu;
+    let on = device();
     refused!(
-        LazyTensor::zeros(&[huge, huge], DType::U8, cpu),
+        LazyTensor::zeros(&[huge, huge], DType::U8, on),
         "more elements than can be addressed"
     );
-    refused!(LazyTensor::zeros(&[huge, huge, 0], DType::U8, cpu), "more elements than can be");
-    refused!(LazyTensor::zeros(&[1; 9], DType::U8, cpu), "rank at most 8, got rank 9");
+    refused!(LazyTensor::zeros(&[huge, huge, 0], DType::U8, on), "more elements than can be");
+    refused!(LazyTensor::zeros(&[1; 9], DType::U8, on), "rank at most 8, got rank 9");
     refused!(f32(&[1, 1]).broadcast_as(&[huge, huge]), "more elements than can be addressed");
     refused!(f32(&[2]).pad(0, usize::MAX, 1, 0.0), "more elements than can be addressed");
     refused!(f32(&[huge, 1]).add(&f32(&[1, huge])), "more elements than can be addressed");
     refused!(f32(&[huge, 1]).matmul(&f32(&[1, huge])), "more elements than can be addressed");
-    refused!(LazyTensor::arange(5, 2, DType::I64, cpu), "end must be at least start, got 2 for");
-    refused!(LazyTensor::arange(i64::MIN, i64::MAX, DType::I64, cpu), "end must be at least start");
+    refused!(LazyTensor::arange(5, 2, DType::I64, on), "end must be at least start, got 2 for");
+    refused!(LazyTensor::arange(i64::MIN, i64::MAX, DType::I64, on), "end must be at least start");
 }
 
 /// What can be addressed and is not there is an error with the bytes that were asked for, not an

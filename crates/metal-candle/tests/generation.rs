@@ -3,16 +3,20 @@
 #[path = "io/support.rs"]
 #[allow(dead_code, reason = "only the GGUF writer is used here")]
 mod support;
+#[path = "support/testbed.rs"]
+#[allow(dead_code, reason = "shared with other tests")]
+mod testbed;
 #[path = "regressions/tiny.rs"]
 #[allow(dead_code, reason = "only the model is used here")]
 mod tiny;
 
+use crate::testbed::device;
+use metal_candle::ErrorKind;
 use metal_candle::generate::{
     Finish, Generated, Generator, GeneratorConfig, Sampling, SamplingStrategy, Session, StreamToken,
 };
 use metal_candle::models::{BaseWeights, load_decoder};
 use metal_candle::nn::ApplyAdapter;
-use metal_candle::{Device, ErrorKind};
 use std::pin::pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, Wake, Waker};
@@ -283,7 +287,7 @@ fn an_adapter_is_swapped_under_a_batch_too() {
 #[test]
 fn a_session_outgrows_its_cache_and_keeps_what_is_in_it() {
     let folder = tempfile::tempdir().unwrap();
-    let case = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/models/llama");
+    let case = testbed::file("data/models/llama");
     for name in ["config.json", "model.safetensors"] {
         std::fs::copy(case.join(name), folder.path().join(name)).unwrap();
     }
@@ -291,7 +295,7 @@ fn a_session_outgrows_its_cache_and_keeps_what_is_in_it() {
     let mut json: serde_json::Value = serde_json::from_str(&text).unwrap();
     json["max_position_embeddings"] = 1000.into();
     std::fs::write(folder.path().join("config.json"), json.to_string()).unwrap();
-    let decoder = load_decoder(folder.path(), BaseWeights::AsStored, &Device::Cpu).unwrap();
+    let decoder = load_decoder(folder.path(), BaseWeights::AsStored, device()).unwrap();
     let tokenizer = Tiny::new().load().tokenizer;
     let g = Generator::new(Arc::new(decoder), Arc::new(tokenizer)).unwrap();
     let mut session = Session::default();

@@ -1,7 +1,12 @@
 //! Laws of the whole: no recursion, no leak, no bit that depends on the number of threads.
 
+#[path = "support/testbed.rs"]
+#[allow(dead_code, reason = "shared with other tests")]
+mod testbed;
+
+use crate::testbed::device;
 use metal_candle::{
-    AsyncGraphExecutor, Attention, CrossEntropy, DType, Device, LazyTensor, Result, compile, grad,
+    AsyncGraphExecutor, Attention, CrossEntropy, DType, LazyTensor, Result, compile, grad,
 };
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -13,7 +18,7 @@ fn alone() -> MutexGuard<'static, ()> {
 
 fn tensor(values: Vec<f64>) -> LazyTensor {
     let dims = [values.len()];
-    LazyTensor::from_vec(values, &dims, &Device::Cpu).unwrap()
+    LazyTensor::from_vec(values, &dims, device()).unwrap()
 }
 
 /// Runs `f` where recursion over a long chain would not end well.
@@ -80,14 +85,14 @@ fn resident_bytes() -> usize {
 #[test]
 fn ten_thousand_evaluations_leave_memory_where_it_was() {
     let _alone = alone();
-    let x = LazyTensor::from_vec(vec![0.5f32; 4096], &[64, 64], &Device::Cpu).unwrap();
+    let x = LazyTensor::from_vec(vec![0.5f32; 4096], &[64, 64], device()).unwrap();
     let step = compile(|x: &[LazyTensor]| {
         let loss = x[0].matmul(&x[1])?.sqr()?.mean_all()?;
         let g = grad(&loss, &[&x[1]])?;
         Ok(vec![loss, x[1].sub(&g[0].affine(1e-3, 0.0)?)?])
     })
     .donate([1]);
-    let mut w = LazyTensor::from_vec(vec![0.1f32; 4096], &[64, 64], &Device::Cpu).unwrap();
+    let mut w = LazyTensor::from_vec(vec![0.1f32; 4096], &[64, 64], device()).unwrap();
     let mut run = |n: usize| {
         for i in 0..n {
             x.softmax(-1).unwrap().matmul(&x).unwrap().eval().unwrap();
@@ -108,20 +113,19 @@ fn ten_thousand_evaluations_leave_memory_where_it_was() {
 
 /// Roots that need no input, so that every executor sees the same plan and nothing else.
 fn roots() -> Result<Vec<LazyTensor>> {
-    let randn = |dims: &[usize], seed| LazyTensor::randn(dims, DType::F32, seed, &Device::Cpu);
+    let randn = |dims: &[usize], seed| LazyTensor::randn(dims, DType::F32, seed, device());
     let x = randn(&[2, 96, 4, 32], 0)?;
     let seen = Attention::new().causal().forward(&x, &x, &x)?.reshape(&[192, 128])?;
     let (w, norm, output) = (randn(&[128, 300], 1)?, randn(&[300], 2)?, randn(&[1000, 300], 3)?);
     let hidden = seen.matmul(&w)?.rms_norm(&norm, 1e-5)?.silu()?;
-    let labels = LazyTensor::arange(0, 192, DType::I64, &Device::Cpu)?;
+    let labels = LazyTensor::arange(0, 192, DType::I64, device())?;
     let loss = hidden.linear_cross_entropy(&output, &labels, CrossEntropy::new())?;
     let gradients = grad(&loss, &[&x, &w, &norm, &output])?;
     let long = randn(&[300_000], 4)?;
     let sums = long.sqr()?.sum_all()?;
     let columns = long.reshape(&[3000, 100])?.exp()?.sum([0])?;
     let index = long.abs()?.affine(10.0, 0.0)?.to_dtype(DType::U32)?;
-    let counts =
-        LazyTensor::zeros(&[100], DType::F32, &Device::Cpu)?.index_add(&index, &long, 0)?;
+    let counts = LazyTensor::zeros(&[100], DType::F32, device())?.index_add(&index, &long, 0)?;
     let halves = randn(&[200, 300], 5)?.to_dtype(DType::BF16)?;
     let product = halves.matmul(&halves.t()?)?.cumsum(1)?.softmax(-1)?;
     Ok([vec![loss, sums, columns, counts, product, long.argmax(0)?], gradients].concat())

@@ -1,12 +1,17 @@
 //! Tiny models of every family, in Hugging Face folders, against transformers through vectors that
 //! `reference/models.py` makes; and folders that are not whole.
 
+#[path = "support/testbed.rs"]
+#[allow(dead_code, reason = "shared with other tests")]
+mod testbed;
+
+use crate::testbed::device;
 use candle_core::quantized::gguf_file::{self, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device as CandleDevice, Tensor, safetensors::save};
 use metal_candle::io::gguf::gguf_name;
 use metal_candle::models::{BaseWeights, CacheInput, Decoder, load, load_decoder};
-use metal_candle::{Device, LazyTensor, compile};
+use metal_candle::{LazyTensor, compile};
 use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -17,7 +22,7 @@ const VOCABULARY: usize = 96;
 type Tensors = HashMap<String, Tensor>;
 
 fn data(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/models").join(name)
+    testbed::file("data/models").join(name)
 }
 
 fn read(path: &Path) -> Tensors {
@@ -43,12 +48,12 @@ fn copy(case: &str) -> TempDir {
 }
 
 fn decoder(folder: &Path) -> metal_candle::Result<Decoder> {
-    load_decoder(folder, BaseWeights::default(), &Device::Cpu)
+    load_decoder(folder, BaseWeights::default(), device())
 }
 
 /// `[t, vocabulary]`, row by row.
 fn logits(decoder: &Decoder, ids: &[u32]) -> Vec<f32> {
-    let ids = LazyTensor::from_slice(ids, &[1, ids.len()], &Device::Cpu).unwrap();
+    let ids = LazyTensor::from_slice(ids, &[1, ids.len()], device()).unwrap();
     let hidden = decoder.hidden(&ids, None).unwrap();
     decoder.logits(&hidden).unwrap().flatten_all().unwrap().to_vec1().unwrap()
 }
@@ -99,12 +104,12 @@ fn cached(decoder: &Decoder, prompt: &[u32], tokens: usize) -> Vec<u32> {
     });
     let dims = [1, 64, decoder.config.num_kv_heads, decoder.config.head_dim];
     let zeros = vec![0f32; dims.iter().product()];
-    let zeros = LazyTensor::from_vec(zeros, &dims, &Device::Cpu).unwrap();
+    let zeros = LazyTensor::from_vec(zeros, &dims, device()).unwrap();
     let mut cache = vec![zeros; 2 * layers];
     let (mut position, mut out) = (0, Vec::new());
     let mut see = |ids: &[u32]| {
-        let new = LazyTensor::from_slice(ids, &[1, ids.len()], &Device::Cpu).unwrap();
-        let at = LazyTensor::from_vec(vec![position as i64], &[], &Device::Cpu).unwrap();
+        let new = LazyTensor::from_slice(ids, &[1, ids.len()], device()).unwrap();
+        let at = LazyTensor::from_vec(vec![position as i64], &[], device()).unwrap();
         let mut results = step.call([vec![new, at], cache.clone()].concat()).unwrap();
         cache = results.split_off(1);
         position += ids.len();
@@ -202,7 +207,7 @@ fn the_tokenizer_beside_the_weights_is_loaded() {
     fs::write(folder.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
     let config = r#"{"eos_token": "t2", "chat_template": "{{ messages[0].content }}"}"#;
     fs::write(folder.path().join("tokenizer_config.json"), config).unwrap();
-    let model = load(folder.path(), BaseWeights::default(), &Device::Cpu).unwrap();
+    let model = load(folder.path(), BaseWeights::default(), device()).unwrap();
     assert_eq!(model.tokenizer.encode("t5 t95 t7", false).unwrap(), [5, 95, 7]);
     assert_eq!(model.tokenizer.special().eos, Some(2));
     assert!(model.tokenizer.chat_template().is_some());
@@ -384,7 +389,7 @@ fn a_window_of_every_layer_is_carried_out() {
 fn what_is_no_model_says_what_is() {
     let folder = TempDir::new().unwrap();
     let message =
-        |path: &Path| load(path, BaseWeights::default(), &Device::Cpu).unwrap_err().to_string();
+        |path: &Path| load(path, BaseWeights::default(), device()).unwrap_err().to_string();
     let nothing = message(&folder.path().join("meta-llama/Llama-3.2-1B"));
     assert!(
         nothing.contains("no such file or folder: expected a GGUF file, or a folder"),

@@ -3,10 +3,14 @@
 #[path = "io/support.rs"]
 #[allow(dead_code, reason = "only the GGUF writer is used here")]
 mod support;
+#[path = "support/testbed.rs"]
+#[allow(dead_code, reason = "shared with other tests")]
+mod testbed;
 #[path = "regressions/tiny.rs"]
 #[allow(dead_code, reason = "only the model is used here")]
 mod tiny;
 
+use crate::testbed::device;
 use metal_candle::generate::{DecodeShape, Generator};
 use metal_candle::io::LoraConfig;
 use metal_candle::io::data::{Batch, Documents, Example};
@@ -14,7 +18,7 @@ use metal_candle::io::peft::TargetModules;
 use metal_candle::models::{BaseWeights, Decoder, load_decoder, load_outline};
 use metal_candle::nn::LoRAAdapter;
 use metal_candle::train::{AdamWConfig, StepShape, TrainStep, Trainer, TrainingConfig};
-use metal_candle::{DType, Device, ErrorKind, InputSource, LazyTensor};
+use metal_candle::{DType, ErrorKind, InputSource, LazyTensor};
 use std::fmt::Write as _;
 use std::io::Write as _;
 use std::path::Path;
@@ -31,15 +35,15 @@ fn adapter(decoder: &Decoder) -> LoRAAdapter {
         target_modules: TargetModules::AllLinear,
         ..LoraConfig::default()
     };
-    LoRAAdapter::new(config, decoder.modules(), 1, &Device::Cpu).unwrap()
+    LoRAAdapter::new(config, decoder.modules(), 1, device()).unwrap()
 }
 
 fn real(path: &Path) -> Arc<Decoder> {
-    Arc::new(load_decoder(path, BASE, &Device::Cpu).unwrap())
+    Arc::new(load_decoder(path, BASE, device()).unwrap())
 }
 
 fn outlined(path: &Path) -> Arc<Decoder> {
-    Arc::new(load_outline(path, BASE, &Device::Cpu).unwrap())
+    Arc::new(load_outline(path, BASE, device()).unwrap())
 }
 
 /// A batch of 2 x 16 tokens; packed, of two documents a row.
@@ -72,7 +76,7 @@ fn a_training_step_planned_from_headers_is_the_one_that_runs() {
 
             let decoder = real(&path);
             let lora = adapter(&decoder);
-            let mut step = TrainStep::new(decoder, lora, optimizer, 1.0, 7, &Device::Cpu).unwrap();
+            let mut step = TrainStep::new(decoder, lora, optimizer, 1.0, 7).unwrap();
             let plan = step.plan(shape).unwrap();
             assert_eq!(outline.plan, plan, "{}", path.display());
             assert_eq!(outline.plan.to_string(), plan.to_string());
@@ -93,8 +97,8 @@ fn weights_are_outlined_as_they_would_be_held() {
     let shape = DecodeShape { batch: 1, tokens: 1, capacity: 64 };
     for path in [gguf, support::data_folder().join("adapters/base.gguf"), folder("llama")] {
         for base in [BASE, BaseWeights::F32, BaseWeights::BF16, BaseWeights::F16] {
-            let real = load_decoder(&path, base, &Device::Cpu).unwrap();
-            let outlined = load_outline(&path, base, &Device::Cpu).unwrap();
+            let real = load_decoder(&path, base, device()).unwrap();
+            let outlined = load_outline(&path, base, device()).unwrap();
             let planned = Generator::outline(Arc::new(outlined), shape).unwrap();
             let run = Generator::outline(Arc::new(real), shape).unwrap();
             assert_eq!(planned, run, "{} as {base:?}", path.display());
@@ -151,13 +155,13 @@ fn every_input_of_a_plan_is_an_argument_or_a_named_weight() {
 
 #[test]
 fn a_placeholder_is_planned_and_never_run() {
-    let x = LazyTensor::placeholder(&[2, 3], DType::F32, &Device::Cpu).unwrap();
+    let x = LazyTensor::placeholder(&[2, 3], DType::F32, device()).unwrap();
     let y = x.exp().unwrap().sum_all().unwrap();
     assert_eq!(LazyTensor::plan(&[&y]).unwrap().inputs.len(), 1);
     let error = y.eval().unwrap_err();
     assert!(matches!(error.kind(), ErrorKind::PlaceholderValue { .. }), "{error}");
     let f = metal_candle::compile(move |a: &[LazyTensor]| Ok(vec![a[0].add(&x)?]));
-    let a = LazyTensor::ones(&[2, 3], DType::F32, &Device::Cpu).unwrap();
+    let a = LazyTensor::ones(&[2, 3], DType::F32, device()).unwrap();
     let error = f.call(vec![a]).unwrap_err();
     assert!(matches!(error.kind(), ErrorKind::PlaceholderValue { .. }), "{error}");
 }

@@ -9,13 +9,16 @@ mod call;
 mod coverage;
 #[path = "reference/quantised.rs"]
 mod quantised;
+#[path = "support/testbed.rs"]
+#[allow(dead_code, reason = "shared with other tests")]
+mod testbed;
 
 use candle_core::{DType, Device, Tensor};
 use metal_candle::{LazyTensor, grad};
 use serde::Deserialize;
 use serde_json::Value;
 use std::collections::{BTreeMap, HashMap};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// Relative and absolute.
 type Tolerance = [f64; 2];
@@ -61,7 +64,7 @@ struct Vectors {
 }
 
 fn folder() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/reference")
+    testbed::file("reference")
 }
 
 fn manifest() -> Vec<Case> {
@@ -86,6 +89,9 @@ impl Vectors {
     fn check(&self, layout: Layout) {
         let mut wrong = Vec::new();
         for dtype in ["f64", "f32", "bf16", "native"] {
+            if dtype == "f64" && !testbed::computes(metal_candle::DType::F64) {
+                continue;
+            }
             for case in self.cases.iter().filter(|case| case.tol.contains_key(dtype)) {
                 let found = Run { vectors: self, case, dtype, layout }.check();
                 wrong.extend(
@@ -151,8 +157,9 @@ impl Run<'_> {
 
     /// The inputs as leaves: floats in this run's dtype, or as they are stored.
     fn inputs(&self) -> Result<Vec<LazyTensor>, Box<dyn std::error::Error>> {
+        let candle = testbed::device().candle()?;
         let leaf = |name: &String| {
-            let x = self.in_dtype(&self.vectors.tensors[name])?;
+            let x = self.in_dtype(&self.vectors.tensors[name])?.to_device(&candle)?;
             Ok(LazyTensor::from_tensor(&self.layout.lay(x)?)?)
         };
         self.case.inputs.iter().map(leaf).collect()
@@ -184,7 +191,7 @@ impl Run<'_> {
     fn loss(&self, y: &LazyTensor) -> metal_candle::Result<LazyTensor> {
         let cotangent = self.vectors.cotangent.narrow(0, 0, y.elem_count())?;
         let cotangent = LazyTensor::from_tensor(&cotangent.reshape(y.dims())?)?;
-        y.mul(&cotangent.to_dtype(y.dtype())?)?.sum_all()
+        y.mul(&cotangent.to_dtype(y.dtype())?.to_device(y.device())?)?.sum_all()
     }
 
     fn compare(
@@ -211,6 +218,9 @@ impl Run<'_> {
                 vec![format!("{what}: {got:?}, expected {want:?}")]
             });
         }
+        let [relative, absolute] = tolerance;
+        let slack = testbed::slack_of(dtype_from_candle(dtype), floats(want)?);
+        let tolerance = [relative, absolute + slack];
         // What the dtype cannot hold is infinite in it.
         let held = floats(&want.to_dtype(dtype)?)?;
         let want = floats(want)?.into_iter().zip(held);
@@ -244,12 +254,23 @@ fn see(x: &LazyTensor, view: &View) -> metal_candle::Result<LazyTensor> {
     }
 }
 
+/// A float dtype in this library's words.
+fn dtype_from_candle(dtype: DType) -> metal_candle::DType {
+    match dtype {
+        DType::BF16 => metal_candle::DType::BF16,
+        DType::F16 => metal_candle::DType::F16,
+        DType::F32 => metal_candle::DType::F32,
+        _ => metal_candle::DType::F64,
+    }
+}
+
 fn floats(x: &Tensor) -> candle_core::Result<Vec<f64>> {
-    x.to_dtype(DType::F64)?.flatten_all()?.to_vec1()
+    // Not every device has f64.
+    x.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.flatten_all()?.to_vec1()
 }
 
 fn integers(x: &Tensor) -> candle_core::Result<Vec<i64>> {
-    x.to_dtype(DType::I64)?.flatten_all()?.to_vec1()
+    x.to_device(&Device::Cpu)?.to_dtype(DType::I64)?.flatten_all()?.to_vec1()
 }
 
 /// The worst element, if one is further off than allowed.

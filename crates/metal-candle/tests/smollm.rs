@@ -7,8 +7,13 @@
 #[path = "io/support.rs"]
 #[allow(dead_code, reason = "only the model's path is used here")]
 mod support;
+#[path = "support/testbed.rs"]
+#[allow(dead_code, reason = "shared with other tests")]
+mod testbed;
 
+use crate::testbed::device;
 use candle_core::{Device as CandleDevice, Tensor};
+use metal_candle::LazyTensor;
 use metal_candle::generate::{Generator, GeneratorConfig};
 use metal_candle::io::LoraConfig;
 use metal_candle::io::data::Batch;
@@ -16,9 +21,7 @@ use metal_candle::io::peft::TargetModules;
 use metal_candle::models::{BaseWeights, LoadedModel, load_gguf};
 use metal_candle::nn::LoRAAdapter;
 use metal_candle::train::{AdamWConfig, TrainStep};
-use metal_candle::{Device, LazyTensor};
 use std::collections::HashMap;
-use std::path::Path;
 use std::sync::Arc;
 
 /// Prompts in the vectors.
@@ -27,11 +30,11 @@ const PROMPTS: usize = 5;
 const STEPS: usize = 4;
 
 fn load(base: BaseWeights) -> Option<LoadedModel> {
-    Some(load_gguf(&support::smollm2("smollm")?, base, &Device::Cpu).unwrap())
+    Some(load_gguf(&support::smollm2("smollm")?, base, device()).unwrap())
 }
 
 fn vectors() -> HashMap<String, Tensor> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/smollm.safetensors");
+    let path = testbed::file("data/smollm.safetensors");
     candle_core::safetensors::load(path, &CandleDevice::Cpu).unwrap()
 }
 
@@ -47,7 +50,7 @@ fn prompt(vectors: &HashMap<String, Tensor>, i: usize) -> Vec<u32> {
 /// `[t, vocabulary]`
 fn logits(model: &LoadedModel, ids: Vec<u32>) -> LazyTensor {
     let dims = [1, ids.len()];
-    let ids = LazyTensor::from_vec(ids, &dims, &Device::Cpu).unwrap();
+    let ids = LazyTensor::from_vec(ids, &dims, device()).unwrap();
     let hidden = model.decoder.hidden(&ids, None).unwrap();
     model.decoder.logits(&hidden).unwrap().squeeze(0).unwrap()
 }
@@ -151,10 +154,10 @@ fn follow_peft(base: BaseWeights, target_modules: TargetModules, losses: &str, t
     let Some(model) = load(base) else { return };
     let vectors = vectors();
     let config = LoraConfig { lora_alpha: 16.0, target_modules, ..LoraConfig::default() };
-    let adapter = LoRAAdapter::new(config, model.decoder.modules(), 0, &Device::Cpu).unwrap();
+    let adapter = LoRAAdapter::new(config, model.decoder.modules(), 0, device()).unwrap();
     let optimizer = AdamWConfig::default();
     let decoder = Arc::new(model.decoder);
-    let mut step = TrainStep::new(decoder, adapter, optimizer, 1.0, 0, &Device::Cpu).unwrap();
+    let mut step = TrainStep::new(decoder, adapter, optimizer, 1.0, 0).unwrap();
     let ids = integers(&vectors["train.ids"]);
     let expected: Vec<f64> = vectors[losses].to_vec1().unwrap();
     let steps = std::env::var("METAL_CANDLE_STEPS").map_or(STEPS, |n| n.parse().unwrap());

@@ -4,11 +4,15 @@
 #[path = "io/support.rs"]
 #[allow(dead_code, reason = "only the GGUF writer is used here")]
 mod support;
+#[path = "support/testbed.rs"]
+#[allow(dead_code, reason = "shared with other tests")]
+mod testbed;
 #[path = "regressions/tiny.rs"]
 #[allow(dead_code, reason = "only the decoder is used here")]
 mod tiny;
 
-use metal_candle::Device;
+use crate::testbed::device;
+
 use metal_candle::io::LoraConfig;
 use metal_candle::io::data::{Batch, BatchOptions, Batcher, Example, Order};
 use metal_candle::io::peft::TargetModules;
@@ -38,7 +42,7 @@ fn fresh_adapter(dropout: f64) -> LoRAAdapter {
         target_modules: TargetModules::AllLinear,
         ..LoraConfig::default()
     };
-    LoRAAdapter::new(config, Tiny::new().decoder().modules(), 1, &Device::Cpu).unwrap()
+    LoRAAdapter::new(config, Tiny::new().decoder().modules(), 1, device()).unwrap()
 }
 
 fn config(folder: &Path) -> TrainingConfig {
@@ -157,7 +161,7 @@ fn another_adapter_or_base_is_refused_with_what_differs() {
     let config = TrainingConfig { iters: 2, resume: true, ..config(folder.path()) };
     let run = |tiny: &Tiny, adapter: LoraConfig| {
         let decoder = Arc::new(tiny.decoder());
-        let adapter = LoRAAdapter::new(adapter, decoder.modules(), 1, &Device::Cpu).unwrap();
+        let adapter = LoRAAdapter::new(adapter, decoder.modules(), 1, device()).unwrap();
         let mut trainer = Trainer::new(decoder, adapter, config.clone()).unwrap();
         trainer.train(&examples(20, 0), &[], |_| {}).map(|_| ()).map_err(|e| e.to_string())
     };
@@ -226,7 +230,7 @@ fn batch() -> Batch {
 fn step(max_norm: f64) -> TrainStep {
     let decoder = Arc::new(Tiny::new().decoder());
     let optimizer = AdamWConfig::default();
-    TrainStep::new(decoder, fresh_adapter(0.0), optimizer, max_norm, 0, &Device::Cpu).unwrap()
+    TrainStep::new(decoder, fresh_adapter(0.0), optimizer, max_norm, 0).unwrap()
 }
 
 #[test]
@@ -267,7 +271,7 @@ fn packed_documents_train_as_they_do_in_rows_of_their_own() {
         let decoder = Arc::new(Tiny { window, ..Tiny::new() }.decoder());
         let step = || {
             let (decoder, optimizer) = (Arc::clone(&decoder), AdamWConfig::default());
-            TrainStep::new(decoder, fresh_adapter(0.0), optimizer, 1e9, 0, &Device::Cpu).unwrap()
+            TrainStep::new(decoder, fresh_adapter(0.0), optimizer, 1e9, 0).unwrap()
         };
         let (mut a, mut b) = (step(), step());
         let (of_a, of_b) = (a.evaluate(&packed).unwrap(), b.evaluate(&apart).unwrap());
@@ -306,7 +310,7 @@ fn a_step_that_is_not_finite_changes_nothing_and_names_the_parameter() {
             poisoned.clone_from(&name);
         }
         let dims = tensor.dims().to_vec();
-        tensors.push(metal_candle::LazyTensor::from_vec(values, &dims, &Device::Cpu).unwrap());
+        tensors.push(metal_candle::LazyTensor::from_vec(values, &dims, device()).unwrap());
     }
     assert!(!poisoned.is_empty());
     let before: Vec<Vec<f32>> = tensors.iter().map(|t| t.to_vec().unwrap()).collect();
@@ -332,9 +336,9 @@ fn a_loss_that_alone_is_not_finite_changes_nothing_and_blames_no_parameter() {
         target_modules: TargetModules::Regex(r".*\.1\.mlp\.down_proj".to_owned()),
         ..LoraConfig::default()
     };
-    let adapter = LoRAAdapter::new(config, decoder.modules(), 1, &Device::Cpu).unwrap();
+    let adapter = LoRAAdapter::new(config, decoder.modules(), 1, device()).unwrap();
     let optimizer = AdamWConfig::default();
-    let mut step = TrainStep::new(decoder, adapter, optimizer, 1.0, 0, &Device::Cpu).unwrap();
+    let mut step = TrainStep::new(decoder, adapter, optimizer, 1.0, 0).unwrap();
     let values = |step: &TrainStep| -> Vec<Vec<f32>> {
         step.state().map(|(_, tensor)| tensor.to_vec().unwrap()).collect()
     };

@@ -4,7 +4,11 @@
 #[path = "support/random_model.rs"]
 #[allow(dead_code, reason = "shared with other tests")]
 mod random_model;
+#[path = "support/testbed.rs"]
+#[allow(dead_code, reason = "shared with other tests")]
+mod testbed;
 
+use crate::testbed::{decoder, device};
 use candle_core::{DType as CandleDType, Device as CandleDevice};
 use metal_candle::io::data::Batch;
 use metal_candle::io::peft::TargetModules;
@@ -12,8 +16,8 @@ use metal_candle::io::{Bytes, HfFolder, LoraConfig};
 use metal_candle::models::{BaseWeights, Decoder, load_decoder};
 use metal_candle::nn::LoRAAdapter;
 use metal_candle::train::{AdamWConfig, TrainStep};
-use metal_candle::{DType, Device, LazyTensor};
-use random_model::{decoder, model};
+use metal_candle::{DType, LazyTensor};
+use random_model::model;
 use std::fs;
 use std::sync::Arc;
 use tempfile::TempDir;
@@ -21,7 +25,7 @@ use tempfile::TempDir;
 const TOKENS: [u32; 8] = [3, 141, 59, 26, 5, 358, 97, 9];
 
 fn logits(decoder: &Decoder) -> Vec<f32> {
-    let ids = LazyTensor::from_slice(&TOKENS, &[1, TOKENS.len()], &Device::Cpu).unwrap();
+    let ids = LazyTensor::from_slice(&TOKENS, &[1, TOKENS.len()], device()).unwrap();
     let hidden = decoder.hidden(&ids, None).unwrap();
     let logits = decoder.logits(&hidden).unwrap();
     assert_eq!(logits.dtype(), DType::F32);
@@ -46,11 +50,11 @@ fn a_mapped_weight_has_the_bytes_of_the_file_at_an_address_of_the_map() {
         candle_core::safetensors::load(folder.path().join("model.safetensors"), &CandleDevice::Cpu);
     let want: Vec<f32> = read.unwrap()[name].flatten_all().unwrap().to_vec1().unwrap();
     let dims = one.shape.clone();
-    let mapped = LazyTensor::from_bytes(one.bytes, DType::F32, &dims, &Device::Cpu).unwrap();
+    let mapped = LazyTensor::from_bytes(one.bytes, DType::F32, &dims, device()).unwrap();
     // The file may go: who has mapped it still has it.
     drop((open, again));
     fs::remove_file(folder.path().join("model.safetensors")).unwrap();
-    assert!(mapped.is_mapped());
+    assert_eq!(mapped.is_mapped(), *device() == metal_candle::Device::Cpu);
     assert_eq!(mapped.to_vec::<f32>().unwrap(), want);
     let doubled: Vec<f32> = mapped.affine(2.0, 0.0).unwrap().to_vec().unwrap();
     assert_eq!(doubled, want.iter().map(|x| 2.0 * x).collect::<Vec<_>>());
@@ -60,7 +64,7 @@ fn a_mapped_weight_has_the_bytes_of_the_file_at_an_address_of_the_map() {
 
 #[test]
 fn bytes_of_another_length_or_alignment_are_refused_or_copied() {
-    let refused = LazyTensor::from_bytes(vec![0; 9].into(), DType::F32, &[2], &Device::Cpu);
+    let refused = LazyTensor::from_bytes(vec![0; 9].into(), DType::F32, &[2], device());
     let error = refused.unwrap_err().to_string();
     assert!(error.contains("2 elements of f32") && error.contains("got 2"), "{error}");
     let folder = TempDir::new().unwrap();
@@ -69,7 +73,7 @@ fn bytes_of_another_length_or_alignment_are_refused_or_copied() {
     let file = fs::File::open(&path).unwrap();
     let bytes = metal_candle::io::bytes::MappedBytes::map(&file, 9).unwrap();
     let bytes = Bytes::Mapped(bytes.slice(1..9));
-    let x = LazyTensor::from_bytes(bytes, DType::F32, &[2], &Device::Cpu).unwrap();
+    let x = LazyTensor::from_bytes(bytes, DType::F32, &[2], device()).unwrap();
     assert!(!x.is_mapped());
     assert_eq!(x.to_vec::<f32>().unwrap(), [1.0, 2.0]);
     let beyond = metal_candle::io::bytes::MappedBytes::map(&file, 10).unwrap_err();
@@ -102,11 +106,11 @@ fn an_adapter_trains_on_a_half_precision_base_as_on_f32() {
         let decoder = decoder(folder.path(), base);
         let config =
             LoraConfig { target_modules: TargetModules::AllLinear, ..LoraConfig::default() };
-        let adapter = LoRAAdapter::new(config, decoder.modules(), 0, &Device::Cpu).unwrap();
+        let adapter = LoRAAdapter::new(config, decoder.modules(), 0, device()).unwrap();
         assert!(adapter.parameters().iter().all(|p| p.dtype() == DType::F32));
         let optimizer = AdamWConfig::default();
         let decoder = Arc::new(decoder);
-        let mut step = TrainStep::new(decoder, adapter, optimizer, 1.0, 0, &Device::Cpu).unwrap();
+        let mut step = TrainStep::new(decoder, adapter, optimizer, 1.0, 0).unwrap();
         let labels = TOKENS.iter().skip(1).map(|id| i64::from(*id)).chain([-100]).collect();
         let batch =
             Batch { ids: TOKENS.to_vec(), labels, batch: 1, seq: 8, trained: 7, documents: None };
@@ -128,11 +132,11 @@ fn a_number_that_f16_does_not_hold_is_named_with_its_tensor() {
     let large = tensors[name].affine(0.0, 1e6).unwrap();
     tensors.insert(name.into(), large);
     candle_core::safetensors::save(&tensors, &path).unwrap();
-    let error = load_decoder(folder.path(), BaseWeights::F16, &Device::Cpu).unwrap_err();
+    let error = load_decoder(folder.path(), BaseWeights::F16, device()).unwrap_err();
     let expected = format!(
         "{}: tensor {name:?} has the number 1e6, which f16 does not hold: load it as bf16",
         path.display()
     );
     assert_eq!(error.to_string(), expected);
-    load_decoder(folder.path(), BaseWeights::BF16, &Device::Cpu).unwrap();
+    load_decoder(folder.path(), BaseWeights::BF16, device()).unwrap();
 }

@@ -6,6 +6,7 @@ use crate::mapped::{self, Mapped, MappedBytes};
 use crate::{Device, Error, Result};
 use candle_core::Tensor;
 use metal_candle_graph::{DType, Shape};
+use std::any::Any;
 use std::fmt;
 use std::sync::Arc;
 
@@ -22,6 +23,20 @@ pub(crate) enum Memory {
     Owned(Data),
     Shared(Shared),
     Mapped(Mapped),
+    /// Of a device other than the CPU.
+    Device(Box<dyn DeviceMemory>),
+}
+
+/// Elements that a device other than the CPU holds.
+pub(crate) trait DeviceMemory: Any + Send + Sync {
+    fn device(&self) -> Device;
+    fn dtype(&self) -> DType;
+    fn len(&self) -> usize;
+    /// The elements, once all that writes them is done.
+    fn to_data(&self) -> Result<Data>;
+    fn duplicate(&self) -> Result<Box<dyn DeviceMemory>>;
+    /// A tensor that takes the memory over.
+    fn into_tensor(self: Box<Self>, shape: &Shape) -> Result<Tensor>;
 }
 
 impl Buffer {
@@ -76,18 +91,46 @@ impl Buffer {
         Buffer { memory: Arc::new(Memory::Owned(data)) }
     }
 
+    #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "the CPU needs none"))]
+    pub(crate) fn on_device(memory: Box<dyn DeviceMemory>) -> Buffer {
+        Buffer { memory: Arc::new(Memory::Device(memory)) }
+    }
+
     pub fn device(&self) -> Device {
-        Device::Cpu
+        match &*self.memory {
+            Memory::Owned(_) | Memory::Mapped(_) => Device::Cpu,
+            Memory::Shared(shared) => shared.device(),
+            Memory::Device(memory) => memory.device(),
+        }
     }
 
     /// The same elements on `device`: this buffer itself if it is there already, else a copy.
     ///
+    /// A small copy may stay in the host's memory until a run wants it.
+    ///
     /// # Errors
-    /// [`Error::Device`] for a device that this build has no kernels for.
+    /// [`Error::Device`] for a device that this build or machine lacks; [`Error::OutOfMemory`], and what else
+    /// its driver says.
     pub fn to_device(&self, device: &Device) -> Result<Buffer> {
+        if self.device() == *device {
+            return Ok(self.clone());
+        }
         match device {
-            Device::Cpu => Ok(self.clone()),
-            other => Err(Error::Device { got: format!("{other:?}") }),
+            Device::Cpu => Ok(Buffer::from_data(self.to_data()?)),
+            #[cfg(feature = "cuda")]
+            Device::Cuda(number) => {
+                let gpu = crate::cuda::Gpu::get(*number)?;
+                let memory = match &*self.memory {
+                    Memory::Mapped(mapped) => gpu.upload(mapped.bytes(), mapped.dtype())?,
+                    Memory::Owned(data) => gpu.upload(data.as_bytes(), data.dtype())?,
+                    Memory::Shared(_) | Memory::Device(_) => {
+                        let data = self.to_data()?;
+                        gpu.upload(data.as_bytes(), data.dtype())?
+                    }
+                };
+                Ok(Buffer::on_device(Box::new(memory)))
+            }
+            other => Err(other.missing()),
         }
     }
 
@@ -96,6 +139,7 @@ impl Buffer {
             Memory::Owned(data) => data.dtype(),
             Memory::Shared(shared) => shared.dtype(),
             Memory::Mapped(mapped) => mapped.dtype(),
+            Memory::Device(memory) => memory.dtype(),
         }
     }
 
@@ -105,6 +149,7 @@ impl Buffer {
             Memory::Owned(data) => data.len(),
             Memory::Shared(shared) => shared.len(),
             Memory::Mapped(mapped) => mapped.len(),
+            Memory::Device(memory) => memory.len(),
         }
     }
 
@@ -115,34 +160,51 @@ impl Buffer {
     /// Whether this is the only handle to memory of its own, so that it may be donated. Memory that came
     /// from Candle is never unique, as tensors may see it; that of a file is read only.
     pub fn is_unique(&self) -> bool {
-        matches!(&*self.memory, Memory::Owned(_)) && Arc::strong_count(&self.memory) == 1
+        matches!(&*self.memory, Memory::Owned(_) | Memory::Device(_))
+            && Arc::strong_count(&self.memory) == 1
+    }
+
+    /// [`Buffer::is_unique`], and nobody can change that while the borrow lasts.
+    pub(crate) fn is_unique_now(&mut self) -> bool {
+        matches!(Arc::get_mut(&mut self.memory), Some(Memory::Owned(_) | Memory::Device(_)))
     }
 
     /// This buffer if it [is unique](Buffer::is_unique), else a copy that is.
     ///
     /// # Errors
-    /// [`Error::Candle`] if a tensor's storage cannot be read.
+    /// [`Error::Candle`] if a tensor's storage cannot be read; what a device's driver says.
     pub fn into_owned(self) -> Result<Buffer> {
         if self.is_unique() {
             return Ok(self);
         }
-        let data = match &*self.memory {
-            Memory::Owned(data) => data.copied(),
-            Memory::Shared(shared) => shared.to_data()?,
-            Memory::Mapped(mapped) => mapped.to_data(),
-        };
-        Ok(Buffer::from_data(data))
+        match &*self.memory {
+            Memory::Device(memory) => {
+                Ok(Buffer { memory: Arc::new(Memory::Device(memory.duplicate()?)) })
+            }
+            Memory::Shared(shared) if shared.device() != Device::Cpu => {
+                Buffer::from_data(shared.to_data()?).to_device(&shared.device())
+            }
+            _ => Ok(Buffer::from_data(self.to_data()?)),
+        }
+    }
+
+    fn to_data(&self) -> Result<Data> {
+        match &*self.memory {
+            Memory::Owned(data) => Ok(data.copied()),
+            Memory::Shared(shared) => shared.to_data(),
+            Memory::Mapped(mapped) => Ok(mapped.to_data()),
+            Memory::Device(memory) => memory.to_data(),
+        }
     }
 
     /// The elements, copied out.
     ///
     /// # Errors
-    /// [`Error::DType`] if they are of another type.
+    /// [`Error::DType`] if they are of another type; what a device's driver says.
     pub fn to_vec<T: Element>(&self) -> Result<Vec<T>> {
         match &*self.memory {
             Memory::Owned(data) => Ok(data.as_slice()?.to_vec()),
-            Memory::Shared(shared) => Ok(shared.to_data()?.as_slice()?.to_vec()),
-            Memory::Mapped(mapped) => Ok(mapped.to_data().as_slice()?.to_vec()),
+            _ => self.to_data()?.into_vec(),
         }
     }
 
@@ -150,7 +212,7 @@ impl Buffer {
     /// file; what came from Candle goes back as the same storage.
     ///
     /// # Errors
-    /// [`Error::Len`] if the shape has another number of elements; [`Error::Candle`].
+    /// [`Error::Len`] if the shape has another number of elements; [`Error::Candle`]; what a device's driver says.
     pub fn into_candle(self, shape: &Shape) -> Result<Tensor> {
         let (expected, got) = (self.len(), shape.len());
         if expected != got {
@@ -160,10 +222,12 @@ impl Buffer {
             Ok(Memory::Owned(data)) => data.into_tensor(shape),
             Ok(Memory::Shared(shared)) => shared.to_tensor(shape),
             Ok(Memory::Mapped(mapped)) => mapped.to_data().into_tensor(shape),
+            Ok(Memory::Device(memory)) => memory.into_tensor(shape),
             Err(memory) => match &*memory {
                 Memory::Owned(data) => data.copied().into_tensor(shape),
                 Memory::Shared(shared) => shared.to_tensor(shape),
                 Memory::Mapped(mapped) => mapped.to_data().into_tensor(shape),
+                Memory::Device(memory) => memory.duplicate()?.into_tensor(shape),
             },
         }
     }
@@ -172,11 +236,20 @@ impl Buffer {
         &self.memory
     }
 
-    /// The elements for writing, if nothing else can see them.
+    /// The memory for writing, if nothing else can see it and it is a device's.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn unique_device_mut(&mut self) -> Option<&mut dyn DeviceMemory> {
+        match Arc::get_mut(&mut self.memory)? {
+            Memory::Device(memory) => Some(memory.as_mut()),
+            Memory::Owned(_) | Memory::Shared(_) | Memory::Mapped(_) => None,
+        }
+    }
+
+    /// The elements for writing, if nothing else can see them and the CPU can.
     pub(crate) fn unique_mut(&mut self) -> Option<&mut Data> {
         match Arc::get_mut(&mut self.memory)? {
             Memory::Owned(data) => Some(data),
-            Memory::Shared(_) | Memory::Mapped(_) => None,
+            Memory::Shared(_) | Memory::Mapped(_) | Memory::Device(_) => None,
         }
     }
 }

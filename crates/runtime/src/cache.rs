@@ -83,7 +83,7 @@ impl PlanCache {
         }
         // Outside of the lock: planning takes its time, and other graphs are asked for meanwhile.
         let plan = metal_candle_compiler::plan(graph, device.target(), donated)?;
-        let executable = Arc::new(Executable::new(plan)?);
+        let executable = Arc::new(Executable::new(plan, device)?);
         let mut state = self.lock();
         if let Some(found) = state.find(hash, graph, donated, device) {
             return Ok(found);

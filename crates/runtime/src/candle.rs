@@ -49,6 +49,7 @@ pub const fn dtype_to_candle(dtype: DType) -> candle_core::DType {
 /// lock, whenever it is read.
 pub(crate) struct Shared {
     tensor: Tensor,
+    device: Device,
     dtype: DType,
     len: usize,
     start: usize,
@@ -57,7 +58,7 @@ pub(crate) struct Shared {
 
 impl Shared {
     pub(crate) fn new(tensor: &Tensor) -> Result<Shared> {
-        Device::try_from(tensor.device())?;
+        let device = Device::try_from(tensor.device())?;
         let dtype = dtype_from_candle(tensor.dtype())?;
         // Detached: the graph that Candle keeps for its own gradients must not live on in here.
         let mut tensor = tensor.detach().contiguous()?;
@@ -70,7 +71,11 @@ impl Shared {
             let storage = tensor.storage_and_layout().0;
             std::ptr::from_ref::<Storage>(&storage).addr()
         };
-        Ok(Shared { tensor, dtype, len, start, key })
+        Ok(Shared { tensor, device, dtype, len, start, key })
+    }
+
+    pub(crate) fn device(&self) -> Device {
+        self.device
     }
 
     /// Equal for tensors of one storage.
@@ -80,6 +85,12 @@ impl Shared {
 
     pub(crate) fn dtype(&self) -> DType {
         self.dtype
+    }
+
+    /// Where its elements start in the storage.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn start(&self) -> usize {
+        self.start
     }
 
     pub(crate) fn len(&self) -> usize {

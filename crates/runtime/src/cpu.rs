@@ -1,6 +1,7 @@
 //! The CPU: fused kernels are interpreted in tiles, library calls are plain Rust, products our own.
 //!
 //! ```text
+//! executable ─ the walk over a plan's steps
 //! kernel ─ the tile interpreter
 //! view ─── operands as strided views      matrix ─ the same for the GEMM
 //! number ─ element types and accumulators math ─── loops over rows
@@ -11,9 +12,10 @@ mod arg_reduce;
 mod attention;
 mod attention_grad;
 mod cross_entropy;
+mod executable;
 mod gemm;
 mod index;
-pub(crate) mod kernel;
+mod kernel;
 mod math;
 mod matrix;
 mod number;
@@ -23,7 +25,9 @@ mod rope;
 mod scan;
 mod scratch;
 mod simd;
-pub(crate) mod view;
+mod view;
+
+pub(crate) use executable::CpuExecutable;
 
 use metal_candle_compiler::LibraryCall;
 use metal_candle_graph::Result;
@@ -33,12 +37,7 @@ use view::{Arg, Out};
 ///
 /// # Errors
 /// [`metal_candle_graph::Error::IndexOutOfRange`], before anything is written at that index.
-pub(crate) fn call(
-    call: &LibraryCall,
-    args: &[Arg],
-    outs: &mut [Out],
-    parallel: bool,
-) -> Result<()> {
+fn call(call: &LibraryCall, args: &[Arg], outs: &mut [Out], parallel: bool) -> Result<()> {
     match *call {
         LibraryCall::Gemm { alpha, accumulate } => {
             gemm::call(args, outs, alpha, accumulate, parallel);

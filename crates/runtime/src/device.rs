@@ -2,8 +2,10 @@
 
 use crate::{Error, Result};
 use metal_candle_compiler::Target;
+use std::fmt;
+use std::str::FromStr;
 
-/// A device that runs plans.
+/// A device that runs plans. In text it is `cpu`, `cuda:0`, `metal:0`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Device {
@@ -16,6 +18,78 @@ pub enum Device {
 }
 
 impl Device {
+    /// The device of this name: `cpu`, `cuda` or `cuda:1`, `metal` or `metal:0`. Whether it is there is another
+    /// question: [`Device::check`].
+    ///
+    /// # Errors
+    /// [`Error::DeviceName`]
+    pub fn parse(name: &str) -> Result<Device> {
+        let (kind, number) = match name.split_once(':') {
+            Some((kind, number)) => (kind, number.parse::<u32>().ok()),
+            None => (name, Some(0)),
+        };
+        match (kind, number) {
+            ("cpu", Some(_)) if !name.contains(':') => Ok(Device::Cpu),
+            ("cuda", Some(number)) => Ok(Device::Cuda(number)),
+            ("metal", Some(number)) => Ok(Device::Metal(number)),
+            _ => Err(Error::DeviceName { got: name.to_owned() }),
+        }
+    }
+
+    /// All that this build can use of this machine, the best one first.
+    pub fn available() -> Vec<Device> {
+        let numbers = |names: Option<Vec<String>>| 0..names.map_or(0, |names| names.len() as u32);
+        let cuda = numbers(cuda_names()).map(Device::Cuda);
+        cuda.chain(numbers(metal_names()).map(Device::Metal)).chain([Device::Cpu]).collect()
+    }
+
+    /// The best device that this build can use of this machine.
+    pub fn best() -> Device {
+        Device::available()[0]
+    }
+
+    /// Sees that this build can use it and this machine has it.
+    ///
+    /// # Errors
+    /// [`Error::NotInBuild`], [`Error::NotInMachine`]
+    pub fn check(&self) -> Result<()> {
+        self.hardware().map(drop)
+    }
+
+    /// Name and number, as people know it: `NVIDIA H100 80GB HBM3 (cuda:0)`.
+    ///
+    /// # Errors
+    /// As [`Device::check`].
+    pub fn describe(&self) -> Result<String> {
+        Ok(format!("{} ({self})", self.hardware()?))
+    }
+
+    /// What the maker calls it.
+    fn hardware(&self) -> Result<String> {
+        let (names, number) = match *self {
+            Device::Cpu => {
+                let threads = std::thread::available_parallelism().map_or(1, usize::from);
+                return Ok(format!("{threads} threads"));
+            }
+            Device::Cuda(number) => (cuda_names(), number),
+            Device::Metal(number) => (metal_names(), number),
+        };
+        let mut names = names.ok_or(Error::NotInBuild { device: *self })?;
+        match number < names.len() as u32 {
+            true => Ok(names.swap_remove(number as usize)),
+            false => Err(Error::NotInMachine { device: *self, names }),
+        }
+    }
+
+    /// The part of a build that it takes.
+    pub(crate) const fn feature(&self) -> &'static str {
+        match self {
+            Device::Cpu => "default",
+            Device::Cuda(_) => "cuda",
+            Device::Metal(_) => "metal",
+        }
+    }
+
     /// What the compiler may rely on here.
     pub const fn target(&self) -> &'static Target {
         match self {
@@ -28,12 +102,58 @@ impl Device {
     /// The same device in Candle's words.
     ///
     /// # Errors
-    /// [`Error::Device`] for a device that this build has no kernels for.
+    /// [`Error::Device`] for a device that this build or machine lacks.
     pub fn candle(&self) -> Result<candle_core::Device> {
         match self {
             Device::Cpu => Ok(candle_core::Device::Cpu),
-            other => Err(Error::Device { got: format!("{other:?}") }),
+            #[cfg(feature = "cuda")]
+            Device::Cuda(number) => Ok(crate::cuda::Gpu::get(*number)?.candle()),
+            other => Err(other.missing()),
         }
+    }
+
+    /// Why there is no such device.
+    pub(crate) fn missing(&self) -> Error {
+        self.check().err().unwrap_or_else(|| Error::Device { got: self.to_string() })
+    }
+}
+
+/// The NVIDIA GPUs of this machine, by number; `None` where this build has no kernels for them.
+#[cfg(not(feature = "cuda"))]
+fn cuda_names() -> Option<Vec<String>> {
+    None
+}
+
+/// The NVIDIA GPUs of this machine, by number: none where there is no driver.
+#[cfg(feature = "cuda")]
+fn cuda_names() -> Option<Vec<String>> {
+    use cudarc::driver::result::{device, init};
+    let count = init().and_then(|()| device::get_count()).unwrap_or(0);
+    let name = |i| device::get(i).and_then(device::get_name);
+    Some((0..count).map_while(|i| name(i).ok()).collect())
+}
+
+/// The GPUs of an Apple computer, by number; `None` where this build has no kernels for them.
+fn metal_names() -> Option<Vec<String>> {
+    None
+}
+
+impl fmt::Display for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Device::Cpu => f.write_str("cpu"),
+            Device::Cuda(number) => write!(f, "cuda:{number}"),
+            Device::Metal(number) => write!(f, "metal:{number}"),
+        }
+    }
+}
+
+impl FromStr for Device {
+    type Err = Error;
+
+    /// As [`Device::parse`].
+    fn from_str(name: &str) -> Result<Device> {
+        Device::parse(name)
     }
 }
 
@@ -45,7 +165,47 @@ impl TryFrom<&candle_core::Device> for Device {
     fn try_from(device: &candle_core::Device) -> Result<Device> {
         match device {
             candle_core::Device::Cpu => Ok(Device::Cpu),
+            #[cfg(feature = "cuda")]
+            candle_core::Device::Cuda(device) => crate::cuda::Gpu::of_candle(device),
             other => Err(Error::Device { got: format!("{:?}", other.location()) }),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Device;
+
+    #[test]
+    fn names_are_read_as_they_are_written() {
+        for device in [Device::Cpu, Device::Cuda(0), Device::Cuda(12), Device::Metal(0)] {
+            assert_eq!(Device::parse(&device.to_string()).unwrap(), device);
+        }
+        assert_eq!(Device::parse("cuda").unwrap(), Device::Cuda(0));
+        assert_eq!(Device::parse("metal").unwrap(), Device::Metal(0));
+        for name in ["", "gpu", "cpu:0", "cuda:", "cuda:-1", "cuda:x", "CUDA", "metal:0:1"] {
+            let error = Device::parse(name).unwrap_err().to_string();
+            assert!(error.contains(&format!("{name:?}")), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_best_device_is_available_and_the_cpu_always() {
+        let all = Device::available();
+        assert_eq!(all.last(), Some(&Device::Cpu));
+        for device in &all {
+            let name = device.describe().unwrap();
+            assert!(name.ends_with(&format!("({device})")), "{name}");
+        }
+        assert!(all.contains(&Device::best()));
+    }
+
+    #[test]
+    fn a_device_that_is_not_there_says_what_to_do() {
+        for device in [Device::Cuda(99), Device::Metal(99)] {
+            let error = device.check().unwrap_err().to_string();
+            let told = error.contains("--features") || error.contains("this machine has");
+            assert!(told && error.starts_with(&device.to_string()), "{error}");
         }
     }
 }

@@ -17,6 +17,7 @@ mod private {
     pub trait Sealed: Sized {
         fn wrap(data: Vec<Self>) -> Data;
         fn view(data: &Data) -> Option<&[Self]>;
+        fn unwrap(data: Data) -> std::result::Result<Vec<Self>, Data>;
     }
 }
 
@@ -38,6 +39,12 @@ macro_rules! elements {
                     match data {
                         Data::$variant(data) => Some(data),
                         _ => None,
+                    }
+                }
+                fn unwrap(data: Data) -> std::result::Result<Vec<Self>, Data> {
+                    match data {
+                        Data::$variant(data) => Ok(data),
+                        other => Err(other),
                     }
                 }
             }
@@ -107,6 +114,18 @@ impl Data {
 
     pub(crate) fn as_slice<T: Element>(&self) -> Result<&[T]> {
         T::view(self).ok_or(Error::DType { expected: T::DTYPE, got: self.dtype() })
+    }
+
+    pub(crate) fn into_vec<T: Element>(self) -> Result<Vec<T>> {
+        T::unwrap(self).map_err(|data| Error::DType { expected: T::DTYPE, got: data.dtype() })
+    }
+
+    /// The elements' bytes, in the machine's order.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn as_bytes(&self) -> &[u8] {
+        let len = self.len() * self.dtype().size_bytes();
+        // SAFETY: so many bytes of initialised numbers, which have no padding.
+        unsafe { std::slice::from_raw_parts(self.as_ptr(), len) }
     }
 }
 

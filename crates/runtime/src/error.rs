@@ -1,6 +1,8 @@
 //! What can go wrong between a plan and its results.
 
+use crate::Device;
 use metal_candle_compiler::Slot;
+use metal_candle_compiler::render::RenderError;
 use metal_candle_graph::{DType, TensorType};
 
 #[derive(Debug, thiserror::Error)]
@@ -23,6 +25,8 @@ pub enum Error {
     InputCount { expected: usize, got: usize },
     #[error("input {index}: expected {expected}, got {got} of {len} elements")]
     InputType { index: usize, expected: TensorType, got: DType, len: usize },
+    #[error("input {index} is on {got}, the plan is for {expected}: move it with `to_device`")]
+    InputDevice { index: usize, expected: Device, got: Device },
     #[error(
         "input {input} is donated, but something else holds its memory too: \
          give the only handle away, or `Buffer::into_owned` it first"
@@ -34,11 +38,46 @@ pub enum Error {
     Len { expected: usize, got: usize },
     #[error("dtype {got:?} is not supported: cast to one of u8, u32, i64, bf16, f16, f32, f64")]
     UnsupportedDType { got: candle_core::DType },
-    #[error("device {got} is not supported by this build: expected cpu")]
+    #[error(
+        "there is no device {got} here: use cpu, or a build with its feature (cuda, metal) on a machine that has one"
+    )]
     Device { got: String },
+    #[error("expected a device (cpu, cuda, cuda:N, metal or metal:N), got {got:?}")]
+    DeviceName { got: String },
+    #[error(
+        "{device}: this build has no {}: install it with `cargo install metal-candle-cli --features {}`",
+        device.feature().to_uppercase(), device.feature()
+    )]
+    NotInBuild { device: Device },
+    #[error("{device}: this machine has {}", gpus(device, names))]
+    NotInMachine { device: Device, names: Vec<String> },
+    /// What the driver, or a library, of an NVIDIA GPU said.
+    #[error("CUDA, {doing}: {message}")]
+    Cuda { doing: String, message: String },
+    #[error("step {step} ({label})")]
+    Step { step: usize, label: String, source: Box<Error> },
+    /// A kernel whose text the device's compiler refuses.
+    #[error("the kernel {kernel} does not compile:\n{log}")]
+    Compile { kernel: String, log: String },
+    /// A step that the device's language cannot say.
+    #[error("step {step} ({label}): {source}")]
+    Render { step: usize, label: String, source: RenderError },
     /// The plan would touch memory that is not its own; never true of a plan that the compiler made.
     #[error("step {step} ({label}): {fault}")]
     Plan { step: usize, label: String, fault: PlanFault },
+}
+
+/// The GPUs of a machine that lacks the one that was asked for.
+fn gpus(device: &Device, names: &[String]) -> String {
+    let maker = match device {
+        Device::Cuda(_) => "NVIDIA GPU, or no driver for one (see nvidia-smi)",
+        Device::Cpu | Device::Metal(_) => "GPU that Metal can use",
+    };
+    match names {
+        [] => format!("no {maker}"),
+        [only] => format!("one GPU of this kind, number 0: {only}"),
+        names => format!("GPUs 0 to {}: {}", names.len() - 1, names.join(", ")),
+    }
 }
 
 pub type Result<T> = std::result::Result<T, Error>;

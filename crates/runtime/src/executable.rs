@@ -1,385 +1,142 @@
-//! A plan made ready to run, and one run of it.
+//! A plan made ready to run on its device.
 
-use crate::arena::Arena;
-use crate::buffer::{Buffer, Memory};
-use crate::cpu;
-use crate::cpu::kernel::Program;
-use crate::cpu::view::{Arg, Out};
-use crate::element::Data;
-use crate::pages::prefer_huge;
-use crate::{Error, Result, verify};
-use candle_core::StorageRef;
-use metal_candle_compiler::{Operand, OutputSource, Plan, PlanOutput, Slot, Step, Target, Work};
+use crate::buffer::Buffer;
+use crate::cpu::CpuExecutable;
+#[cfg(feature = "cuda")]
+use crate::cuda::CudaExecutable;
+use crate::{Device, Error, Result, verify};
+use metal_candle_compiler::{OutputSource, Plan, Slot};
 use rayon::ThreadPool;
-use smallvec::SmallVec;
 use std::any::Any;
 use std::fmt;
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
-
-/// Workspaces that are kept while nothing runs; more are made, and freed again, as more runs are in flight.
-const IDLE_WORKSPACES: usize = 4;
-
-/// A fused kernel is spread over threads from this many element operations on: what it takes to wake a sleeping
-/// thread, some 50 us.
-const PARALLEL_KERNEL_WORK: u64 = 1 << 19;
-
-/// The same for a library call, whose operations are dearer, and which seldom comes alone.
-const PARALLEL_CALL_WORK: u64 = 1 << 16;
 
 /// A [`Plan`] made ready to run: its kernels compiled, its memory kept from run to run.
 ///
 /// Several runs may be in flight; each has an arena of its own.
 pub struct Executable {
     plan: Plan,
-    steps: Vec<Prepared>,
-    /// By output: whether its memory must be zeroed.
-    zeroed: Vec<bool>,
+    device: Device,
     /// By input: whether a step or a result refers to it.
     used: Vec<bool>,
-    parallel: bool,
-    idle: Mutex<Vec<Workspace>>,
-    allocated: AtomicUsize,
+    backend: Box<dyn Backend>,
 }
 
-/// What is fixed about a step.
-struct Prepared {
-    /// `None` for a library call.
-    program: Option<Program>,
-    args: SmallVec<[Place; 4]>,
-    outs: SmallVec<[Place; 2]>,
-    parallel: bool,
+/// What a run is to be timed by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Timing {
+    /// Each step. The whole takes longer than otherwise, for a GPU's steps are then asked for one by one.
+    Steps,
+    /// All steps as one.
+    Whole,
 }
 
-/// Where a buffer starts: so many bytes into one of the run's allocations.
-#[derive(Clone, Copy)]
-struct Place {
-    base: u32,
-    offset_bytes: usize,
+/// The seconds that a run took on its device.
+pub(crate) struct Clock {
+    pub(crate) timing: Timing,
+    pub(crate) seconds: Vec<f64>,
 }
 
-/// The memory of one run: the arena, and the tables that every run fills anew.
-struct Workspace {
-    arena: Arena,
-    /// Where the arena, the inputs and the outputs start, in this order.
-    bases: Vec<*mut u8>,
-    outputs: Vec<Option<Data>>,
-    /// Inputs that live in a Candle storage, by the storage.
-    shared: Vec<(usize, u32)>,
-    /// The memory of the empty vector of storage guards.
-    guards: Vec<[usize; 2]>,
-}
+/// What a device makes of a plan.
+pub(crate) trait Backend: Send + Sync {
+    /// Runs the steps and waits for them; the CPU on `pool`, if there is one and they are worth it, else on this
+    /// thread. The inputs that are used have the plan's types, those that are donated are unique.
+    fn run(
+        &self,
+        plan: &Plan,
+        inputs: Vec<Buffer>,
+        pool: Option<&ThreadPool>,
+        clock: Option<&mut Clock>,
+    ) -> Result<Vec<Buffer>>;
 
-// SAFETY: the pointers are leftovers of earlier runs; a run fills the table before it reads it.
-unsafe impl Send for Workspace {}
+    /// See [`Executable::allocated_arena_bytes`].
+    fn allocated_arena_bytes(&self) -> usize;
+}
 
 impl Executable {
     /// # Errors
-    /// [`Error::Plan`] if a step would touch memory that is not its own; [`Error::OutOfMemory`] for the arena.
-    pub fn new(plan: Plan) -> Result<Executable> {
+    /// [`Error::Plan`] if a step would touch memory that is not its own; [`Error::OutOfMemory`] for the arena;
+    /// [`Error::Device`] for a device that this build or machine lacks, and what its driver says.
+    pub fn new(plan: Plan, device: &Device) -> Result<Executable> {
         verify::verify(&plan)?;
-        let steps: Vec<Prepared> = plan.steps.iter().map(|s| Prepared::new(&plan, s)).collect();
-        let outputs = 0..plan.outputs.len();
-        let executable = Executable {
-            zeroed: outputs.map(|i| !verify::is_written_whole(&plan, i)).collect(),
-            used: used_inputs(&plan),
-            parallel: steps.iter().any(|s| s.parallel),
-            steps,
-            plan,
-            idle: Mutex::new(Vec::new()),
-            allocated: AtomicUsize::new(0),
+        let backend: Box<dyn Backend> = match device {
+            Device::Cpu => Box::new(CpuExecutable::new(&plan)?),
+            #[cfg(feature = "cuda")]
+            Device::Cuda(number) => {
+                Box::new(CudaExecutable::new(crate::cuda::Gpu::get(*number)?, &plan)?)
+            }
+            other => return Err(other.missing()),
         };
-        let workspace = executable.new_workspace()?;
-        executable.idle().push(workspace);
-        Ok(executable)
+        let used = used_inputs(&plan);
+        Ok(Executable { plan, device: *device, used, backend })
     }
 
     pub fn plan(&self) -> &Plan {
         &self.plan
     }
 
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
     /// The scratch memory that is held now: that of the plan for each run in flight, and for a few that are kept.
     pub fn allocated_arena_bytes(&self) -> usize {
-        self.allocated.load(Ordering::Relaxed)
+        self.backend.allocated_arena_bytes()
     }
 
-    fn idle(&self) -> MutexGuard<'_, Vec<Workspace>> {
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn new_workspace(&self) -> Result<Workspace> {
-        let arena = Arena::new(self.plan.arena_bytes, Target::CPU.align_bytes)?;
-        assert_eq!(arena.len_bytes(), self.plan.arena_bytes, "metal-candle bug: arena size");
-        self.allocated.fetch_add(arena.len_bytes(), Ordering::Relaxed);
-        Ok(Workspace {
-            arena,
-            bases: Vec::new(),
-            outputs: Vec::new(),
-            shared: Vec::new(),
-            guards: Vec::new(),
-        })
-    }
-
-    /// Runs the steps on `pool`, if there is one and they are worth it, else on this thread.
     pub(crate) fn run(
         &self,
         mut inputs: Vec<Buffer>,
         pool: Option<&ThreadPool>,
     ) -> Result<Vec<Buffer>> {
         self.check_inputs(&mut inputs)?;
-        let idle = self.idle().pop();
-        let workspace = idle.map_or_else(|| self.new_workspace(), Ok)?;
-        let mut lease = Lease { executable: self, workspace: Some(workspace) };
-        let workspace = lease.workspace.as_mut().expect("metal-candle bug: an ended lease");
-        workspace.outputs.clear();
-        for (output, zeroed) in self.plan.outputs.iter().zip(&self.zeroed) {
-            workspace.outputs.push(fresh(output, *zeroed)?);
-        }
-        self.run_steps(workspace, &mut inputs, pool)?;
-        Ok(self.results(workspace, &inputs))
+        self.backend.run(&self.plan, inputs, pool, None)
+    }
+
+    pub(crate) fn profile(
+        &self,
+        mut inputs: Vec<Buffer>,
+        pool: Option<&ThreadPool>,
+        timing: Timing,
+    ) -> Result<(Vec<Buffer>, Vec<f64>)> {
+        self.check_inputs(&mut inputs)?;
+        let mut clock = Clock { timing, seconds: Vec::new() };
+        let results = self.backend.run(&self.plan, inputs, pool, Some(&mut clock))?;
+        Ok((results, clock.seconds))
     }
 
     /// # Errors
-    /// [`Error::InputCount`], [`Error::InputType`] and [`Error::DonatedShared`].
+    /// [`Error::InputCount`], [`Error::InputType`], [`Error::InputDevice`] and [`Error::DonatedShared`].
     fn check_inputs(&self, inputs: &mut [Buffer]) -> Result<()> {
         let (expected, got) = (self.plan.inputs.len(), inputs.len());
         if expected != got {
             return Err(Error::InputCount { expected, got });
         }
         let each = inputs.iter_mut().zip(&self.plan.inputs).zip(&self.used).enumerate();
-        for (index, ((buffer, input), used)) in each.filter(|(_, (_, used))| **used) {
+        for (index, ((buffer, input), _)) in each.filter(|(_, (_, used))| **used) {
             let (expected, got, len) = (input.ty, buffer.dtype(), buffer.len());
             if expected.dtype != got || expected.shape.len() != len {
                 return Err(Error::InputType { index, expected, got, len });
             }
-            if input.donated && buffer.unique_mut().is_none() {
+            let (expected, got) = (self.device, buffer.device());
+            if expected != got {
+                return Err(Error::InputDevice { index, expected, got });
+            }
+            if input.donated && !buffer.is_unique_now() {
                 return Err(Error::DonatedShared { input: index });
             }
-            debug_assert!(used);
         }
         Ok(())
-    }
-
-    /// Binds the memory of this run and walks the steps. Whatever happens in them, nothing touches that memory
-    /// after this returns: rayon joins its tasks before it passes a panic on.
-    fn run_steps(
-        &self,
-        workspace: &mut Workspace,
-        inputs: &mut [Buffer],
-        pool: Option<&ThreadPool>,
-    ) -> Result<()> {
-        let Workspace { arena, bases, outputs, shared, guards } = workspace;
-        bases.clear();
-        bases.push(arena.as_ptr());
-        shared.clear();
-        for (i, (buffer, input)) in inputs.iter_mut().zip(&self.plan.inputs).enumerate() {
-            let written = if input.donated { buffer.unique_mut() } else { None };
-            bases.push(match written {
-                Some(data) => data.as_mut_ptr(),
-                None => match buffer.memory() {
-                    Memory::Owned(data) => data.as_ptr().cast_mut(),
-                    Memory::Mapped(mapped) => mapped.as_ptr().cast_mut(),
-                    Memory::Shared(storage) => {
-                        shared.push((storage.key(), i as u32));
-                        std::ptr::null_mut()
-                    }
-                },
-            });
-        }
-        let outputs = outputs.iter_mut();
-        bases.extend(outputs.map(|o| o.as_mut().map_or(std::ptr::null_mut(), Data::as_mut_ptr)));
-        let mut held: Vec<StorageRef<'_>> = recycled(std::mem::take(guards));
-        self.lock_shared(inputs, shared, bases, &mut held)?;
-        let outcome = self.walk(&Bases(bases), pool);
-        held.clear();
-        *guards = recycled(held);
-        outcome
-    }
-
-    /// Locks the storages of the inputs that came from Candle, each once and in one order everywhere, so that no two
-    /// runs and no writer wait for each other in a circle.
-    fn lock_shared<'a>(
-        &self,
-        inputs: &'a [Buffer],
-        shared: &mut [(usize, u32)],
-        bases: &mut [*mut u8],
-        held: &mut Vec<StorageRef<'a>>,
-    ) -> Result<()> {
-        shared.sort_unstable();
-        let mut last = None;
-        for (key, index) in shared.iter() {
-            let index = *index as usize;
-            let Memory::Shared(storage) = inputs[index].memory() else {
-                unreachable!("metal-candle bug: input {index} has moved")
-            };
-            if last != Some(*key) {
-                held.push(storage.lock());
-                last = Some(*key);
-            }
-            let locked = held.last().expect("metal-candle bug: no storage is locked");
-            let address = storage.address(locked).ok_or_else(|| Error::InputType {
-                index,
-                expected: self.plan.inputs[index].ty,
-                got: storage.dtype(),
-                len: 0,
-            })?;
-            bases[1 + index] = address.cast_mut();
-        }
-        Ok(())
-    }
-
-    fn walk(&self, bases: &Bases, pool: Option<&ThreadPool>) -> Result<()> {
-        let at = AtomicUsize::new(0);
-        let pool = pool.filter(|_| self.parallel);
-        let walk = || {
-            for (index, (prepared, step)) in self.steps.iter().zip(&self.plan.steps).enumerate() {
-                at.store(index, Ordering::Relaxed);
-                // SAFETY: `verify` has seen every operand of the plan within its slot, and the outputs of a step
-                // apart from what else it touches; `bases` holds the slots' memory: inputs of the plan's types,
-                // those that are written ours alone, the others locked or immutable; fresh outputs; an arena of
-                // the plan's size. Steps run one after the other.
-                unsafe { prepared.run(step, bases, pool.is_some())? };
-            }
-            Ok(())
-        };
-        let outcome = catch_unwind(AssertUnwindSafe(|| match pool {
-            Some(pool) => pool.install(walk),
-            None => walk(),
-        }));
-        let step = at.into_inner();
-        match outcome {
-            Ok(done) => done.map_err(Error::Graph),
-            Err(panic) => Err(Error::KernelPanic {
-                step,
-                label: self.plan.steps[step].label.clone(),
-                message: message(&*panic),
-            }),
-        }
-    }
-
-    /// The results, once every step has run.
-    fn results(&self, workspace: &mut Workspace, inputs: &[Buffer]) -> Vec<Buffer> {
-        let mut results: Vec<Buffer> = Vec::with_capacity(self.plan.outputs.len());
-        for (output, data) in self.plan.outputs.iter().zip(&mut workspace.outputs) {
-            results.push(match output.source {
-                OutputSource::Written => {
-                    let mut data = data.take().expect("metal-candle bug: an output without memory");
-                    // SAFETY: `fresh` made room for these, and the steps have written every one, or `fresh` has.
-                    unsafe { data.set_len(output.ty.shape.len()) };
-                    Buffer::from_data(data)
-                }
-                OutputSource::Donated(i) | OutputSource::Input(i) => inputs[i as usize].clone(),
-                OutputSource::SameAs(i) => results[i as usize].clone(),
-            });
-        }
-        results
     }
 }
 
 impl fmt::Debug for Executable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Executable")
-            .field("steps", &self.steps.len())
+            .field("device", &self.device)
+            .field("steps", &self.plan.steps.len())
             .field("arena_bytes", &self.plan.arena_bytes)
             .finish_non_exhaustive()
     }
-}
-
-/// A workspace that goes back to its executable, however the run ends.
-struct Lease<'a> {
-    executable: &'a Executable,
-    workspace: Option<Workspace>,
-}
-
-impl Drop for Lease<'_> {
-    fn drop(&mut self) {
-        let Some(mut workspace) = self.workspace.take() else { return };
-        workspace.outputs.clear();
-        let mut idle = self.executable.idle();
-        if idle.len() < IDLE_WORKSPACES {
-            idle.push(workspace);
-        } else {
-            let bytes = workspace.arena.len_bytes();
-            self.executable.allocated.fetch_sub(bytes, Ordering::Relaxed);
-        }
-    }
-}
-
-/// Where this run's allocations start.
-struct Bases<'a>(&'a [*mut u8]);
-// SAFETY: what the pointers reach is touched as the plan says, step by step, whichever thread walks it.
-unsafe impl Sync for Bases<'_> {}
-
-impl Prepared {
-    fn new(plan: &Plan, step: &Step) -> Prepared {
-        let place = |operand: &Operand| match operand.slot {
-            Slot::Arena { offset_bytes, .. } => Place { base: 0, offset_bytes },
-            Slot::Input(i) => Place { base: 1 + i, offset_bytes: 0 },
-            Slot::Output(i) => Place { base: 1 + plan.inputs.len() as u32 + i, offset_bytes: 0 },
-        };
-        let program = match &step.work {
-            Work::Kernel(kernel) => Some(Program::new(kernel, updates_in_place(step))),
-            Work::Call(_) => None,
-        };
-        let parallel = match &program {
-            Some(program) => program.work() as u64 >= PARALLEL_KERNEL_WORK,
-            None => (step.flops / 8).max(step.bytes / 4) >= PARALLEL_CALL_WORK,
-        };
-        Prepared {
-            program,
-            args: step.args.iter().map(place).collect(),
-            outs: step.outs.iter().map(place).collect(),
-            parallel,
-        }
-    }
-
-    /// # Safety
-    /// The step has been verified, and `bases` holds memory for every slot of its plan, which nobody else touches
-    /// as the step writes, or writes as it reads.
-    unsafe fn run(
-        &self,
-        step: &Step,
-        bases: &Bases,
-        threads: bool,
-    ) -> metal_candle_graph::Result<()> {
-        let at = |place: &Place| bases.0[place.base as usize].wrapping_add(place.offset_bytes);
-        let parallel = threads && self.parallel;
-        match &step.work {
-            Work::Kernel(_) => {
-                let program = self.program.as_ref().expect("metal-candle bug: no program");
-                let args: SmallVec<[*const u8; 16]> =
-                    self.args.iter().map(|p| at(p).cast_const()).collect();
-                let outs: SmallVec<[*mut u8; 8]> = self.outs.iter().map(at).collect();
-                // SAFETY: the caller's promise.
-                unsafe { program.run(&args, &outs, parallel) };
-                Ok(())
-            }
-            Work::Call(call) => {
-                let args = self.args.iter().zip(&step.args);
-                let outs = self.outs.iter().zip(&step.outs);
-                // SAFETY: the caller's promise; a call's outputs share memory with nothing.
-                let args: SmallVec<[Arg; 8]> =
-                    args.map(|(place, o)| unsafe { Arg::new(at(place), o) }).collect();
-                // SAFETY: as above.
-                let mut outs: SmallVec<[Out; 4]> =
-                    outs.map(|(place, o)| unsafe { Out::new(at(place), o) }).collect();
-                cpu::call(call, &args, &mut outs, parallel)
-            }
-        }
-    }
-}
-
-/// Whether an output lies in the memory of an argument.
-fn updates_in_place(step: &Step) -> bool {
-    let overlap = |a: Slot, b: Slot| match (a, b) {
-        (
-            Slot::Arena { offset_bytes: a, len_bytes: a_len },
-            Slot::Arena { offset_bytes: b, len_bytes: b_len },
-        ) => a < b + b_len && b < a + a_len,
-        _ => a == b,
-    };
-    step.outs.iter().any(|out| step.args.iter().any(|arg| overlap(out.slot, arg.slot)))
 }
 
 fn used_inputs(plan: &Plan) -> Vec<bool> {
@@ -395,29 +152,6 @@ fn used_inputs(plan: &Plan) -> Vec<bool> {
         }
     }
     used
-}
-
-/// Memory for a result that the steps write; none for the others.
-fn fresh(output: &PlanOutput, zeroed: bool) -> Result<Option<Data>> {
-    if output.source != OutputSource::Written {
-        return Ok(None);
-    }
-    let (dtype, len) = (output.ty.dtype, output.ty.shape.len());
-    let data = if zeroed { Data::zeroed(dtype, len) } else { Data::with_capacity(dtype, len) };
-    let out_of_memory = || Error::OutOfMemory {
-        what: format!("a result {}", output.ty),
-        bytes: output.ty.size_bytes(),
-    };
-    let mut data = data.ok_or_else(out_of_memory)?;
-    prefer_huge(data.as_mut_ptr(), output.ty.size_bytes());
-    Ok(Some(data))
-}
-
-/// The memory of a vector that is empty, for elements of another type or lifetime.
-fn recycled<A, B>(empty: Vec<A>) -> Vec<B> {
-    assert!(empty.is_empty(), "metal-candle bug: recycling what is in use");
-    // Collecting in place keeps the allocation, if the types are of one size.
-    empty.into_iter().map(|_| unreachable!()).collect()
 }
 
 pub(crate) fn message(panic: &(dyn Any + Send)) -> String {

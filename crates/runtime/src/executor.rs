@@ -1,6 +1,6 @@
 //! Runs executables: on the calling thread, or on threads of its own for whoever awaits them.
 
-use crate::executable::message;
+use crate::executable::{Timing, message};
 use crate::pending::Completion;
 use crate::{Buffer, Error, Executable, Pending, Result};
 use rayon::{ThreadPool, ThreadPoolBuilder};
@@ -80,6 +80,19 @@ impl AsyncGraphExecutor {
     /// for an index among the values that is out of range; [`Error::OutOfMemory`]; [`Error::KernelPanic`].
     pub fn run(&self, executable: &Executable, inputs: Vec<Buffer>) -> Result<Vec<Buffer>> {
         executable.run(inputs, self.owner.shared.pool.as_ref())
+    }
+
+    /// As [`AsyncGraphExecutor::run`], and the seconds that it took on the device.
+    ///
+    /// # Errors
+    /// As [`AsyncGraphExecutor::run`].
+    pub fn profile(
+        &self,
+        executable: &Executable,
+        inputs: Vec<Buffer>,
+        timing: Timing,
+    ) -> Result<(Vec<Buffer>, Vec<f64>)> {
+        executable.profile(inputs, self.owner.shared.pool.as_ref(), timing)
     }
 
     /// Runs the executable on the executor's threads. Returns at once.

@@ -10,10 +10,14 @@
 //! do [`MappedBytes`] of a file become buffers.
 
 mod arena;
+#[cfg(any(feature = "cuda", test))]
+mod blas;
 mod buffer;
 mod cache;
 mod candle;
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod device;
 mod element;
 mod error;
@@ -30,7 +34,7 @@ pub use candle::{dtype_from_candle, dtype_to_candle};
 pub use device::Device;
 pub use element::Element;
 pub use error::{Error, PlanFault, Result};
-pub use executable::Executable;
+pub use executable::{Executable, Timing};
 pub use executor::AsyncGraphExecutor;
 pub use mapped::MappedBytes;
 pub use pending::Pending;

@@ -96,6 +96,11 @@ impl Mapped {
         self.bytes.as_ptr()
     }
 
+    #[cfg(feature = "cuda")]
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
     pub(crate) fn to_data(&self) -> Data {
         copy(&self.bytes, self.dtype)
     }

@@ -8,10 +8,10 @@ mod support;
 #[path = "support/walk.rs"]
 mod walk;
 
-use metal_candle_compiler::{OutputSource, Plan, Slot, Target};
+use metal_candle_compiler::{OutputSource, Plan, Slot};
 use metal_candle_graph::oracle::Value;
 use metal_candle_graph::{BinaryOp, ComputationGraph, DType, Dims, NodeId, ReduceOp, UnaryOp};
-use metal_candle_runtime::{AsyncGraphExecutor, Buffer, Executable};
+use metal_candle_runtime::{AsyncGraphExecutor, Buffer};
 use random::{Case, Limits, Rng, SMALL, case, seeds};
 use std::sync::LazyLock;
 
@@ -23,14 +23,23 @@ const EDGES: &[usize] = &[1, 2, 3, 15, 16, 17, 64, 255, 256, 257, 1023, 1024, 10
 
 const KERNELS: Limits = Limits { calls: false, ..SMALL };
 
+/// [`KERNELS`] of the floats that the device computes in.
+fn kernels() -> Limits {
+    match support::computes(KERNELS.floats) {
+        true => KERNELS,
+        false => Limits { floats: &[DType::F32, DType::BF16, DType::F16], ..KERNELS },
+    }
+}
+
 fn planned(g: &ComputationGraph, donated: &[bool]) -> Plan {
-    metal_candle_compiler::plan(g, &Target::CPU, donated).unwrap()
+    metal_candle_compiler::plan(g, support::device().target(), donated).unwrap()
 }
 
 fn buffers(case: &Case, plan: &Plan) -> Vec<Buffer> {
     let used = case.inputs.iter().zip(&plan.inputs);
     let buffer = |value: &metal_candle_graph::oracle::Value, donated: bool| {
         let buffer = support::buffer(value.ty.dtype, &value.data);
+        let buffer = buffer.to_device(support::device()).unwrap();
         if donated { buffer.into_owned().unwrap() } else { buffer }
     };
     used.map(|(value, input)| buffer(value, input.donated)).collect()
@@ -51,7 +60,7 @@ fn check(seed: u64, limits: &Limits) -> Plan {
 /// the walk's values.
 fn compare(name: &str, case: &Case, donated: &[bool]) -> Plan {
     let plan = planned(&case.graph, donated);
-    let executable = Executable::new(plan.clone())
+    let executable = support::executable(plan.clone())
         .unwrap_or_else(|e| panic!("{name}: {e}\n{}\n{plan}", case.graph));
     assert_eq!(executable.allocated_arena_bytes(), plan.arena_bytes);
     let run = |executor: &AsyncGraphExecutor| -> Vec<Vec<f64>> {
@@ -68,20 +77,22 @@ fn compare(name: &str, case: &Case, donated: &[bool]) -> Plan {
     let want = walk::run(&plan, &case.inputs);
     for (i, (got, want)) in one.iter().zip(&want).enumerate() {
         let what = format!("{name}, output {i}\n{}\n{plan}\n{:#?}", case.graph, plan.steps);
-        support::close(got, want, case.tolerances[i], &what);
+        let dtype = plan.outputs[i].ty.dtype;
+        support::close_on_device(got, want, dtype, case.tolerances[i], &what);
     }
     plan
 }
 
 #[test]
 fn kernels_equal_the_walk_of_their_ir() {
-    seeds(3_000).for_each(|seed| drop(check(seed, &KERNELS)));
+    let limits = kernels();
+    seeds(3_000).for_each(|seed| drop(check(seed, &limits)));
 }
 
 #[test]
 fn kernels_of_one_dtype_equal_the_walk_of_their_ir() {
     const EACH: [&[DType]; 4] = [&[DType::F64], &[DType::F32], &[DType::BF16], &[DType::F16]];
-    for floats in EACH {
+    for floats in EACH.into_iter().filter(|floats| support::computes(floats)) {
         let limits = Limits { floats, ops: 12, ..KERNELS };
         seeds(300).for_each(|seed| drop(check(seed, &limits)));
     }
@@ -89,7 +100,7 @@ fn kernels_of_one_dtype_equal_the_walk_of_their_ir() {
 
 #[test]
 fn kernels_at_the_edges_of_tiles_equal_the_walk_of_their_ir() {
-    let limits = Limits { extents: EDGES, max_len: 12_000, ops: 12, ..KERNELS };
+    let limits = Limits { extents: EDGES, max_len: 12_000, ops: 12, ..kernels() };
     seeds(1_500).for_each(|seed| drop(check(seed, &limits)));
     let rows = Limits { max_rank: 1, ..limits };
     seeds(600).for_each(|seed| drop(check(seed, &rows)));
@@ -98,20 +109,21 @@ fn kernels_at_the_edges_of_tiles_equal_the_walk_of_their_ir() {
 /// Large enough for several tasks, in every way to cut one.
 #[test]
 fn large_kernels_equal_the_walk_of_their_ir_on_any_number_of_threads() {
-    let limits = Limits { extents: EDGES, max_len: 200_000, ops: 8, ..KERNELS };
+    let limits = Limits { extents: EDGES, max_len: 200_000, ops: 8, ..kernels() };
     seeds(100).for_each(|seed| drop(check(1 << 32 | seed, &limits)));
 }
 
 #[test]
 fn kernels_of_nothing_equal_the_walk_of_their_ir() {
-    let limits = Limits { extents: &[0, 0, 1, 2, 17], ops: 10, ..KERNELS };
+    let limits = Limits { extents: &[0, 0, 1, 2, 17], ops: 10, ..kernels() };
     seeds(400).for_each(|seed| drop(check(seed, &limits)));
 }
 
 /// The cases above do update memory in place, donated and scratch alike.
 #[test]
 fn random_plans_update_in_place() {
-    let plans: Vec<Plan> = (0..300).map(|seed| check(seed, &KERNELS)).collect();
+    let limits = kernels();
+    let plans: Vec<Plan> = (0..300).map(|seed| check(seed, &limits)).collect();
     let donated =
         |o: &metal_candle_compiler::PlanOutput| matches!(o.source, OutputSource::Donated(_));
     assert!(plans.iter().filter(|p| p.outputs.iter().any(donated)).count() > 20);
@@ -157,7 +169,7 @@ fn special_floats() -> Vec<f64> {
 #[test]
 fn scalar_functions_of_special_values_equal_the_walk() {
     let x = special_floats();
-    for dtype in support::FLOATS {
+    for dtype in support::FLOATS.into_iter().filter(|dtype| support::computes(&[*dtype])) {
         for f in UnaryOp::ALL {
             compare_on(f.as_str(), dtype, &[&x], |g, x| vec![g.unary(*f, x[0]).unwrap()]);
         }
@@ -178,7 +190,7 @@ fn reductions_of_special_values_equal_the_walk() {
         let reduce = |op: &ReduceOp| g.reduce(*op, x[0], Dims::new([0])).unwrap();
         ReduceOp::ALL.iter().map(reduce).collect::<Vec<_>>()
     };
-    for dtype in support::FLOATS {
+    for dtype in support::FLOATS.into_iter().filter(|dtype| support::computes(&[*dtype])) {
         for n in [1, 15, 16, 17, 33, 500] {
             for special in [&NOT_FINITE[..], &[-0.0]].concat() {
                 for at in [0, n / 2, n - 1] {

@@ -152,8 +152,9 @@ fn settings(args: &Args, plan: &Plan, trainable: usize) -> Vec<(String, String)>
         (schedule, 0) => format!("{schedule:?}").to_lowercase(),
         (schedule, warmup) => format!("{schedule:?}, {warmup} steps of warm-up").to_lowercase(),
     };
-    let rows: [(&str, String); 12] = [
+    let rows: [(&str, String); 13] = [
         ("Model", args.model.source().given().to_owned()),
+        ("Device", args.model.device().named().to_string()),
         ("Adapter", args.adapter_path.display().to_string()),
         ("Target modules", args.target_modules.join(", ")),
         (

@@ -1,6 +1,6 @@
 //! What needs no model: what is printed, where, and with which exit code.
 
-use crate::{fails, is_no_usage, run, text, write};
+use crate::{fails, is_no_usage, run, testbed, text, write};
 
 #[test]
 fn a_model_that_is_not_there_is_one_line_with_its_path() {
@@ -87,8 +87,8 @@ fn info_reads_a_model_folder_by_its_headers() {
 
 #[test]
 fn info_reads_an_adapter() {
-    let adapter = concat!(env!("CARGO_MANIFEST_DIR"), "/../metal-candle/tests/data/peft_adapter");
-    let output = run(&["info", adapter]);
+    let adapter = testbed::file("data/peft_adapter");
+    let output = run(&["info", adapter.to_str().unwrap()]);
     let stdout = text(&output.stdout);
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
     for part in ["rank            3, alpha 6", "4 layers: down_proj x 2, q_proj x 2", "376, "] {

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::{command, data, fails, model, run, succeeds, text, write};
+use crate::{command, data, fails, model, run, succeeds, testbed, text, write};
 
 #[test]
 fn many_prompts_get_the_answers_that_each_gets_alone() {
@@ -76,8 +76,7 @@ fn pages_of_the_manual_name_every_command_and_exit_code() {
 
 /// A Hugging Face folder whose every token is one printable character.
 fn folder(folder: &Path) -> String {
-    let llama =
-        Path::new(env!("CARGO_MANIFEST_DIR")).join("../metal-candle/tests/data/models/llama");
+    let llama = testbed::file("data/models/llama");
     for name in ["config.json", "model.safetensors"] {
         std::fs::copy(llama.join(name), folder.join(name)).unwrap();
     }

@@ -1,6 +1,6 @@
 //! Models by their names on the hub, which is a server of the test's here.
 
-use crate::{command, is_one_line, model, text, write};
+use crate::{command, is_one_line, model, testbed, text, write};
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
@@ -167,8 +167,7 @@ fn a_cache_that_another_tool_filled_is_used_offline() {
 #[test]
 fn a_folder_comes_with_its_shards_and_of_several_gguf_files_one_is_named() {
     let folder = tempfile::tempdir().unwrap();
-    let data =
-        Path::new(env!("CARGO_MANIFEST_DIR")).join("../metal-candle/tests/data/models/llama");
+    let data = testbed::file("data/models/llama");
     let read = |name: &str| std::fs::read(data.join(name)).unwrap();
     let weights = read("model.safetensors");
     let header = u64::from_le_bytes(weights[..8].try_into().unwrap()) as usize;
@@ -203,7 +202,7 @@ fn a_folder_comes_with_its_shards_and_of_several_gguf_files_one_is_named() {
 #[test]
 fn whatever_takes_a_model_takes_its_name() {
     let folder = tempfile::tempdir().unwrap();
-    let shared = Path::new(env!("CARGO_MANIFEST_DIR")).join("../metal-candle/tests/data/adapters");
+    let shared = testbed::file("data/adapters");
     let (base, adapter) = (shared.join("base.gguf"), shared.join("peft"));
     let hub = Hub::serve([("base.gguf", std::fs::read(&base).unwrap())].into(), None);
     let home = folder.path().join("home");

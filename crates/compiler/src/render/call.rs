@@ -1,7 +1,7 @@
 //! A library call as what a GPU does for it: kernels and products, in order.
 //!
 //! ```text
-//! index, along, rope, quant, cross_entropy
+//! gemm, index, along, rope, quant, cross_entropy
 //!        which template of a header, with which extents and places
 //! attention, attention_few
 //!        tiles of scores; attention_shape ── what they are specialised by; kernel ── the text around them
@@ -17,6 +17,7 @@ mod attention_shape;
 mod cross_entropy;
 mod draft;
 mod factor;
+mod gemm;
 mod index;
 mod kernel;
 mod quant;
@@ -37,6 +38,7 @@ pub struct Call {
 }
 
 /// One launch, or one product of the backend's own library.
+#[expect(clippy::large_enum_variant, reason = "a call has a handful of parts")]
 #[derive(Clone, Debug, PartialEq)]
 pub enum Part {
     Kernel(Source),
@@ -72,6 +74,36 @@ pub struct Status {
 }
 
 impl Status {
+    /// From memory that the kernels wrote, in the machine's order.
+    ///
+    /// # Panics
+    /// Where there are fewer bytes than it has.
+    pub fn from_bytes(bytes: &[u8]) -> Status {
+        let eight = |at: usize| *bytes[at..].first_chunk::<8>().expect("a status of 32 bytes");
+        let four = |at: usize| *bytes[at..].first_chunk::<4>().expect("a status of 32 bytes");
+        Status {
+            failed: u32::from_ne_bytes(four(0)),
+            reserved: u32::from_ne_bytes(four(4)),
+            index: i64::from_ne_bytes(eight(8)),
+            extent: i64::from_ne_bytes(eight(16)),
+            position: i64::from_ne_bytes(eight(24)),
+        }
+    }
+
+    /// # Errors
+    /// [`metal_candle_graph::Error::IndexOutOfRange`]
+    pub fn check(&self) -> metal_candle_graph::Result<()> {
+        if self.failed == 0 {
+            return Ok(());
+        }
+        Err(metal_candle_graph::Error::IndexOutOfRange {
+            op: self.operation().unwrap_or("index"),
+            index: self.index,
+            extent: self.extent as usize,
+            position: self.position as usize,
+        })
+    }
+
     /// What can meet a bad index; the first one has number 1.
     const OPERATIONS: [&str; 8] = [
         "gather",
@@ -114,7 +146,9 @@ pub fn call(
     }
     let gpu = Gpu { dialect, limits };
     Ok(match *call {
-        LibraryCall::Gemm { alpha, accumulate } => gemm(alpha, accumulate, args, outs),
+        LibraryCall::Gemm { alpha, accumulate } => {
+            gemm::gemm(gpu, args, &outs[0], alpha, accumulate)
+        }
         LibraryCall::Rope { layout } => rope::rope(gpu, args, &outs[0], layout),
         LibraryCall::Gather { dim } => index::gather(gpu, args, outs, dim),
         LibraryCall::IndexSelect { dim } => index::index_select(gpu, args, outs, dim),
@@ -143,12 +177,4 @@ pub fn call(
             attention::attention_grad(gpu, &attrs, wrt, args, outs)
         }
     })
-}
-
-fn gemm(alpha: f64, accumulate: bool, args: &[Operand], outs: &[Operand]) -> Call {
-    let place = |binding, o: &Operand| Place { binding, dtype: o.dtype, layout: o.layout };
-    let [a, b] = [0, 1].map(|i| place(Binding::Arg(i), &args[i as usize]));
-    let out = place(Binding::Out(0), &outs[0]);
-    let product = Part::Product { alpha, accumulate, a, b, out };
-    Call { parts: vec![product], workspace_bytes: 0 }
 }

@@ -11,7 +11,7 @@ pub struct Dialect {
     /// What to tell the compiler.
     pub options: &'static [&'static str],
     /// What the kernels rely on, once before all of them: the dialect's own words, then what all dialects share.
-    pub(super) headers: [&'static str; 14],
+    pub(super) headers: [&'static str; 15],
     /// The beginning of a kernel's definition, up to its first parameter.
     pub(super) kernel: &'static str,
     /// A parameter that is read.
@@ -39,7 +39,7 @@ impl Dialect {
     pub(super) const fn headers(
         own: &'static str,
         tensor_cores: [&'static str; 3],
-    ) -> [&'static str; 14] {
+    ) -> [&'static str; 15] {
         let [mma, flash, flash_grad] = tensor_cores;
         [
             own,
@@ -48,6 +48,7 @@ impl Dialect {
             include_str!("call/index.h"),
             include_str!("call/along.h"),
             include_str!("call/rope.h"),
+            include_str!("call/gemm.h"),
             include_str!("call/quant.h"),
             include_str!("call/cross_entropy.h"),
             include_str!("call/attention.h"),

@@ -32,7 +32,14 @@ pub struct Limits {
     pub tensor_cores: bool,
     /// Whether the library's products of 16-bit factors can give f32.
     pub widening_products: bool,
+    /// Rows of a product up to which a rendered kernel multiplies instead of the library; 0 for none.
+    pub few_rows: usize,
+    /// What the workspace of a call takes at most, about.
+    pub workspace_bytes: usize,
 }
+
+/// A few matrices of 16 bits that keep a large device busy.
+const WORKSPACE_BYTES: usize = 256 << 20;
 
 impl Limits {
     /// Any CUDA device, of this many multiprocessors with so many threads each ("CUDA C++ Programming Guide", table of
@@ -46,6 +53,8 @@ impl Limits {
             resident_threads: multiprocessors * threads,
             tensor_cores: false,
             widening_products: true,
+            few_rows: 4,
+            workspace_bytes: WORKSPACE_BYTES,
         }
     }
 
@@ -72,6 +81,8 @@ impl Limits {
             resident_threads: cores * 1024,
             tensor_cores: false,
             widening_products: false,
+            few_rows: 4,
+            workspace_bytes: WORKSPACE_BYTES,
         }
     }
 }

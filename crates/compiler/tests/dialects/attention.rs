@@ -1,11 +1,11 @@
 //! Attention's kernels against the graph's meaning in f64: every attribute, dtype and layout, in both dialects.
 
-use crate::plans::{self, Rendered, Renderer, Task};
+use crate::plans::{self, Task};
 use crate::random::Rng;
 use crate::{CUDA, DIALECTS, METAL, walk};
 use metal_candle_compiler::render::{Dialect, Limits};
 use metal_candle_graph::composite::{AttentionAttrs, AttentionInput};
-use metal_candle_graph::oracle::Value;
+use metal_candle_graph::oracle::{self, Value};
 use metal_candle_graph::{Composite, ComputationGraph, DType, NodeId, Operation, Scalar};
 
 /// An attention: extents, attributes, and how its operands lie.
@@ -132,7 +132,15 @@ impl Draw {
         let tolerances =
             outputs.iter().map(|out| tolerance(g.ty(*out).dtype, self.dtype)).collect();
         g.outputs = outputs;
-        Task { name: format!("{self:?}"), graph: g, donated: Vec::new(), inputs: given, tolerances }
+        let want = oracle::evaluate(&g, &given).unwrap();
+        Task {
+            name: format!("{self:?}"),
+            graph: g,
+            donated: Vec::new(),
+            inputs: given,
+            want,
+            tolerances,
+        }
     }
 }
 
@@ -239,7 +247,7 @@ fn attention_of_few_queries_equals_its_meaning() {
 }
 
 /// Both sizes of heads that tensor cores are for, and all attributes.
-fn on_tensor_cores() -> [Vec<Task>; 2] {
+pub(crate) fn on_tensor_cores() -> [Vec<Task>; 2] {
     let of_64 = Draw { dtype: DType::BF16, d: 64, dv: 64, ..CAUSAL };
     let of_128 = Draw { d: 128, dv: 128, ..of_64 };
     let everything = Draw { causal: false, lies: Lies::HeadsFirst, ..of_64 };
@@ -256,14 +264,6 @@ fn on_tensor_cores() -> [Vec<Task>; 2] {
             Draw { tq: 40, tk: 7, offset: Some(-4), ..half },
         ]),
     ]
-}
-
-/// Their kernels.
-pub(crate) fn rendered() -> Vec<Rendered> {
-    let (dialect, limits) = TENSOR_CORES;
-    let mut renderer = Renderer::new(dialect, limits);
-    let tasks = on_tensor_cores().concat();
-    tasks.iter().map(|task| renderer.plan(&task.graph, &task.donated).unwrap()).collect()
 }
 
 #[test]

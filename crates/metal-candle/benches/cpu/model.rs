@@ -39,7 +39,7 @@ pub(crate) fn train(row: &Value) -> Result<Prepared, Failure> {
     let config = LoraConfig { r, lora_alpha: 16.0, target_modules, ..LoraConfig::default() };
     let adapter = LoRAAdapter::new(config, decoder.modules(), 0, &Device::Cpu)?;
     let optimizer = AdamWConfig::default();
-    let mut step = TrainStep::new(Arc::new(decoder), adapter, optimizer, 1.0, 0, &Device::Cpu)?;
+    let mut step = TrainStep::new(Arc::new(decoder), adapter, optimizer, 1.0, 0)?;
     let shape = StepShape { batch, seq, accumulated: 1, packed: false };
     let planned = step.plan(shape)?.peak_bytes();
     let mut next = 0;

@@ -4,7 +4,7 @@ use super::generator::{CACHE_BUCKET, Generator};
 use super::run::Run;
 use super::step::{self, PREFILL_BUCKET};
 use super::{Generated, GeneratorConfig, KVCache, StreamToken};
-use crate::{Device, LazyTensor, Result};
+use crate::{LazyTensor, Result};
 
 impl Generator {
     /// Generates from several prompts at once, each as [`Generator::generate`] would on its own; a
@@ -66,14 +66,14 @@ struct Rows {
 
 impl Rows {
     fn new(generator: &Generator, ids: &[Vec<u32>], longest: usize, max: usize) -> Result<Rows> {
-        let config = &generator.decoder().config;
+        let (config, device) = (&generator.decoder().config, generator.decoder().device());
         let (batch, context) = (ids.len(), config.max_position_embeddings);
         let width = if longest == 1 { 1 } else { longest.next_multiple_of(PREFILL_BUCKET) };
         let capacity = width.saturating_add(max.min(context)).next_multiple_of(CACHE_BUCKET);
         let pads: Vec<usize> = ids.iter().map(|ids| width - ids.len()).collect();
         let keys = pads.iter().flat_map(|pad| (0..capacity).map(move |at| u8::from(at >= *pad)));
-        let keys = LazyTensor::from_vec(keys.collect(), &[batch, capacity], &Device::Cpu)?;
-        let cache = KVCache::new(config, batch, capacity, &Device::Cpu)?;
+        let keys = LazyTensor::from_vec(keys.collect(), &[batch, capacity], device)?;
+        let cache = KVCache::new(generator.decoder(), batch, capacity)?;
         Ok(Rows { cache, pads, keys, context })
     }
 
@@ -97,11 +97,12 @@ impl Rows {
                 queries.push(u8::from(at >= *pad));
             }
         }
+        let device = self.cache.device();
         let mut args = vec![
-            LazyTensor::from_vec(ids, &[b, t], &Device::Cpu)?,
-            step::scalar(start)?,
-            LazyTensor::from_vec(positions, &[b, t], &Device::Cpu)?,
-            LazyTensor::from_vec(queries, &[b, t], &Device::Cpu)?,
+            LazyTensor::from_vec(ids, &[b, t], device)?,
+            step::scalar(start, device)?,
+            LazyTensor::from_vec(positions, &[b, t], device)?,
+            LazyTensor::from_vec(queries, &[b, t], device)?,
             self.keys.clone(),
         ];
         args.append(&mut self.cache.keys);

@@ -1,8 +1,9 @@
 //! The keys and values of the tokens seen so far.
 
 use crate::error::ErrorKind;
-use crate::io::DecoderConfig;
-use crate::{Device, LazyTensor, Result};
+use crate::models::Decoder;
+use crate::{DType, Device, LazyTensor, Result};
+use half::{bf16, f16};
 
 /// Preallocated keys and values, `[batch, capacity, kv heads, head dim]` for every layer. They are
 /// donated to each step and updated in place.
@@ -12,27 +13,28 @@ pub struct KVCache {
     pub(super) values: Vec<LazyTensor>,
     capacity: usize,
     len: usize,
+    device: Device,
 }
 
 impl KVCache {
-    /// An empty cache for `capacity` positions.
+    /// An empty cache for `capacity` positions, where the decoder is and of its activations' dtype.
     ///
     /// # Errors
     /// Where that many positions cannot be addressed.
-    pub fn new(
-        config: &DecoderConfig,
-        batch: usize,
-        capacity: usize,
-        device: &Device,
-    ) -> Result<Self> {
+    pub fn new(decoder: &Decoder, batch: usize, capacity: usize) -> Result<Self> {
+        let (config, device) = (&decoder.config, decoder.device());
         let dims = [batch, capacity, config.num_kv_heads, config.head_dim];
         let len = dims.iter().try_fold(1usize, |n, dim| n.checked_mul(*dim));
         let len = len.filter(|n| *n <= isize::MAX as usize / 4);
         let len = len.ok_or_else(|| ErrorKind::CacheSize { dims: dims.to_vec() })?;
         // Zeroed pages of the machine's, in memory that nothing else holds: no run is waited for.
-        let layer = || LazyTensor::from_vec(vec![0f32; len], &dims, device);
+        let layer = || match decoder.activations() {
+            DType::BF16 => LazyTensor::from_vec(vec![bf16::ZERO; len], &dims, device),
+            DType::F16 => LazyTensor::from_vec(vec![f16::ZERO; len], &dims, device),
+            _ => LazyTensor::from_vec(vec![0f32; len], &dims, device),
+        };
         let layers = || (0..config.num_layers).map(|_| layer()).collect::<Result<Vec<_>>>();
-        Ok(KVCache { keys: layers()?, values: layers()?, capacity, len: 0 })
+        Ok(KVCache { keys: layers()?, values: layers()?, capacity, len: 0, device: *device })
     }
 
     /// Positions that hold a token.
@@ -50,6 +52,11 @@ impl KVCache {
         self.capacity
     }
 
+    /// Where it is; while a step runs, keys and values are with the step.
+    pub(super) fn device(&self) -> &Device {
+        &self.device
+    }
+
     pub(super) fn has_room(&self) -> bool {
         self.len < self.capacity
     }
@@ -59,14 +66,10 @@ impl KVCache {
         self.len = self.len.min(len);
     }
 
-    /// More positions, for a batch of 1: a position is then a row, and new ones follow the old.
+    /// More positions after those that there are.
     pub(super) fn grow(&mut self, capacity: usize) -> Result<()> {
         for tensor in self.keys.iter_mut().chain(&mut self.values) {
-            let mut dims = tensor.dims().to_vec();
-            dims[1] = capacity;
-            let mut values = tensor.to_vec::<f32>()?;
-            values.resize(dims.iter().product(), 0.0);
-            *tensor = LazyTensor::from_vec(values, &dims, &Device::Cpu)?;
+            *tensor = tensor.pad(1, 0, capacity - self.capacity, 0.0)?.into_owned()?;
         }
         self.capacity = capacity;
         Ok(())

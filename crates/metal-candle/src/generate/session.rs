@@ -1,8 +1,8 @@
 //! What is kept from one turn of a conversation to the next.
 
 use super::KVCache;
+use crate::Result;
 use crate::models::Decoder;
-use crate::{Device, Result};
 use std::sync::{Arc, Weak};
 
 /// The keys and values of a conversation so far, for [`Generator::generate_in`]. With another
@@ -44,7 +44,7 @@ impl Session {
         let held = std::mem::take(&mut self.ids);
         let is_same = std::ptr::eq(self.decoder.as_ptr(), Arc::as_ptr(decoder));
         let Some(mut cache) = self.cache.take().filter(|_| is_same) else {
-            return KVCache::new(config, 1, capacity, &Device::Cpu);
+            return KVCache::new(decoder, 1, capacity);
         };
         let common = held.iter().zip(ids).take_while(|(a, b)| a == b).count();
         cache.truncate(common.min(ids.len() - 1));

@@ -35,6 +35,7 @@ pub(super) fn one(decoder: Arc<Decoder>) -> Compiled {
         // Only one position's logits are wanted: [1, t, hidden] -> [1, 1, hidden] -> [vocabulary]
         let last = hidden.dynamic_slice(1, &args[2], 1)?;
         let logits = decoder.logits(&last)?.reshape(&[decoder.config.vocab_size])?;
+        let logits = logits.to_dtype(DType::F32)?;
         Ok([vec![logits], keys, values].concat())
     };
     compile(step).donate(ONE_ARGS..ONE_ARGS + 2 * layers)
@@ -53,7 +54,7 @@ pub(super) fn many(decoder: Arc<Decoder>) -> Compiled {
             decoder.hidden_padded(&args[0], cache, rows, decoder.adapter())?;
         let [b, t] = [args[0].dims()[0], args[0].dims()[1]];
         let logits = decoder.logits(&hidden.narrow(1, t - 1, 1)?)?;
-        let logits = logits.reshape(&[b, decoder.config.vocab_size])?;
+        let logits = logits.reshape(&[b, decoder.config.vocab_size])?.to_dtype(DType::F32)?;
         Ok([vec![logits], keys, values].concat())
     };
     compile(step).donate(MANY_ARGS..MANY_ARGS + 2 * layers)
@@ -61,9 +62,9 @@ pub(super) fn many(decoder: Arc<Decoder>) -> Compiled {
 
 /// What a step of this shape would run, and on what; nothing is allocated.
 pub(super) fn outline(decoder: Arc<Decoder>, shape: DecodeShape) -> Result<Outline> {
-    let c = decoder.config.clone();
+    let (c, device) = (decoder.config.clone(), *decoder.device());
     let DecodeShape { batch, tokens, capacity } = shape;
-    let hold = |dims: &[usize], dtype| LazyTensor::placeholder(dims, dtype, &Device::Cpu);
+    let hold = |dims: &[usize], dtype| LazyTensor::placeholder(dims, dtype, &device);
     let ids = hold(&[batch, tokens], DType::U32)?;
     let position = hold(&[], DType::I64)?;
     let mut args = match batch {
@@ -76,7 +77,7 @@ pub(super) fn outline(decoder: Arc<Decoder>, shape: DecodeShape) -> Result<Outli
     };
     let cache = [batch, capacity, c.num_kv_heads, c.head_dim];
     for _ in 0..2 * c.num_layers {
-        args.push(hold(&cache, DType::F32)?);
+        args.push(hold(&cache, decoder.activations())?);
     }
     let step = if batch == 1 { one(decoder) } else { many(decoder) };
     step.outline(&args)
@@ -92,15 +93,15 @@ pub(super) fn arguments(ids: &[u32], cache: &mut KVCache) -> Result<Vec<LazyTens
     let mut row = ids.to_vec();
     row.resize(padded, 0);
     let mut args = vec![
-        LazyTensor::from_vec(row, &[1, padded], &Device::Cpu)?,
-        scalar(cache.len())?,
-        scalar(ids.len() - 1)?,
+        LazyTensor::from_vec(row, &[1, padded], cache.device())?,
+        scalar(cache.len(), cache.device())?,
+        scalar(ids.len() - 1, cache.device())?,
     ];
     args.append(&mut cache.keys);
     args.append(&mut cache.values);
     Ok(args)
 }
 
-pub(super) fn scalar(value: usize) -> Result<LazyTensor> {
-    LazyTensor::from_vec(vec![value as i64], &[], &Device::Cpu)
+pub(super) fn scalar(value: usize, device: &Device) -> Result<LazyTensor> {
+    LazyTensor::from_vec(vec![value as i64], &[], device)
 }

@@ -1,6 +1,6 @@
 //! Running what was recorded.
 
-use super::{LazyTensor, Leaf, State, Trace, trace};
+use super::{LazyTensor, Leaf, State, Trace, one_device, trace};
 use crate::error::{AtCaller, ErrorKind};
 use crate::{Device, Error, Result};
 use candle_core::Tensor;
@@ -73,14 +73,11 @@ impl LazyTensor {
     /// Where the arena could not be addressed.
     #[track_caller]
     pub fn plan(roots: &[&LazyTensor]) -> Result<Plan> {
+        let device = one_device("plan", roots.iter().copied())?.unwrap_or_default();
         let trace = trace(roots, false);
-        metal_candle_compiler::plan(
-            &trace.graph,
-            roots.first().map_or(Device::Cpu, |r| *r.device()).target(),
-            &[],
-        )
-        .map_err(metal_candle_runtime::Error::from)
-        .at_caller()
+        metal_candle_compiler::plan(&trace.graph, device.target(), &[])
+            .map_err(metal_candle_runtime::Error::from)
+            .at_caller()
     }
 
     /// The plan that evaluating `roots` would run, from the cache that [`LazyTensor::eval`] uses.
@@ -89,8 +86,8 @@ impl LazyTensor {
     /// As [`LazyTensor::plan`].
     #[track_caller]
     pub fn cached_plan(roots: &[&LazyTensor]) -> Result<Arc<Executable>> {
+        let device = one_device("cached_plan", roots.iter().copied())?.unwrap_or_default();
         let trace = trace(roots, false);
-        let device = roots.first().map_or(Device::Cpu, |root| *root.device());
         plans().get(&trace.graph, &[], &device).at_caller()
     }
 
@@ -144,6 +141,37 @@ impl LazyTensor {
     pub fn to_owned_copy(&self) -> Result<LazyTensor> {
         let buffer = self.buffer()?.into_owned().at_caller()?;
         Ok(LazyTensor::ready(buffer, self.ty()))
+    }
+
+    /// The value on `device`: this tensor itself if it is there, else a copy, for which it is computed first. A copy
+    /// is a constant to gradients.
+    ///
+    /// # Errors
+    /// As [`LazyTensor::eval`]; for a device that this build or this machine lacks, or one without memory for it.
+    #[track_caller]
+    pub fn to_device(&self, device: &Device) -> Result<LazyTensor> {
+        if self.device() == device {
+            return Ok(self.clone());
+        }
+        let copy = match self.0.read() {
+            State::Placeholder => LazyTensor::placeholder(self.dims(), self.dtype(), device)?,
+            _ => {
+                let buffer = self.buffer()?.to_device(device).at_caller()?;
+                LazyTensor::ready(buffer, self.ty())
+            }
+        };
+        Ok(copy.alias(self.0.name.clone(), false))
+    }
+
+    /// The value in memory of its own: its own handle's, if this was the last one.
+    ///
+    /// # Errors
+    /// As [`LazyTensor::eval`].
+    #[track_caller]
+    pub(crate) fn into_owned(self) -> Result<LazyTensor> {
+        let ty = self.ty();
+        let buffer = self.into_buffer()?.into_owned().at_caller()?;
+        Ok(LazyTensor::ready(buffer, ty))
     }
 
     /// The value's memory, computed if need be.
@@ -209,8 +237,9 @@ impl Job {
     fn of(roots: &[&LazyTensor], location: &'static Location<'static>) -> Result<Option<Job>> {
         let unevaluated: Vec<&LazyTensor> =
             roots.iter().copied().filter(|root| !root.is_evaluated()).collect();
-        let Some(first) = unevaluated.first() else { return Ok(None) };
-        let device = *first.device();
+        let device = one_device("eval", unevaluated.iter().copied());
+        let device = device.map_err(|error| error.moved_to(location))?;
+        let Some(device) = device else { return Ok(None) };
         let Trace { graph, leaves, .. } = trace(&unevaluated, false);
         let inputs = leaves.into_iter().map(|leaf| match leaf {
             Leaf::Value(buffer) => Ok(buffer),

@@ -21,8 +21,8 @@ mod tests;
 mod unary;
 
 use super::LazyTensor;
-use crate::error::{AtCaller, ErrorKind};
-use crate::{Error, Result};
+use crate::Result;
+use crate::error::AtCaller;
 use metal_candle_graph::{Error as GraphError, MAX_RANK, Operation, Shape, broadcast_shapes};
 
 pub use attention::Attention;
@@ -30,26 +30,13 @@ pub use dim::Dim;
 pub use loss::CrossEntropy;
 
 impl LazyTensor {
-    /// Records `op` on operands of one device.
-    #[track_caller]
-    fn apply(op: Operation, inputs: &[&LazyTensor]) -> Result<LazyTensor> {
-        let lhs = *inputs[0].device();
-        for other in &inputs[1..] {
-            let rhs = *other.device();
-            if lhs != rhs {
-                return Err(Error::from(ErrorKind::DeviceMismatch { op: op.name(), lhs, rhs }));
-            }
-        }
-        LazyTensor::record(op, inputs)
-    }
-
     /// These elements in row-major order as `shape`; itself where nothing changes.
     #[track_caller]
     fn reshape_to(&self, shape: Shape) -> Result<LazyTensor> {
         if self.ty().shape == shape {
             return Ok(self.clone());
         }
-        LazyTensor::apply(Operation::Reshape(shape), &[self])
+        LazyTensor::record(Operation::Reshape(shape), &[self])
     }
 
     /// This tensor repeated to `shape`: leading dims are added, dims of extent 1 repeated.
@@ -74,7 +61,7 @@ impl LazyTensor {
         if x.ty().shape == to {
             return Ok(x);
         }
-        LazyTensor::apply(Operation::Broadcast(to), &[&x])
+        LazyTensor::record(Operation::Broadcast(to), &[&x])
     }
 
     /// Both tensors repeated to the shape that they have in common.

@@ -2,8 +2,9 @@
 
 use crate::error::ErrorKind;
 use crate::io::DecoderConfig;
+use crate::lazy::one_device;
 use crate::nn::{ApplyAdapter, Embedding, Linear, LoRAAdapter, RmsNorm, Rotary, Rotation, Weight};
-use crate::{Attention, CrossEntropy, LazyTensor, Result};
+use crate::{Attention, CrossEntropy, DType, Device, LazyTensor, Result};
 
 /// One block: attention and a gated feed-forward, each after a norm and added to the residual.
 #[derive(Clone, Debug)]
@@ -48,6 +49,8 @@ pub struct Decoder {
     pub(crate) output: Weight,
     pub(crate) rotary: Rotary,
     pub(crate) adapter: Option<LoRAAdapter>,
+    /// Of the residual stream and all that lies between the products.
+    pub(crate) activations: DType,
 }
 
 /// What a cached forward pass reads and updates: `[b, capacity, kv heads, head dim]` per layer, and the
@@ -89,6 +92,30 @@ impl Decoder {
         linears.map(|l| (l.name.as_str(), l.weight.dims()))
     }
 
+    /// The same model with the residual stream, and all that lies between the products, in another dtype. At first it
+    /// is f32. In bf16, what transformers computes in for a bf16 model, it takes half the memory and half the traffic,
+    /// which is what a GPU waits for. Sums, norms and the softmax of attention are f32 in any case, an adapter's own
+    /// weights too.
+    #[must_use]
+    pub fn with_activations(self, dtype: DType) -> Decoder {
+        Decoder { activations: dtype, ..self }
+    }
+
+    /// See [`Decoder::with_activations`].
+    pub fn activations(&self) -> DType {
+        self.activations
+    }
+
+    /// Where its weights are, and so where it computes.
+    pub fn device(&self) -> &Device {
+        self.norm.weight.device()
+    }
+
+    /// One that is where all are.
+    pub(crate) fn weight(&self) -> &LazyTensor {
+        &self.norm.weight
+    }
+
     /// The hidden states after the last norm.
     ///
     /// # Shapes
@@ -115,7 +142,7 @@ impl Decoder {
             Some(PackedInput { segments, .. }) => self.attention().segments(segments, segments),
             None => self.attention(),
         };
-        let mut x = self.embed.forward(ids)?;
+        let mut x = self.embed.forward(ids, self.activations)?;
         for layer in &self.layers {
             let keep = |k: LazyTensor, v: LazyTensor| Ok((k, v, attention));
             x = self.layer(layer, &x, &rotation, adapter, keep)?;
@@ -164,7 +191,7 @@ impl Decoder {
         adapter: Option<&LoRAAdapter>,
     ) -> Result<(LazyTensor, Vec<LazyTensor>, Vec<LazyTensor>)> {
         let (mut keys, mut values) = (Vec::new(), Vec::new());
-        let mut x = self.embed.forward(ids)?;
+        let mut x = self.embed.forward(ids, self.activations)?;
         for (i, layer) in self.layers.iter().enumerate() {
             let remember = |k: LazyTensor, v: LazyTensor| {
                 let k = cache.keys[i].slice_update(1, &k, cache.position)?;
@@ -275,6 +302,7 @@ impl ApplyAdapter for Decoder {
                 let module = module.to_string();
                 return Err(ErrorKind::AdapterShape { module, expected: [out, input], got }.into());
             }
+            one_device("apply_adapter", [&self.norm.weight, &layer.a, &layer.b])?;
         }
         Ok(self.adapter.replace(adapter))
     }

@@ -2,7 +2,7 @@
 
 mod source;
 
-use self::source::WeightSource;
+use self::source::{WeightSource, random};
 use super::{Decoder, DecoderLayer};
 use crate::io::gguf::{Encoding, GgufFile};
 use crate::io::tokenizer::Tokenizer;
@@ -15,8 +15,8 @@ use std::path::Path;
 /// What is in a file as it is asked for stays there, mapped. Norms and biases are f32 in any case.
 ///
 /// In bf16 and f16 a matrix takes half the memory. Products then round their operands and results to
-/// that type and sum in f32; between them, in the residual stream, the norms, attention, an adapter's
-/// branch and the loss, all is f32.
+/// that type and sum in f32; what lies between them is of the decoder's
+/// [activations](Decoder::with_activations).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum BaseWeights {
     /// Quantised blocks stay quantised; floats of any width are f32.
@@ -103,6 +103,21 @@ pub fn load_outline(path: &Path, base: BaseWeights, device: &Device) -> Result<D
     Builder { source: WeightSource::Gguf(&file), read, base, device }.decoder(config)
 }
 
+/// A decoder that was never trained, its weights made on the device: to measure what a model of this shape would take,
+/// without its files. The same seed gives the same weights on every device.
+///
+/// # Errors
+/// Where the config contradicts itself; where the device has no memory for the weights.
+pub fn random_decoder(
+    config: DecoderConfig,
+    base: BaseWeights,
+    seed: u64,
+    device: &Device,
+) -> Result<Decoder> {
+    let source = WeightSource::Random { seed };
+    Builder { source, read: Read::Weights, base, device }.decoder(config)
+}
+
 /// Loads a decoder, its tokenizer and its chat template from a GGUF file.
 ///
 /// Module names are Hugging Face's, and q and k rows are put back into its order, so that adapters
@@ -162,6 +177,7 @@ impl Builder<'_> {
             output,
             rotary: self.rotary(&config)?,
             adapter: None,
+            activations: DType::F32,
             config,
         })
     }
@@ -210,7 +226,8 @@ impl Builder<'_> {
 
     fn rotary(&self, c: &DecoderConfig) -> Result<Rotary> {
         let (theta, positions) = (c.rope_theta, c.max_position_embeddings);
-        let rotary = Rotary::new(c.head_dim, theta, &c.rope_scaling, positions, c.rope_layout)?;
+        let rotary =
+            Rotary::new(c.head_dim, theta, &c.rope_scaling, positions, c.rope_layout, self.device)?;
         match self.read {
             Read::Weights => Ok(rotary),
             Read::Headers => rotary.without_values(),
@@ -252,16 +269,20 @@ impl Builder<'_> {
     /// As floats of this type.
     fn dense(&self, name: &str, dims: &[usize], dtype: DType) -> Result<LazyTensor> {
         self.source.check(name, dims)?;
-        let weight = match self.read {
-            Read::Weights => {
+        let weight = match (self.read, self.source) {
+            (Read::Weights, WeightSource::Random { seed }) => {
+                random(name, dims, dtype, seed, self.device)?
+            }
+            (Read::Weights, _) => {
                 let stored = self.source.read(name)?;
                 if stored.encoding == Encoding::Dense(dtype) {
                     LazyTensor::from_bytes(stored.bytes, dtype, &stored.shape, self.device)?
                 } else {
-                    LazyTensor::from_tensor(&self.source.dequantise(name, &stored, dtype)?)?
+                    let floats = self.source.dequantise(name, &stored, dtype)?;
+                    LazyTensor::from_tensor(&floats)?.to_device(self.device)?
                 }
             }
-            Read::Headers => LazyTensor::placeholder(dims, dtype, self.device)?,
+            (Read::Headers, _) => LazyTensor::placeholder(dims, dtype, self.device)?,
         };
         Ok(weight.named(name))
     }

@@ -3,7 +3,7 @@
 use super::rope::{attention_factor, inverse_frequencies};
 use super::{LoRALayer, Weight};
 use crate::io::RopeScaling;
-use crate::{DType, LazyTensor, Result};
+use crate::{DType, Device, LazyTensor, Result};
 use metal_candle_graph::composite::RopeLayout;
 use std::sync::{Arc, OnceLock};
 
@@ -33,7 +33,7 @@ impl Linear {
             None => base,
         };
         match &self.bias {
-            Some(bias) => adapted.add(bias),
+            Some(bias) => adapted.add(&bias.to_dtype(x.dtype())?),
             None => Ok(adapted),
         }
     }
@@ -48,12 +48,12 @@ pub struct Embedding {
 
 impl Embedding {
     /// # Shapes
-    /// `ids: u32 [b, t]` gives `f32 [b, t, hidden]`.
+    /// `ids: u32 [b, t]` gives `[b, t, hidden]` of `dtype`.
     ///
     /// # Errors
     /// Where an id is no row of the table (when it runs).
-    pub fn forward(&self, ids: &LazyTensor) -> Result<LazyTensor> {
-        self.weight.rows(ids)
+    pub fn forward(&self, ids: &LazyTensor, dtype: DType) -> Result<LazyTensor> {
+        self.weight.rows(ids, dtype)
     }
 }
 
@@ -70,7 +70,7 @@ impl RmsNorm {
     /// # Errors
     /// Where the last dim of x is not that of the weight.
     pub fn forward(&self, x: &LazyTensor) -> Result<LazyTensor> {
-        x.rms_norm(&self.weight, self.eps)
+        x.rms_norm(&self.weight.to_dtype(x.dtype())?, self.eps)
     }
 }
 
@@ -85,6 +85,7 @@ pub struct Rotary {
     attention: f32,
     positions: usize,
     layout: RopeLayout,
+    device: Device,
 }
 
 impl Rotary {
@@ -99,10 +100,12 @@ impl Rotary {
         scaling: &RopeScaling,
         positions: usize,
         layout: RopeLayout,
+        device: &Device,
     ) -> Result<Rotary> {
         let inverse = inverse_frequencies(head_dim, theta, scaling)?;
         let attention = attention_factor(scaling) as f32;
-        Ok(Rotary { tables: Arc::default(), inverse, attention, positions, layout })
+        let (tables, device) = (Arc::default(), *device);
+        Ok(Rotary { tables, inverse, attention, positions, layout, device })
     }
 
     /// With [placeholders](LazyTensor::placeholder) for tables, to be planned.
@@ -111,7 +114,7 @@ impl Rotary {
     /// Where the tables cannot be addressed.
     pub fn without_values(self) -> Result<Rotary> {
         let dims = [self.positions, self.inverse.len()];
-        let table = || LazyTensor::placeholder(&dims, DType::F32, &crate::Device::Cpu);
+        let table = || LazyTensor::placeholder(&dims, DType::F32, &self.device);
         let tables = [table()?.named("rope.cos"), table()?.named("rope.sin")];
         Ok(Rotary { tables: Arc::new(OnceLock::from(tables)), ..self })
     }
@@ -126,7 +129,7 @@ impl Rotary {
         let table = |f: fn(f64) -> f64| {
             let value = |at| f(angle(at)) as f32 * self.attention;
             let values: Vec<f32> = (0..positions * half).map(value).collect();
-            LazyTensor::from_vec(values, &[positions, half], &crate::Device::Cpu)
+            LazyTensor::from_vec(values, &[positions, half], &self.device)
         };
         let tables = [table(f64::cos)?.named("rope.cos"), table(f64::sin)?.named("rope.sin")];
         // Another thread may have been faster: its are the same.

@@ -48,7 +48,7 @@ impl LoRALayer {
         Ok(LoRALayer { a, b, scale: target.scale, dropout: None })
     }
 
-    /// `x: [.., in]` gives `[.., out]`.
+    /// `x: [.., in]` gives `[.., out]`, computed in x's dtype.
     ///
     /// # Errors
     /// Where the last dim of x is not the layer's input size.
@@ -57,7 +57,8 @@ impl LoRALayer {
             Some(LoRADropout { p, seed, stream }) => x.dropout_with(*p, seed, *stream)?,
             None => x.clone(),
         };
-        x.matmul(&self.a.t()?)?.matmul(&self.b.t()?)?.affine(self.scale, 0.0)
+        let (a, b) = (self.a.to_dtype(x.dtype())?, self.b.to_dtype(x.dtype())?);
+        x.matmul(&a.t()?)?.matmul(&b.t()?)?.affine(self.scale, 0.0)
     }
 
     /// `W + scale · B A`, `[out, in]`.

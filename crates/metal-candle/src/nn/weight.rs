@@ -44,18 +44,18 @@ impl Weight {
         }
     }
 
-    /// The rows of these ids in f32: `u32 [b, t]` to `[b, t, in]`.
+    /// The rows of these ids as `dtype`: `u32 [b, t]` to `[b, t, in]`.
     ///
     /// # Errors
     /// Where an id is no row (when it runs).
-    pub fn rows(&self, ids: &LazyTensor) -> Result<LazyTensor> {
+    pub fn rows(&self, ids: &LazyTensor, dtype: DType) -> Result<LazyTensor> {
         match self {
-            Weight::Dense(w) => w.embedding(ids)?.to_dtype(DType::F32),
+            Weight::Dense(w) => w.embedding(ids)?.to_dtype(dtype),
             Weight::Quantised { blocks, format, rows, cols } => {
                 let row_bytes = blocks.elem_count() / rows;
                 let rows = blocks.reshape(&[*rows, row_bytes])?.embedding(ids)?.flatten_all()?;
                 let rows = rows.dequantize(*format, ids.elem_count(), *cols)?;
-                rows.reshape(&[ids.dims(), &[*cols]].concat())
+                rows.reshape(&[ids.dims(), &[*cols]].concat())?.to_dtype(dtype)
             }
         }
     }

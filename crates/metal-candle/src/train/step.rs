@@ -5,9 +5,10 @@ use super::optimizer::{Moments, StepScalars, clip_factor, global_norm};
 use crate::error::ErrorKind;
 use crate::io::LoraConfig;
 use crate::io::data::Batch;
+use crate::lazy::one_device;
 use crate::models::{Decoder, PackedInput};
 use crate::nn::LoRAAdapter;
-use crate::{Compiled, DType, Device, LazyTensor, Outline, Result, compile, grad};
+use crate::{Compiled, DType, Device, LazyTensor, Outline, Result, Timing, compile, grad};
 use std::sync::Arc;
 
 /// What one step did.
@@ -45,8 +46,8 @@ pub struct StepShape {
 
 impl StepShape {
     /// Placeholders for what follows the state, as [`TrainStep::arguments`] makes it.
-    fn arguments(self) -> Result<Vec<LazyTensor>> {
-        let hold = |dims: &[usize], dtype| LazyTensor::placeholder(dims, dtype, &Device::Cpu);
+    fn arguments(self, device: &Device) -> Result<Vec<LazyTensor>> {
+        let hold = |dims: &[usize], dtype| LazyTensor::placeholder(dims, dtype, device);
         let dims = [self.batch, self.seq];
         let mut args = vec![hold(&[], DType::F32)?; SCALARS - 1];
         args.push(hold(&[], DType::I64)?);
@@ -77,6 +78,7 @@ pub struct TrainStep {
     optimizer: AdamWConfig,
     count: StepCount,
     seed: i64,
+    device: Device,
 }
 
 /// Arguments between the state and the micro-batches.
@@ -86,17 +88,17 @@ impl TrainStep {
     /// Prepares to train `adapter` on a frozen `decoder`; `seed` is that of the dropout.
     ///
     /// # Errors
-    /// Where the adapter does not fit the decoder (when the step is first traced).
+    /// Where the adapter is on another device; where it does not fit the decoder (when the step is first traced).
     pub fn new(
         decoder: Arc<Decoder>,
         adapter: LoRAAdapter,
         optimizer: AdamWConfig,
         max_gradient_norm: f64,
         seed: u64,
-        device: &Device,
     ) -> Result<TrainStep> {
         let parameters = adapter.parameters();
-        let n = parameters.len();
+        let (n, device) = (parameters.len(), *decoder.device());
+        one_device("TrainStep::new", std::iter::once(decoder.weight()).chain(&parameters))?;
         let mut state = Vec::with_capacity(3 * n);
         // The step owns and overwrites its state: the caller's adapter keeps its own values.
         for parameter in &parameters {
@@ -104,7 +106,7 @@ impl TrainStep {
         }
         for _ in 0..2 {
             for p in &parameters {
-                state.push(LazyTensor::zeros(p.dims(), p.dtype(), device)?.to_owned_copy()?);
+                state.push(LazyTensor::zeros(p.dims(), p.dtype(), &device)?.into_owned()?);
             }
         }
         let traced = Traced { decoder: Arc::clone(&decoder), adapter: adapter.clone(), n };
@@ -120,7 +122,7 @@ impl TrainStep {
         });
         let count = StepCount::default();
         let seed = seed as i64;
-        Ok(TrainStep { adapter, state, step, evaluate, diagnose, optimizer, count, seed })
+        Ok(TrainStep { adapter, state, step, evaluate, diagnose, optimizer, count, seed, device })
     }
 
     /// One update on one batch, at this learning rate.
@@ -137,11 +139,36 @@ impl TrainStep {
     /// # Errors
     /// As [`TrainStep::run`].
     pub fn run_accumulated(&mut self, batches: &[Batch], rate: f64) -> Result<StepMetrics> {
+        let args = self.take_arguments(batches, rate)?;
+        let results = self.step.call(args)?;
+        self.take_results(results)
+    }
+
+    /// [`TrainStep::run`], and the seconds that it took on the device: of each step of its plan, or of all.
+    ///
+    /// # Errors
+    /// As [`TrainStep::run`].
+    pub fn profile(
+        &mut self,
+        batch: &Batch,
+        rate: f64,
+        timing: Timing,
+    ) -> Result<(StepMetrics, Vec<f64>)> {
+        let args = self.take_arguments(std::slice::from_ref(batch), rate)?;
+        let (results, seconds) = self.step.profile(args, timing)?;
+        Ok((self.take_results(results)?, seconds))
+    }
+
+    /// The state, which the step takes along, and what changes from step to step.
+    fn take_arguments(&mut self, batches: &[Batch], rate: f64) -> Result<Vec<LazyTensor>> {
         let rest = self.arguments(batches, rate)?;
         let mut args = std::mem::take(&mut self.state);
         args.extend(rest);
         self.count.steps += 1;
-        let mut results = self.step.call(args)?;
+        Ok(args)
+    }
+
+    fn take_results(&mut self, mut results: Vec<LazyTensor>) -> Result<StepMetrics> {
         self.state = results.split_off(2);
         let (gradient_norm, loss) = (scalar(&results[0])?, scalar(&results[1])?);
         let applied = loss.is_finite() && gradient_norm.is_finite();
@@ -171,7 +198,7 @@ impl TrainStep {
     /// # Errors
     /// As [`TrainStep::run`]; the state is kept.
     pub fn evaluate(&self, batch: &Batch) -> Result<f32> {
-        let mut args = tensors(batch)?;
+        let mut args = tensors(batch, &self.device)?;
         args.extend(self.parameters().iter().cloned());
         scalar(&self.evaluate.call(args)?[0])
     }
@@ -236,13 +263,14 @@ impl TrainStep {
         max_gradient_norm: f64,
         shape: StepShape,
     ) -> Result<Outline> {
-        let hold = |p: &LazyTensor| LazyTensor::placeholder(p.dims(), p.dtype(), &Device::Cpu);
+        let device = *decoder.device();
+        let hold = |p: &LazyTensor| LazyTensor::placeholder(p.dims(), p.dtype(), &device);
         let parameters = adapter.parameters();
         let n = parameters.len();
         let parameters = parameters.iter().map(hold).collect::<Result<Vec<_>>>()?;
         let adapter = adapter.with_parameters(&parameters)?;
         let mut args = [parameters.clone(), parameters.clone(), parameters].concat();
-        args.extend(shape.arguments()?);
+        args.extend(shape.arguments(&device)?);
         Traced { decoder, adapter, n }.compiled(optimizer, max_gradient_norm).outline(&args)
     }
 
@@ -252,7 +280,7 @@ impl TrainStep {
     /// Where the step could not be traced.
     pub fn plan(&self, shape: StepShape) -> Result<metal_candle_compiler::Plan> {
         let mut args = self.state.clone();
-        args.extend(shape.arguments()?);
+        args.extend(shape.arguments(&self.device)?);
         self.step.plan(&args)
     }
 
@@ -274,13 +302,13 @@ impl TrainStep {
 
     /// What follows the state.
     fn arguments(&self, batches: &[Batch], rate: f64) -> Result<Vec<LazyTensor>> {
-        let number = |x: f64| LazyTensor::from_vec(vec![x as f32], &[], &Device::Cpu);
+        let number = |x: f64| LazyTensor::from_vec(vec![x as f32], &[], &self.device);
         let [correction1, correction2] = self.optimizer.corrections(self.count.updates + 1);
         let seed = self.seed.wrapping_add(self.count.steps as i64);
         let mut args = vec![number(rate)?, number(correction1)?, number(correction2)?];
-        args.push(LazyTensor::from_vec(vec![seed], &[], &Device::Cpu)?);
+        args.push(LazyTensor::from_vec(vec![seed], &[], &self.device)?);
         for batch in batches {
-            args.extend(tensors(batch)?);
+            args.extend(tensors(batch, &self.device)?);
         }
         if batches.len() > 1 {
             let total: usize = batches.iter().map(|b| b.trained).sum();
@@ -372,10 +400,10 @@ impl Traced {
 }
 
 /// Ids and labels, and where the documents lie if it is packed.
-fn tensors(batch: &Batch) -> Result<Vec<LazyTensor>> {
+fn tensors(batch: &Batch, device: &Device) -> Result<Vec<LazyTensor>> {
     let dims = [batch.batch, batch.seq];
-    let ids = |ids: &[u32]| LazyTensor::from_slice(ids, &dims, &Device::Cpu);
-    let labels = LazyTensor::from_slice(&batch.labels, &dims, &Device::Cpu)?;
+    let ids = |ids: &[u32]| LazyTensor::from_slice(ids, &dims, device);
+    let labels = LazyTensor::from_slice(&batch.labels, &dims, device)?;
     let mut all = vec![ids(&batch.ids)?, labels];
     if let Some(documents) = &batch.documents {
         all.extend([ids(&documents.segments)?, ids(&documents.positions)?]);

@@ -9,7 +9,7 @@ use crate::io::data::{Batch, BatchOptions, Batcher, Example, Order};
 use crate::io::file;
 use crate::models::Decoder;
 use crate::nn::LoRAAdapter;
-use crate::{Device, Outline, Plan, Result};
+use crate::{Outline, Plan, Result};
 use serde_json::{Map, Value, json};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -122,7 +122,7 @@ impl Trainer {
     ) -> Result<Self> {
         let (norm, seed) = (config.max_gradient_norm, config.seed);
         let base = Arc::clone(&decoder);
-        let step = TrainStep::new(base, adapter, config.optimizer, norm, seed, &Device::Cpu)?;
+        let step = TrainStep::new(base, adapter, config.optimizer, norm, seed)?;
         Ok(Trainer { config, decoder, step, stop: Arc::default() })
     }
 
@@ -257,8 +257,8 @@ impl Trainer {
             return Ok(Progress::default());
         };
         let names: Vec<String> = self.step.state().map(|(name, _)| name).collect();
-        let (tensors, progress) =
-            checkpoint::load(&path, names.into_iter(), settings, &Device::Cpu)?;
+        let device = self.decoder.device();
+        let (tensors, progress) = checkpoint::load(&path, names.into_iter(), settings, device)?;
         self.step.restore(tensors, progress.count)?;
         batches.seek(progress.cursor);
         report(Report::Resumed { step: progress.iteration });

@@ -1,11 +1,11 @@
 //! Trace once, call many times.
 
 use crate::error::{AtCaller, ErrorKind};
-use crate::lazy::{LazyTensor, Leaf, Trace, trace};
+use crate::lazy::{LazyTensor, Leaf, Trace, one_device, trace};
 use crate::{Device, Error, Result};
 use metal_candle_compiler::Plan;
 use metal_candle_graph::TensorType;
-use metal_candle_runtime::{AsyncGraphExecutor, Buffer, Executable};
+use metal_candle_runtime::{AsyncGraphExecutor, Buffer, Executable, Timing};
 use smallvec::SmallVec;
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -54,10 +54,19 @@ const CAPACITY: usize = 32;
 
 struct Traced {
     types: Vec<TensorType>,
+    device: Device,
     executable: Arc<Executable>,
     /// What each input of the plan is.
     inputs: Vec<Leaf>,
     results: Vec<TensorType>,
+}
+
+/// A trace before it is made ready to run.
+struct Planned {
+    plan: Plan,
+    device: Device,
+    results: Vec<TensorType>,
+    trace: Trace,
 }
 
 /// Wraps `f`. Nothing is traced before the first call.
@@ -85,6 +94,23 @@ impl Compiled {
         let inputs = traced.bind(args)?;
         let values = AsyncGraphExecutor::global().run(&traced.executable, inputs).at_caller()?;
         Ok(traced.results(values))
+    }
+
+    /// [`Compiled::call`], and the seconds that it took on the device: of each step of the plan, or of all.
+    ///
+    /// # Errors
+    /// As [`Compiled::call`].
+    #[track_caller]
+    pub fn profile(
+        &self,
+        args: Vec<LazyTensor>,
+        timing: Timing,
+    ) -> Result<(Vec<LazyTensor>, Vec<f64>)> {
+        let traced = self.traced(&args)?;
+        let inputs = traced.bind(args)?;
+        let run = AsyncGraphExecutor::global().profile(&traced.executable, inputs, timing);
+        let (values, seconds) = run.at_caller()?;
+        Ok((traced.results(values), seconds))
     }
 
     /// [`Compiled::call`] without blocking the thread.
@@ -124,7 +150,7 @@ impl Compiled {
     /// Those of the function when it is traced.
     #[track_caller]
     pub fn outline(&self, args: &[LazyTensor]) -> Result<Outline> {
-        let (plan, _, trace) = self.planned(args)?;
+        let Planned { plan, trace, .. } = self.planned(args)?;
         let source = |(leaf, handle): (&Leaf, &LazyTensor)| match leaf {
             Leaf::Argument(i) => InputSource::Argument(*i as usize),
             Leaf::Value(_) | Leaf::Placeholder(_) | Leaf::Detached => {
@@ -144,8 +170,11 @@ impl Compiled {
 
     #[track_caller]
     fn traced(&self, args: &[LazyTensor]) -> Result<Arc<Traced>> {
+        let device = one_device("a call of a compiled function", args)?;
         let same = |t: &Arc<Traced>| {
-            t.types.len() == args.len() && t.types.iter().zip(args).all(|(ty, x)| *ty == x.ty())
+            device.is_none_or(|device| device == t.device)
+                && t.types.len() == args.len()
+                && t.types.iter().zip(args).all(|(ty, x)| *ty == x.ty())
         };
         {
             let mut traced = self.traced.lock().unwrap_or_else(PoisonError::into_inner);
@@ -167,26 +196,29 @@ impl Compiled {
 
     #[track_caller]
     fn trace(&self, args: &[LazyTensor]) -> Result<Traced> {
-        let (plan, results, trace) = self.planned(args)?;
+        let Planned { plan, device, results, trace } = self.planned(args)?;
         Ok(Traced {
             types: args.iter().map(LazyTensor::ty).collect(),
-            executable: Arc::new(Executable::new(plan).at_caller()?),
+            device,
+            executable: Arc::new(Executable::new(plan, &device).at_caller()?),
             inputs: trace.leaves,
             results,
         })
     }
 
-    /// The plan, the types of the results, and what was traced.
     #[track_caller]
-    fn planned(&self, args: &[LazyTensor]) -> Result<(Plan, Vec<TensorType>, Trace)> {
+    fn planned(&self, args: &[LazyTensor]) -> Result<Planned> {
         if let Some(donated) = self.donated.iter().copied().find(|d| *d >= args.len()) {
             return Err(Error::from(ErrorKind::DonatedArgument { donated, got: args.len() }));
         }
-        let device = args.first().map_or(Device::Cpu, |x| *x.device());
+        one_device("a call of a compiled function", args)?;
         let placeholder =
-            |(i, x): (usize, &LazyTensor)| LazyTensor::argument(i as u32, x.ty(), device);
+            |(i, x): (usize, &LazyTensor)| LazyTensor::argument(i as u32, x.ty(), *x.device());
         let placeholders: Vec<LazyTensor> = args.iter().enumerate().map(placeholder).collect();
         let outputs = (self.f)(&placeholders)?;
+        // Without arguments, what the function captures says where it runs; with both, they may differ.
+        let device = one_device("a compiled function", args.iter().chain(&outputs))?;
+        let device = device.unwrap_or_default();
         let trace = trace(&outputs.iter().collect::<Vec<_>>(), false);
         let donated: Vec<bool> = trace
             .leaves
@@ -196,7 +228,8 @@ impl Compiled {
         let plan = metal_candle_compiler::plan(&trace.graph, device.target(), &donated)
             .map_err(metal_candle_runtime::Error::from)
             .at_caller()?;
-        Ok((plan, outputs.iter().map(LazyTensor::ty).collect(), trace))
+        let results = outputs.iter().map(LazyTensor::ty).collect();
+        Ok(Planned { plan, device, results, trace })
     }
 }
 

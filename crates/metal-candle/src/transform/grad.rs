@@ -2,7 +2,7 @@
 
 use crate::Result;
 use crate::error::{AtCaller, ErrorKind};
-use crate::lazy::{LazyTensor, trace};
+use crate::lazy::{LazyTensor, one_device, trace};
 use metal_candle_graph::autodiff::{Trainable, gradients};
 
 /// The gradients of a scalar `loss` with respect to `wrt`, recorded but not computed: evaluate them together with
@@ -27,6 +27,7 @@ pub fn grad(loss: &LazyTensor, wrt: &[&LazyTensor]) -> Result<Vec<LazyTensor>> {
     {
         return Err(ErrorKind::EvaluatedLoss { name: name(i, x) }.into());
     }
+    let device = one_device("grad", std::iter::once(loss).chain(wrt.iter().copied()))?;
     let mut trace = trace(&[loss], true);
     let trainables: Vec<Trainable> = wrt
         .iter()
@@ -34,11 +35,10 @@ pub fn grad(loss: &LazyTensor, wrt: &[&LazyTensor]) -> Result<Vec<LazyTensor>> {
         .map(|(i, x)| Trainable { node: trace.id_or_input(x), name: name(i, x) })
         .collect();
     let root = trace.graph.outputs[0];
-    let device = *loss.device();
     let mut graph = std::mem::take(&mut trace.graph);
     let wanted = gradients(&mut graph, root, &trainables).at_caller()?;
     graph.outputs = wanted;
-    Ok(lift(&graph, trace.handles, device))
+    Ok(lift(&graph, trace.handles, device.unwrap_or_default()))
 }
 
 /// What errors call the trainable number `i`.

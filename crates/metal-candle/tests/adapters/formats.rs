@@ -1,7 +1,8 @@
 //! Every format is read as its own tool reads it, and written so that it reads the same.
 
 use super::{assert_same, data, decoder, error, logits, vectors};
-use metal_candle::Device;
+use crate::testbed::device;
+
 use metal_candle::io::gguf::GgufFile;
 use metal_candle::io::peft::Problem;
 use metal_candle::io::{AdapterFormat, Error, PeftAdapter, adapter};
@@ -25,7 +26,7 @@ fn every_tools_adapter_gives_its_tools_logits() {
     let plain = logits(&decoder, None);
     for (path, name, format) in FILES {
         assert_eq!(AdapterFormat::detect(data(path)).unwrap(), format);
-        let adapter = LoRAAdapter::load(data(path), &decoder.config, &Device::Cpu).unwrap();
+        let adapter = LoRAAdapter::load(data(path), &decoder.config, device()).unwrap();
         let expected: Vec<f32> = vectors[name].flatten_all().unwrap().to_vec1().unwrap();
         let got = logits(&decoder, Some(&adapter));
         let error = error(&got, &expected);

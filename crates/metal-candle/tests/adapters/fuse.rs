@@ -1,24 +1,25 @@
 //! A fused model computes what its base computes with the adapter on.
 
 use super::{data, decoder, error, logits, vectors};
+use crate::testbed::device;
 use metal_candle::io::gguf::{Encoding, GgufFile, GgufWriter, StoredTensor};
 use metal_candle::io::{AdapterFormat, DecoderConfig, adapter};
 use metal_candle::models::fuse::{Fused, fuse_to_folder, fuse_to_gguf};
 use metal_candle::models::{BaseWeights, Decoder, load, load_decoder};
 use metal_candle::nn::LoRAAdapter;
-use metal_candle::{BlockFormat, DType, Device};
+use metal_candle::{BlockFormat, DType};
 use std::fs;
 use std::path::Path;
 use tempfile::TempDir;
 
 fn load_f32(path: &Path) -> Decoder {
-    load_decoder(path, BaseWeights::F32, &Device::Cpu).unwrap()
+    load_decoder(path, BaseWeights::F32, device()).unwrap()
 }
 
 /// The logits of `path` with the adapter on.
 fn adapted(path: &Path, adapter: &str) -> Vec<f32> {
     let decoder = load_f32(path);
-    let adapter = LoRAAdapter::load(data(adapter), &decoder.config, &Device::Cpu).unwrap();
+    let adapter = LoRAAdapter::load(data(adapter), &decoder.config, device()).unwrap();
     logits(&decoder, Some(&adapter))
 }
 
@@ -203,7 +204,7 @@ fn a_gguf_fused_into_a_folder_brings_config_and_tokenizer() {
     let to = folder.path().join("fused");
     let base = data("adapters/base.gguf");
     fuse_to_folder(&base, &data("adapters/lora.gguf"), &to, None).unwrap();
-    let open = |path: &Path| load(path, BaseWeights::F32, &Device::Cpu).unwrap();
+    let open = |path: &Path| load(path, BaseWeights::F32, device()).unwrap();
     let (before, after) = (open(&base), open(&to));
     // A GGUF file holds it as f32.
     let config = DecoderConfig { rms_norm_eps: 1e-5, ..before.decoder.config };

@@ -1,7 +1,8 @@
 //! An adapter that cannot be applied is refused, and the reason given.
 
 use super::{data, decoder};
-use metal_candle::Device;
+use crate::testbed::device;
+
 use metal_candle::io::peft::Problem;
 use metal_candle::io::{AdapterFormat, DecoderConfig, Error, PeftAdapter, adapter, file};
 use metal_candle::models::{BaseWeights, load_decoder};
@@ -44,7 +45,7 @@ fn with(folder: &str, values: &[(&str, Value)]) -> TempDir {
 fn modules_without_loading_are_those_of_the_loaded_model() {
     for case in ["llama", "llama_bias", "mistral", "qwen2", "qwen3"] {
         let folder = data(&format!("models/{case}"));
-        let decoder = load_decoder(&folder, BaseWeights::F32, &Device::Cpu).unwrap();
+        let decoder = load_decoder(&folder, BaseWeights::F32, device()).unwrap();
         let loaded = decoder.modules().map(|(name, dims)| (name.to_owned(), dims)).collect();
         assert_eq!(decoder.config.modules(), loaded, "{case}");
     }

@@ -1,7 +1,8 @@
 //! Several adapters over one base.
 
 use super::{data, decoder, logits};
-use metal_candle::Device;
+use crate::testbed::device;
+
 use metal_candle::generate::{Generator, GeneratorConfig};
 use metal_candle::models::{BaseWeights, load};
 use metal_candle::nn::{AdapterRegistry, ApplyAdapter, LoRAAdapter};
@@ -12,7 +13,7 @@ fn swapping_changes_the_logits_and_back_gives_the_same_bits() {
     let mut model = decoder();
     let mut registry = AdapterRegistry::default();
     for (name, path) in [("peft", "adapters/peft"), ("mlx", "adapters/mlx")] {
-        let adapter = LoRAAdapter::load(data(path), &model.config, &Device::Cpu).unwrap();
+        let adapter = LoRAAdapter::load(data(path), &model.config, device()).unwrap();
         assert!(registry.add_adapter(name, adapter).is_none());
     }
     assert_eq!(registry.list_adapters(), ["mlx", "peft"]);
@@ -37,13 +38,13 @@ fn swapping_changes_the_logits_and_back_gives_the_same_bits() {
 #[test]
 fn a_generator_swaps_adapters_without_loading_its_base_again() {
     let base = data("adapters/base.gguf");
-    let model = load(&base, BaseWeights::F32, &Device::Cpu).unwrap();
+    let model = load(&base, BaseWeights::F32, device()).unwrap();
     let config = model.decoder.config.clone();
     let (decoder, tokenizer) = (Arc::new(model.decoder), Arc::new(model.tokenizer));
     let mut generator = Generator::new(decoder.clone(), tokenizer.clone()).unwrap();
     let mut registry = AdapterRegistry::default();
     for (name, path) in [("peft", "adapters/peft"), ("mlx", "adapters/mlx")] {
-        let adapter = LoRAAdapter::load(data(path), &config, &Device::Cpu).unwrap();
+        let adapter = LoRAAdapter::load(data(path), &config, device()).unwrap();
         registry.add_adapter(name, adapter);
     }
     let settings = GeneratorConfig { max_tokens: 12, ..GeneratorConfig::default() };
@@ -68,7 +69,7 @@ fn a_generator_swaps_adapters_without_loading_its_base_again() {
     // An adapter that does not fit leaves everything as it was.
     let other = LoRAAdapter::from_peft(
         metal_candle::io::PeftAdapter::load(data("peft_adapter")).unwrap(),
-        &Device::Cpu,
+        device(),
     );
     registry.add_adapter("other", other.unwrap());
     assert!(registry.activate("other", &mut generator).is_err());

@@ -1,8 +1,9 @@
 //! Calls with anything for arguments: they are refused or they work, and nothing panics.
 
+use crate::testbed::device;
 use metal_candle::graph::Error as GraphError;
 use metal_candle::{
-    Attention, BlockFormat, CrossEntropy, DType, Device, Dim, ErrorKind, LazyTensor, Result, grad,
+    Attention, BlockFormat, CrossEntropy, DType, Dim, ErrorKind, LazyTensor, Result, grad,
 };
 use metal_candle_runtime::Error as RuntimeError;
 use proptest::prelude::*;
@@ -76,7 +77,7 @@ impl Spec {
             _ => [1e9, 255.0, -7.0][i % 3],
         };
         let wide: Vec<f64> = (0..n).map(value).collect();
-        let x = LazyTensor::from_vec(wide, &self.dims, &Device::Cpu).unwrap();
+        let x = LazyTensor::from_vec(wide, &self.dims, device()).unwrap();
         x.to_dtype(DType::ALL[self.dtype]).unwrap()
     }
 }

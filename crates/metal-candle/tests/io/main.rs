@@ -13,4 +13,7 @@ mod gguf;
 mod gguf_decoder;
 mod peft;
 mod support;
+#[path = "../support/testbed.rs"]
+#[allow(dead_code, reason = "shared with other tests")]
+mod testbed;
 mod tokenizer;

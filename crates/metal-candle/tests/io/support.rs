@@ -11,7 +11,7 @@ pub(crate) fn vectors<T: DeserializeOwned>(name: &str) -> T {
 }
 
 pub(crate) fn data_folder() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data")
+    crate::testbed::file("data")
 }
 
 /// SmolLM2-135M-Instruct, if this machine has it; in CI it must.

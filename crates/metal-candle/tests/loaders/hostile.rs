@@ -2,8 +2,9 @@
 
 use super::{alone, load};
 use crate::support::{GgufBuilder, Meta};
+use crate::testbed::device;
 use crate::tiny::Tiny;
-use metal_candle::Device;
+
 use metal_candle::generate::{Generator, GeneratorConfig};
 use metal_candle::io::data::Example;
 use metal_candle::io::gguf::GgufFile;
@@ -61,9 +62,8 @@ fn a_safetensors_header_that_lies_is_refused() {
         (None, format!("{{{a},{}}}", a.replace("\"a\"", "\"b\"")), "not a safetensors header: "),
     ] {
         let (folder, path) = safetensors(prefix, &header);
-        let got = refused(&path, || {
-            load_decoder(folder.path(), BaseWeights::F32, &Device::Cpu).map(drop)
-        });
+        let got =
+            refused(&path, || load_decoder(folder.path(), BaseWeights::F32, device()).map(drop));
         assert!(got.starts_with(said), "{got}, expected {said}");
     }
 }
@@ -122,7 +122,7 @@ fn a_tokenizer_that_is_larger_than_the_embedding_is_refused() {
     dims[0] -= 1;
     values.truncate(dims[0] * dims[1]);
     let path = tiny.write(folder.path());
-    let got = refused(&path, || load_gguf(&path, BaseWeights::F32, &Device::Cpu).map(drop));
+    let got = refused(&path, || load_gguf(&path, BaseWeights::F32, device()).map(drop));
     let said = "tokenizer: token \"<end>\" has id 95, but the model has 95 tokens: \
                 is it another model's tokenizer?";
     assert_eq!(got, said);
@@ -135,13 +135,12 @@ fn an_unknown_architecture_is_refused_with_those_that_are_known() {
     let path = GgufBuilder::default()
         .meta("general.architecture", Meta::Str("mamba".into()))
         .write(folder.path());
-    let got = refused(&path, || load_gguf(&path, BaseWeights::F32, &Device::Cpu).map(drop));
+    let got = refused(&path, || load_gguf(&path, BaseWeights::F32, device()).map(drop));
     assert_eq!(got, "architecture \"mamba\": expected one of [\"llama\", \"qwen2\", \"qwen3\"]");
 
     let path = folder.path().join("config.json");
     fs::write(&path, r#"{"model_type": "mamba"}"#).unwrap();
-    let got =
-        refused(&path, || load_decoder(folder.path(), BaseWeights::F32, &Device::Cpu).map(drop));
+    let got = refused(&path, || load_decoder(folder.path(), BaseWeights::F32, device()).map(drop));
     let said = "model_type is \"mamba\": expected one of \
                 [\"llama\", \"mistral\", \"qwen2\", \"qwen3\"]";
     assert_eq!(got, said);
@@ -155,7 +154,7 @@ fn a_missing_shard_is_refused_with_the_tensor_that_it_should_hold() {
     fs::copy(config, folder.path().join("config.json")).unwrap();
     let index = r#"{"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}"#;
     fs::write(folder.path().join("model.safetensors.index.json"), index).unwrap();
-    let error = load_decoder(folder.path(), BaseWeights::F32, &Device::Cpu).unwrap_err();
+    let error = load_decoder(folder.path(), BaseWeights::F32, device()).unwrap_err();
     let shard = folder.path().join("model-00001-of-00002.safetensors");
     let said = "no such file, but the index puts tensor \"model.norm.weight\" there; \
                 is the download complete?";
@@ -174,7 +173,7 @@ fn a_weight_that_is_not_finite_is_named_at_the_first_step() {
         let folder = TempDir::new().unwrap();
         let mut tiny = Tiny::new();
         tiny.weights.get_mut(name).unwrap().1.fill(value);
-        let model = load_gguf(&tiny.write(folder.path()), base, &Device::Cpu).unwrap();
+        let model = load_gguf(&tiny.write(folder.path()), base, device()).unwrap();
         let said = format!("the weight {name} has a NaN or an infinity: ");
         let starts = |error: metal_candle::Error| {
             assert!(error.to_string().starts_with(&said), "{error}");

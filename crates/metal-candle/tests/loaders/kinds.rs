@@ -1,8 +1,8 @@
 //! Every kind of file that is read, whole and then broken.
 
 use super::{alone, damage, load};
+use crate::testbed::device;
 use crate::tiny::Tiny;
-use metal_candle::Device;
 use metal_candle::io::data::{Dataset, Example};
 use metal_candle::io::gguf::GgufFile;
 use metal_candle::io::{PeftAdapter, Tokenizer, adapter};
@@ -46,7 +46,7 @@ fn said(error: impl std::fmt::Display) -> String {
 }
 
 fn loads(folder: &Path) -> Result<(), String> {
-    load_decoder(folder, BaseWeights::BF16, &Device::Cpu).map(drop).map_err(said)
+    load_decoder(folder, BaseWeights::BF16, device()).map(drop).map_err(said)
 }
 
 #[test]
@@ -103,7 +103,7 @@ fn a_broken_gguf_is_read_or_refused() {
     let folder = TempDir::new().unwrap();
     let path = Tiny::new().write(folder.path());
     for base in [BaseWeights::AsStored, BaseWeights::F16] {
-        check(&path, 200, || load_gguf(&path, base, &Device::Cpu).map(drop).map_err(said));
+        check(&path, 200, || load_gguf(&path, base, device()).map(drop).map_err(said));
         Tiny::new().write(folder.path());
     }
 }
@@ -169,7 +169,7 @@ fn a_broken_adapter_is_read_or_refused() {
             })?;
             let named = |error: &dyn std::fmt::Display| format!("{}: {error}", path.display());
             adapter.check_base(&base).map_err(|problem| named(&problem))?;
-            LoRAAdapter::from_peft(adapter, &Device::Cpu).map(drop).map_err(said)
+            LoRAAdapter::from_peft(adapter, device()).map(drop).map_err(said)
         });
     }
 }

@@ -17,6 +17,9 @@ mod random_model;
 #[path = "../io/support.rs"]
 #[allow(dead_code, reason = "shared with other tests")]
 mod support;
+#[path = "../support/testbed.rs"]
+#[allow(dead_code, reason = "shared with other tests")]
+mod testbed;
 #[path = "../regressions/tiny.rs"]
 #[allow(dead_code, reason = "shared with other tests")]
 mod tiny;
@@ -24,11 +27,12 @@ mod tiny;
 use candle_core::DType as CandleDType;
 use counting::{Counting, watch};
 use metal_candle::models::BaseWeights;
-use random_model::{HIDDEN, INNER, decoder, model};
+use random_model::{HIDDEN, INNER, model};
 use std::fs;
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+use testbed::decoder;
 
 #[global_allocator]
 static COUNTING: Counting = Counting;

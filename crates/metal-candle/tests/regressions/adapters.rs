@@ -2,7 +2,8 @@
 
 use super::tiny::{MODULES, Tiny, VOCAB, adapter, logits};
 use super::vec;
-use metal_candle::Device;
+use crate::testbed::device;
+
 use metal_candle::io::data::Batch;
 use metal_candle::io::{AdapterFormat, adapter as files};
 use metal_candle::models::fuse::{fuse_to_folder, fuse_to_gguf};
@@ -18,7 +19,7 @@ fn trained() -> LoRAAdapter {
     let decoder = Arc::new(Tiny::new().decoder());
     let lora = adapter(&MODULES.map(|(name, _)| name));
     let optimizer = AdamWConfig::default();
-    let mut step = TrainStep::new(decoder, lora, optimizer, 1.0, 0, &Device::Cpu).unwrap();
+    let mut step = TrainStep::new(decoder, lora, optimizer, 1.0, 0).unwrap();
     let labels = vec![40, 7, 7, 90, 13, -100];
     let batch =
         Batch { ids: TOKENS.to_vec(), labels, batch: 1, seq: 6, trained: 5, documents: None };
@@ -38,7 +39,7 @@ fn what_was_trained_is_what_every_format_loads() {
     for format in [AdapterFormat::Peft, AdapterFormat::Mlx, AdapterFormat::Gguf] {
         let path = folder.path().join(format!("{format:?}"));
         files::save(&trained.to_peft().unwrap(), &path, format, Some(&decoder.config)).unwrap();
-        let loaded = LoRAAdapter::load(&path, &decoder.config, &Device::Cpu).unwrap();
+        let loaded = LoRAAdapter::load(&path, &decoder.config, device()).unwrap();
         for (kept, loaded) in trained.parameters().iter().zip(loaded.parameters()) {
             assert_eq!(vec(kept), vec(&loaded), "{format}");
         }
@@ -56,7 +57,7 @@ fn a_fused_model_needs_no_adapter() {
     let base = tiny.write(folder.path());
     trained.save(at("adapter")).unwrap();
     fuse_to_gguf(&base, &at("adapter"), &at("fused.gguf"), None).unwrap();
-    let fused = load_decoder(&at("fused.gguf"), BaseWeights::F32, &Device::Cpu).unwrap();
+    let fused = load_decoder(&at("fused.gguf"), BaseWeights::F32, device()).unwrap();
     super::assert_near(&logits(&fused, &TOKENS, None), &want, 1e-4);
     // A qwen2 without biases has no config.json; nothing is written that would load as another.
     let error = fuse_to_folder(&base, &at("adapter"), &at("fused"), None).unwrap_err().to_string();

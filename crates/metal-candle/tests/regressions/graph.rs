@@ -2,9 +2,8 @@
 //! and lost gradients.
 
 use super::{assert_near, randn, tensor, vec};
-use metal_candle::{
-    Attention, CrossEntropy, DType, Device, LazyTensor, Plan, Result, compile, grad,
-};
+use crate::testbed::device;
+use metal_candle::{Attention, CrossEntropy, DType, LazyTensor, Plan, Result, compile, grad};
 use metal_candle_compiler::Work;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -38,7 +37,7 @@ fn rows_of_several_stages_are_one_kernel() {
     assert_one_kernel(x.rms_norm(&w, 1e-6));
     assert_one_kernel(x.layer_norm(&w, &b, 1e-6));
     assert_one_kernel(x.silu().and_then(|y| y.mul(&x)));
-    let labels = LazyTensor::from_vec(vec![3i64; 64], &[64], &Device::Cpu).unwrap();
+    let labels = LazyTensor::from_vec(vec![3i64; 64], &[64], device()).unwrap();
     assert_one_kernel(x.cross_entropy(&labels, CrossEntropy::new().per_row()));
 }
 
@@ -112,9 +111,9 @@ fn gradients_flow_through_every_fused_operation() {
     let (x, w, b) = (randn(&[4, 6], 0), randn(&[6], 1), randn(&[6], 2));
     let table = randn(&[4, 3], 3);
     let four = |x: &LazyTensor| x.reshape(&[1, 4, 2, 3]);
-    let labels = LazyTensor::from_slice(&[0u32, 5, 2, 1], &[4], &Device::Cpu).unwrap();
+    let labels = LazyTensor::from_slice(&[0u32, 5, 2, 1], &[4], device()).unwrap();
     let blocks: Vec<u8> = (0..2 * 34).map(|i| if i % 34 == 1 { 32 } else { i as u8 }).collect();
-    let blocks = LazyTensor::from_vec(blocks, &[68], &Device::Cpu).unwrap();
+    let blocks = LazyTensor::from_vec(blocks, &[68], device()).unwrap();
     let format = metal_candle::BlockFormat::Q8_0;
     let wide = |x: &LazyTensor| x.reshape(&[1, 24])?.pad(1, 4, 4, 0.0);
     let rows: Vec<(&str, Result<LazyTensor>)> = vec![
@@ -209,7 +208,7 @@ fn a_function_is_traced_and_planned_once_for_its_shapes() {
 #[test]
 fn calls_that_share_inputs_keep_their_own_options() {
     let (x, weight) = (randn(&[4, 6], 0), randn(&[5, 6], 1));
-    let labels = LazyTensor::from_slice(&[0i64, 1, 2, 1], &[4], &Device::Cpu).unwrap();
+    let labels = LazyTensor::from_slice(&[0i64, 1, 2, 1], &[4], device()).unwrap();
     let of = |options: CrossEntropy| x.linear_cross_entropy(&weight, &labels, options.per_row());
     let options = [
         CrossEntropy::new(),

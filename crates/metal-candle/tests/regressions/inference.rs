@@ -3,13 +3,14 @@
 
 use super::tiny::{HIDDEN, LAYERS, Tiny, VOCAB, adapter, ids, logits};
 use super::{assert_near, randn, vec};
+use crate::testbed::device;
 use metal_candle::generate::{
     Finish, Generated, Generator, GeneratorConfig, KVCache, Sampling, SamplingStrategy,
     sample_token,
 };
 use metal_candle::models::{CacheInput, Decoder};
 use metal_candle::nn::ApplyAdapter;
-use metal_candle::{Attention, DType, Device, LazyTensor};
+use metal_candle::{Attention, DType, LazyTensor};
 use std::sync::Arc;
 
 const TOKENS: [u32; 9] = [5, 40, 7, 7, 90, 13, 2, 61, 33];
@@ -57,14 +58,14 @@ fn grouped_queries_are_queries_with_repeated_keys() {
 }
 
 fn position(at: usize) -> LazyTensor {
-    LazyTensor::from_vec(vec![at as i64], &[], &Device::Cpu).unwrap()
+    LazyTensor::from_vec(vec![at as i64], &[], device()).unwrap()
 }
 
 /// An empty cache of this many positions, or one of something else.
 fn cache(decoder: &Decoder, capacity: usize, value: f64) -> Vec<LazyTensor> {
     let c = &decoder.config;
     let dims = [1, capacity, c.num_kv_heads, c.head_dim];
-    let layer = |_| LazyTensor::full(value, &dims, DType::F32, &Device::Cpu).unwrap();
+    let layer = |_| LazyTensor::full(value, &dims, DType::F32, device()).unwrap();
     (0..LAYERS).map(layer).collect()
 }
 
@@ -105,7 +106,7 @@ fn the_cache_is_read() {
         vec(&decoder.hidden_cached(&ids(&TOKENS[8..]), input, None).unwrap().0)
     };
     assert_ne!(last(0.0), last(1.0));
-    let cache = KVCache::new(&decoder.config, 1, 64, &Device::Cpu).unwrap();
+    let cache = KVCache::new(&decoder, 1, 64).unwrap();
     assert_eq!((cache.len(), cache.capacity()), (0, 64));
 }
 

@@ -1,12 +1,13 @@
 //! A small random decoder with grouped-query attention, by way of a GGUF file.
 
 use super::support::{GgufBuilder, Meta};
+use crate::testbed::device;
+use metal_candle::LazyTensor;
 use metal_candle::graph::{Distribution, random_f64};
 use metal_candle::io::peft::{LoraPair, PeftAdapter, TargetModules};
 use metal_candle::io::{LoraConfig, gguf::gguf_name};
 use metal_candle::models::{BaseWeights, Decoder, LoadedModel, load_gguf};
 use metal_candle::nn::LoRAAdapter;
-use metal_candle::{Device, LazyTensor};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -73,7 +74,7 @@ impl Tiny {
 
     pub(crate) fn load(&self) -> LoadedModel {
         let folder = tempfile::tempdir().unwrap();
-        load_gguf(&self.write(folder.path()), BaseWeights::F32, &Device::Cpu).unwrap()
+        load_gguf(&self.write(folder.path()), BaseWeights::F32, device()).unwrap()
     }
 
     /// Writes the model's file into a folder.
@@ -144,11 +145,11 @@ pub(crate) fn adapter(modules: &[&str]) -> LoRAAdapter {
             }
         }
     }
-    LoRAAdapter::from_peft(PeftAdapter { config, modules: pairs }, &Device::Cpu).unwrap()
+    LoRAAdapter::from_peft(PeftAdapter { config, modules: pairs }, device()).unwrap()
 }
 
 pub(crate) fn ids(ids: &[u32]) -> LazyTensor {
-    LazyTensor::from_slice(ids, &[1, ids.len()], &Device::Cpu).unwrap()
+    LazyTensor::from_slice(ids, &[1, ids.len()], device()).unwrap()
 }
 
 /// `[t, vocabulary]`

@@ -3,10 +3,11 @@
 
 use super::tiny::{LAYERS, MODULES, RANK, SCALE, Tiny, VOCAB, adapter, logits};
 use super::{assert_near, randn, tensor, vec};
+use crate::testbed::device;
 use metal_candle::io::data::Batch;
 use metal_candle::nn::{ApplyAdapter, LoRAAdapter};
 use metal_candle::train::{AdamWConfig, TrainStep};
-use metal_candle::{CrossEntropy, Device, LazyTensor, grad};
+use metal_candle::{CrossEntropy, LazyTensor, grad};
 use std::sync::Arc;
 
 const TOKENS: [u32; 12] = [5, 40, 7, 7, 90, 13, 2, 61, 33, 8, 5, 71];
@@ -21,7 +22,7 @@ fn batch() -> Batch {
 
 fn step(lora: &LoRAAdapter, optimizer: AdamWConfig, max_norm: f64) -> TrainStep {
     let decoder = Arc::new(Tiny::new().decoder());
-    TrainStep::new(decoder, lora.clone(), optimizer, max_norm, 0, &Device::Cpu).unwrap()
+    TrainStep::new(decoder, lora.clone(), optimizer, max_norm, 0).unwrap()
 }
 
 const ATTENTION: [&str; 2] = ["self_attn.q_proj", "self_attn.v_proj"];
@@ -79,8 +80,8 @@ fn an_adapter_on_any_module_is_its_merged_weight() {
 fn gradients(lora: &LoRAAdapter) -> Vec<Vec<f32>> {
     let decoder = Tiny::new().decoder();
     let b = batch();
-    let ids = LazyTensor::from_vec(b.ids, &[2, 6], &Device::Cpu).unwrap();
-    let labels = LazyTensor::from_vec(b.labels, &[2, 6], &Device::Cpu).unwrap();
+    let ids = LazyTensor::from_vec(b.ids, &[2, 6], device()).unwrap();
+    let labels = LazyTensor::from_vec(b.labels, &[2, 6], device()).unwrap();
     let loss = decoder.loss(&ids, &labels, Some(lora)).unwrap();
     let parameters = lora.parameters();
     let found = grad(&loss, &parameters.iter().collect::<Vec<_>>()).unwrap();
@@ -191,7 +192,7 @@ fn ignored_rows_count_for_nothing_smoothed_or_not() {
     let logits = randn(&[4, 5], 0);
     let labels = [2i64, -100, 0, -100];
     let labels_of =
-        |labels: &[i64]| LazyTensor::from_slice(labels, &[labels.len()], &Device::Cpu).unwrap();
+        |labels: &[i64]| LazyTensor::from_slice(labels, &[labels.len()], device()).unwrap();
     for smoothing in [0.0f32, 0.3] {
         let options = CrossEntropy::new().label_smoothing(f64::from(smoothing));
         let loss = logits.cross_entropy(&labels_of(&labels), options).unwrap();
@@ -221,8 +222,8 @@ fn the_loss_of_a_batch_counts_only_its_labels() {
     let labels: Vec<i64> = TOKENS[1..6].iter().map(|id| i64::from(*id)).collect();
     let rows = row_losses(&all[..5 * VOCAB], &labels, VOCAB, 0.0);
     let one = |labels: Vec<i64>| {
-        let ids = LazyTensor::from_slice(&TOKENS[..6], &[1, 6], &Device::Cpu).unwrap();
-        let labels = LazyTensor::from_vec(labels, &[1, 6], &Device::Cpu).unwrap();
+        let ids = LazyTensor::from_slice(&TOKENS[..6], &[1, 6], device()).unwrap();
+        let labels = LazyTensor::from_vec(labels, &[1, 6], device()).unwrap();
         vec(&decoder.loss(&ids, &labels, None).unwrap())
     };
     let want = rows.iter().sum::<f32>() / 5.0;

@@ -1,7 +1,6 @@
 //! Random models of the Llama family in Hugging Face folders.
 
 use candle_core::{DType as CandleDType, Tensor};
-use metal_candle::models::{BaseWeights, Decoder, load_decoder};
 use metal_candle::{DType, Device, LazyTensor};
 use std::collections::HashMap;
 use std::fs;
@@ -80,8 +79,4 @@ pub(crate) fn write(folder: &Path, sizes: Sizes, matrices: CandleDType, stored: 
         layer("post_attention_layernorm", &[hidden], 0.0);
     }
     candle_core::safetensors::save(&tensors, folder.join("model.safetensors")).unwrap();
-}
-
-pub(crate) fn decoder(folder: &Path, base: BaseWeights) -> Decoder {
-    load_decoder(folder, base, &Device::Cpu).unwrap()
 }

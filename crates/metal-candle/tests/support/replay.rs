@@ -1,5 +1,6 @@
 //! A graph recorded again, node by node, through the methods of `LazyTensor`.
 
+use crate::testbed::device;
 use half::{bf16, f16};
 use metal_candle::graph::composite::{AttentionAttrs, CrossEntropyAttrs, RopeLayout};
 use metal_candle::graph::oracle::Value;
@@ -7,21 +8,21 @@ use metal_candle::graph::{
     ArgReduceOp, BinaryOp, Composite, Node, NodeId, ReduceOp, Scalar, UnaryOp,
 };
 use metal_candle::{
-    Attention, ComputationGraph, CrossEntropy, DType, Device, LazyTensor, Operation, Result,
+    Attention, ComputationGraph, CrossEntropy, DType, LazyTensor, Operation, Result,
 };
 
 /// The tensor of these values.
 pub(crate) fn tensor(value: &Value) -> LazyTensor {
     let (dims, data) = (value.ty.shape.dims(), value.data.iter().copied());
-    let cpu = &Device::Cpu;
+    let on = device();
     match value.ty.dtype {
-        DType::U8 => LazyTensor::from_vec(data.map(|x| x as u8).collect(), dims, cpu),
-        DType::U32 => LazyTensor::from_vec(data.map(|x| x as u32).collect(), dims, cpu),
-        DType::I64 => LazyTensor::from_vec(data.map(|x| x as i64).collect(), dims, cpu),
-        DType::BF16 => LazyTensor::from_vec(data.map(bf16::from_f64).collect(), dims, cpu),
-        DType::F16 => LazyTensor::from_vec(data.map(f16::from_f64).collect(), dims, cpu),
-        DType::F32 => LazyTensor::from_vec(data.map(|x| x as f32).collect(), dims, cpu),
-        DType::F64 => LazyTensor::from_vec(data.collect(), dims, cpu),
+        DType::U8 => LazyTensor::from_vec(data.map(|x| x as u8).collect(), dims, on),
+        DType::U32 => LazyTensor::from_vec(data.map(|x| x as u32).collect(), dims, on),
+        DType::I64 => LazyTensor::from_vec(data.map(|x| x as i64).collect(), dims, on),
+        DType::BF16 => LazyTensor::from_vec(data.map(bf16::from_f64).collect(), dims, on),
+        DType::F16 => LazyTensor::from_vec(data.map(f16::from_f64).collect(), dims, on),
+        DType::F32 => LazyTensor::from_vec(data.map(|x| x as f32).collect(), dims, on),
+        DType::F64 => LazyTensor::from_vec(data.collect(), dims, on),
     }
     .unwrap()
 }
@@ -79,7 +80,7 @@ fn mark(g: &ComputationGraph, id: NodeId, live: &mut [bool]) {
 fn record(node: &Node, x: &[&LazyTensor]) -> Result<LazyTensor> {
     match node.op {
         Operation::Const(c) => constant(c),
-        Operation::Iota { len, dtype } => LazyTensor::arange(0, len as i64, dtype, &Device::Cpu),
+        Operation::Iota { len, dtype } => LazyTensor::arange(0, len as i64, dtype, device()),
         Operation::Unary(f) => unary(f, x[0]),
         Operation::Binary(f) => binary(f, x[0], x[1]),
         Operation::Select => x[0].where_cond(x[1], x[2]),
@@ -120,7 +121,7 @@ fn record(node: &Node, x: &[&LazyTensor]) -> Result<LazyTensor> {
 
 fn constant(c: Scalar) -> Result<LazyTensor> {
     let value = if c.dtype().is_float() { c.as_f64() } else { c.as_i64() as f64 };
-    LazyTensor::full(value, &[], c.dtype(), &Device::Cpu)
+    LazyTensor::full(value, &[], c.dtype(), device())
 }
 
 fn unary(f: UnaryOp, x: &LazyTensor) -> Result<LazyTensor> {

@@ -10,7 +10,7 @@
 //! bf16 and f16 are summed in f32. bf16 is multiplied as it is where the processor can, else widened.
 
 mod blocked;
-mod lanes;
+pub(crate) mod lanes;
 mod micro;
 mod multiply;
 mod pack;

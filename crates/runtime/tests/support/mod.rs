@@ -6,10 +6,38 @@ use metal_candle_compiler::{
     Layout, LibraryCall, Operand, OutputSource, Plan, PlanInput, PlanOutput, Slot, Step, Work,
 };
 use metal_candle_graph::{DType, MAX_RANK, Shape, TensorType};
-use metal_candle_runtime::{AsyncGraphExecutor, Buffer, Executable, Result};
+use metal_candle_runtime::{AsyncGraphExecutor, Buffer, Device, Executable, Result};
+use std::sync::OnceLock;
 
 pub const FLOATS: [DType; 4] = [DType::BF16, DType::F16, DType::F32, DType::F64];
 pub const INDICES: [DType; 3] = [DType::U8, DType::U32, DType::I64];
+
+/// The device that `METAL_CANDLE_TEST_DEVICE` names; the CPU if it names none.
+///
+/// # Panics
+/// If this build or this machine lacks it: a test that is not run must not pass.
+pub fn device() -> &'static Device {
+    static DEVICE: OnceLock<Device> = OnceLock::new();
+    DEVICE.get_or_init(|| {
+        let Ok(name) = std::env::var("METAL_CANDLE_TEST_DEVICE") else { return Device::Cpu };
+        let device = Device::parse(&name).and_then(|device| device.check().map(|()| device));
+        device.unwrap_or_else(|e| panic!("METAL_CANDLE_TEST_DEVICE: {e}"))
+    })
+}
+
+/// Whether the device computes in all of these; if not, says so.
+pub fn computes(dtypes: &[DType]) -> bool {
+    let computes = !(matches!(device(), Device::Metal(_)) && dtypes.contains(&DType::F64));
+    if !computes {
+        eprintln!("SKIPPED f64 on {}: Metal has no numbers of 64 bits", device());
+    }
+    computes
+}
+
+/// A plan made ready to run on the device.
+pub fn executable(plan: Plan) -> Result<Executable> {
+    Executable::new(plan, device())
+}
 
 /// splitmix64
 pub struct Rng(u64);
@@ -251,7 +279,7 @@ pub fn run(
     outs: &[(DType, Shape)],
     base: Option<&Tensor>,
 ) -> Result<Vec<Vec<f64>>> {
-    let executable = Executable::new(plan(call, args, outs, base))?;
+    let executable = Executable::new(plan(call, args, outs, base), &Device::Cpu)?;
     let inputs = || -> Vec<Buffer> {
         let args = args.iter().map(|t| t.buffer.clone());
         args.chain(base.map(|t| t.buffer.clone().into_owned().unwrap())).collect()
@@ -269,6 +297,19 @@ pub fn run(
         assert!(one.iter().map(bits).eq(two.iter().map(bits)), "the number of threads shows");
     }
     Ok(one)
+}
+
+/// How much further off a GPU may be, as a part of the largest value: it adds in another order, and its exponentials and
+/// the like differ in their last bits.
+fn slack(dtype: DType) -> f64 {
+    if *device() == Device::Cpu { 0.0 } else { tolerance(dtype) }
+}
+
+/// [`close`], and on a GPU so much of the largest value off.
+#[track_caller]
+pub fn close_on_device(got: &[f64], expected: &[f64], dtype: DType, within: f64, what: &str) {
+    let magnitudes = expected.iter().map(|x| x.abs()).filter(|x| x.is_finite());
+    close(got, expected, within + slack(dtype) * magnitudes.fold(0.0, f64::max), what);
 }
 
 /// Every result within `tolerance · (1 + |expected|) · scale` of what is expected.

@@ -64,7 +64,7 @@ impl LazyTensor {
     #[track_caller]
     pub(super) fn binary(&self, op: BinaryOp, rhs: &LazyTensor) -> Result<LazyTensor> {
         let [a, b] = self.broadcast_pair(op.as_str(), rhs)?;
-        LazyTensor::apply(Operation::Binary(op), &[&a, &b])
+        LazyTensor::record(Operation::Binary(op), &[&a, &b])
     }
 
     /// `a` where this condition is not 0, `b` where it is.
@@ -84,6 +84,6 @@ impl LazyTensor {
         let common = broadcast_shapes(op, &self.ty().shape, &common).at_caller()?;
         let cond = self.broadcast_for(op, common)?;
         let (a, b) = (a.broadcast_for(op, common)?, b.broadcast_for(op, common)?);
-        LazyTensor::apply(Operation::Select, &[&cond, &a, &b])
+        LazyTensor::record(Operation::Select, &[&cond, &a, &b])
     }
 }

@@ -22,7 +22,7 @@ impl LazyTensor {
     #[track_caller]
     pub fn gather(&self, index: &LazyTensor, dim: impl Into<Dim>) -> Result<LazyTensor> {
         let dim = self.dim_of("gather", dim)?;
-        LazyTensor::apply(Operation::Gather { dim }, &[self, index])
+        LazyTensor::record(Operation::Gather { dim }, &[self, index])
     }
 
     /// The slices along `dim` that the index names, in its order.
@@ -35,7 +35,7 @@ impl LazyTensor {
     #[track_caller]
     pub fn index_select(&self, index: &LazyTensor, dim: impl Into<Dim>) -> Result<LazyTensor> {
         let dim = self.dim_of("index_select", dim)?;
-        LazyTensor::apply(Operation::IndexSelect { dim }, &[self, index])
+        LazyTensor::record(Operation::IndexSelect { dim }, &[self, index])
     }
 
     /// The rows of this table that the ids name.
@@ -72,7 +72,7 @@ impl LazyTensor {
         dim: impl Into<Dim>,
     ) -> Result<LazyTensor> {
         let dim = self.dim_of("scatter_add", dim)?;
-        LazyTensor::apply(Operation::ScatterAdd { dim }, &[self, index, src])
+        LazyTensor::record(Operation::ScatterAdd { dim }, &[self, index, src])
     }
 
     /// This tensor with slice `i` of `src` added to slice `index[i]` along `dim`.
@@ -93,7 +93,7 @@ impl LazyTensor {
         dim: impl Into<Dim>,
     ) -> Result<LazyTensor> {
         let dim = self.dim_of("index_add", dim)?;
-        LazyTensor::apply(Operation::IndexAdd { dim }, &[self, index, src])
+        LazyTensor::record(Operation::IndexAdd { dim }, &[self, index, src])
     }
 
     /// This tensor with `update` written at position `start` along `dim`; `start` is known when it
@@ -117,7 +117,7 @@ impl LazyTensor {
         start: &LazyTensor,
     ) -> Result<LazyTensor> {
         let dim = self.dim_of("slice_update", dim)?;
-        LazyTensor::apply(Operation::SliceUpdate { dim }, &[self, update, start])
+        LazyTensor::record(Operation::SliceUpdate { dim }, &[self, update, start])
     }
 
     /// `len` positions along `dim` from `start`, which is known when it runs.
@@ -136,6 +136,6 @@ impl LazyTensor {
         len: usize,
     ) -> Result<LazyTensor> {
         let dim = self.dim_of("dynamic_slice", dim)?;
-        LazyTensor::apply(Operation::DynamicSlice { dim, len }, &[self, start])
+        LazyTensor::record(Operation::DynamicSlice { dim, len }, &[self, start])
     }
 }

@@ -25,7 +25,7 @@ impl LazyTensor {
         let dim = first.dim_of(op, dim)?;
         match parts[..] {
             [only] => Ok(only.clone()),
-            _ => LazyTensor::apply(Operation::Concat { dim }, &parts),
+            _ => LazyTensor::record(Operation::Concat { dim }, &parts),
         }
     }
 
@@ -76,6 +76,6 @@ impl LazyTensor {
         if (before, after) == (0, 0) {
             return Ok(self.clone());
         }
-        LazyTensor::apply(Operation::Pad { dim, before, after, value }, &[self])
+        LazyTensor::record(Operation::Pad { dim, before, after, value }, &[self])
     }
 }

@@ -130,5 +130,5 @@ impl LazyTensor {
 
 #[track_caller]
 pub(super) fn composite(composite: Composite, inputs: &[&LazyTensor]) -> Result<LazyTensor> {
-    LazyTensor::apply(Operation::Composite(composite), inputs)
+    LazyTensor::record(Operation::Composite(composite), inputs)
 }

@@ -37,7 +37,7 @@ impl LazyTensor {
         if one_matrix && l.rank() > 2 && r.rank() <= l.rank() {
             let rows = l_batch.iter().product::<usize>() * l_last[0];
             let a = self.reshape(&[rows, l_last[1]])?;
-            let y = LazyTensor::apply(Operation::Dot, &[&a, &rhs.reshape(r_last)?])?;
+            let y = LazyTensor::record(Operation::Dot, &[&a, &rhs.reshape(r_last)?])?;
             return y.reshape(l.with(l.rank() - 1, r_last[1]).dims());
         }
         let batches = (Shape::new(l_batch).at_caller()?, Shape::new(r_batch).at_caller()?);
@@ -47,7 +47,7 @@ impl LazyTensor {
         let batched = |last: &[usize]| Shape::new(&[batch.dims(), last].concat());
         let a = self.broadcast_for(op, batched(l_last).at_caller()?)?;
         let b = rhs.broadcast_for(op, batched(r_last).at_caller()?)?;
-        LazyTensor::apply(Operation::Dot, &[&a, &b])
+        LazyTensor::record(Operation::Dot, &[&a, &b])
     }
 
     /// `base + scale · (x A) B` (Hu et al. 2021), where x is this tensor.
@@ -98,7 +98,7 @@ impl LazyTensor {
         cols: usize,
     ) -> Result<LazyTensor> {
         let op = Operation::QuantDot { format, rows, cols, transposed: false };
-        LazyTensor::apply(op, &[self, blocks])
+        LazyTensor::record(op, &[self, blocks])
     }
 
     /// The f32 weights in these GGUF blocks.
@@ -114,6 +114,6 @@ impl LazyTensor {
     /// Where `cols` is no multiple of the block, or this tensor has another length or dtype.
     #[track_caller]
     pub fn dequantize(&self, format: BlockFormat, rows: usize, cols: usize) -> Result<LazyTensor> {
-        LazyTensor::apply(Operation::Dequantize { format, rows, cols }, &[self])
+        LazyTensor::record(Operation::Dequantize { format, rows, cols }, &[self])
     }
 }

@@ -46,7 +46,7 @@ impl LazyTensor {
         }
         let (distribution, dtype, shape) = (Distribution::Uniform, DType::F32, self.ty().shape);
         let random = Operation::Random { distribution, stream, dtype, shape };
-        let random = LazyTensor::apply(random, &[seed])?;
+        let random = LazyTensor::record(random, &[seed])?;
         if p == 0.0 {
             return Ok(self.clone());
         }

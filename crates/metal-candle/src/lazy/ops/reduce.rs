@@ -110,7 +110,7 @@ macro_rules! along {
                 pub fn $keepdim(&self, dim: impl Into<Dim>) -> Result<LazyTensor> {
                     let dim = self.dim_of(stringify!($name), dim)?;
                     let op: fn(usize) -> Operation = $op;
-                    LazyTensor::apply(op(dim), &[self])
+                    LazyTensor::record(op(dim), &[self])
                 }
 
                 #[doc = concat!("[`LazyTensor::", stringify!($name), "`] of all elements: rank 0.")]
@@ -159,7 +159,7 @@ impl LazyTensor {
     #[track_caller]
     pub fn cumsum(&self, dim: impl Into<Dim>) -> Result<LazyTensor> {
         let dim = self.dim_of("cumsum", dim)?;
-        LazyTensor::apply(Operation::CumSum { dim, reverse: false }, &[self])
+        LazyTensor::record(Operation::CumSum { dim, reverse: false }, &[self])
     }
 
     /// `dims` reduced to extent 1.
@@ -172,7 +172,7 @@ impl LazyTensor {
         if dims.is_empty() {
             return Ok(self.clone());
         }
-        LazyTensor::apply(Operation::Reduce { op, dims }, &[self])
+        LazyTensor::record(Operation::Reduce { op, dims }, &[self])
     }
 
     #[track_caller]

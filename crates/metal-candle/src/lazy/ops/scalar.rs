@@ -21,7 +21,7 @@ impl LazyTensor {
         if self.dtype() == dtype {
             return Ok(self.clone());
         }
-        LazyTensor::apply(Operation::Cast(dtype), &[self])
+        LazyTensor::record(Operation::Cast(dtype), &[self])
     }
 
     /// `mul · x + add`

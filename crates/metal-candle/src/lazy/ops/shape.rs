@@ -92,7 +92,7 @@ impl LazyTensor {
         let (dims, rank) = (self.dims_of(op, dims)?, self.rank());
         match Permutation::new(&dims) {
             Some(p) if p.rank() == rank && p.is_identity() => Ok(self.clone()),
-            Some(p) if p.rank() == rank => LazyTensor::apply(Operation::Permute(p), &[self]),
+            Some(p) if p.rank() == rank => LazyTensor::record(Operation::Permute(p), &[self]),
             _ => Err(Error::Dims { op, dims, rank }).at_caller(),
         }
     }
@@ -173,7 +173,7 @@ impl LazyTensor {
         if start == 0 && step == 1 && len == self.dims()[dim] {
             return Ok(self.clone());
         }
-        LazyTensor::apply(Operation::Slice { dim, start, len, step }, &[self])
+        LazyTensor::record(Operation::Slice { dim, start, len, step }, &[self])
     }
 
     /// Cuts `dim` into `chunks` parts of equal length, the first ones longer by one where it does
@@ -214,6 +214,6 @@ impl LazyTensor {
     #[track_caller]
     pub fn flip(&self, dim: impl Into<Dim>) -> Result<LazyTensor> {
         let dim = self.dim_of("flip", dim)?;
-        LazyTensor::apply(Operation::Flip { dim }, &[self])
+        LazyTensor::record(Operation::Flip { dim }, &[self])
     }
 }

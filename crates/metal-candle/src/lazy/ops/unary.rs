@@ -20,7 +20,7 @@ macro_rules! unary {
                 #[doc = $domain]
                 #[track_caller]
                 pub fn $name(&self) -> Result<LazyTensor> {
-                    LazyTensor::apply(Operation::Unary(UnaryOp::$op), &[self])
+                    LazyTensor::record(Operation::Unary(UnaryOp::$op), &[self])
                 }
             )*
         }

@@ -1,8 +1,9 @@
 //! Weights by Hugging Face's names, whatever holds them.
 
+use crate::fnv::Fnv;
 use crate::io::gguf::{Encoding, GgufFile, StoredTensor};
 use crate::io::{self, HfFolder};
-use crate::{DType, Result};
+use crate::{DType, Device, LazyTensor, Result};
 use candle_core::Tensor;
 use half::f16;
 use std::path::Path;
@@ -11,12 +12,16 @@ use std::path::Path;
 pub(super) enum WeightSource<'a> {
     Gguf(&'a GgufFile),
     Folder(&'a HfFolder),
+    /// Made up: a weight of any name and shape.
+    Random {
+        seed: u64,
+    },
 }
 
 impl WeightSource<'_> {
     /// Whether a weight has these dims, by the header.
     pub(super) fn check(&self, name: &str, dims: &[usize]) -> Result<()> {
-        let (path, shape) = self.shape(name)?;
+        let Some((path, shape)) = self.shape(name)? else { return Ok(()) };
         if shape == dims {
             return Ok(());
         }
@@ -30,6 +35,7 @@ impl WeightSource<'_> {
         Ok(match self {
             WeightSource::Gguf(file) => file.weight_info(name)?.encoding,
             WeightSource::Folder(folder) => Encoding::Dense(folder.weight_dtype(name)?),
+            WeightSource::Random { .. } => Encoding::Dense(DType::F32),
         })
     }
 
@@ -38,6 +44,7 @@ impl WeightSource<'_> {
         Ok(match self {
             WeightSource::Gguf(file) => file.weight_info(name)?.len_bytes,
             WeightSource::Folder(folder) => folder.weight_len_bytes(name)?,
+            WeightSource::Random { .. } => panic!("metal-candle bug: {name} lies in no file"),
         })
     }
 
@@ -45,6 +52,7 @@ impl WeightSource<'_> {
         Ok(match self {
             WeightSource::Gguf(file) => file.weight(name)?,
             WeightSource::Folder(folder) => folder.weight(name)?,
+            WeightSource::Random { .. } => panic!("metal-candle bug: {name} lies in no file"),
         })
     }
 
@@ -55,7 +63,11 @@ impl WeightSource<'_> {
         stored: &StoredTensor,
         dtype: DType,
     ) -> Result<Tensor> {
-        let path = || Ok::<_, io::Error>(self.shape(name)?.0.to_owned());
+        let path = || {
+            let shape = self.shape(name)?;
+            let (path, _) = shape.expect("metal-candle bug: a weight of no file");
+            Ok::<_, io::Error>(path.to_owned())
+        };
         let values = match stored.dequantize() {
             Ok(values) => values,
             Err(problem) => return Err(io::Error::Gguf { path: path()?, problem }.into()),
@@ -74,12 +86,36 @@ impl WeightSource<'_> {
         Ok(values.to_dtype(dtype)?)
     }
 
-    fn shape(&self, name: &str) -> io::Result<(&Path, &[usize])> {
+    /// The file that a weight lies in, and its shape there.
+    fn shape(&self, name: &str) -> io::Result<Option<(&Path, &[usize])>> {
         match self {
-            WeightSource::Gguf(file) => Ok((file.path(), file.weight_shape(name)?)),
-            WeightSource::Folder(folder) => folder.weight_shape(name),
+            WeightSource::Gguf(file) => Ok(Some((file.path(), file.weight_shape(name)?))),
+            WeightSource::Folder(folder) => folder.weight_shape(name).map(Some),
+            WeightSource::Random { .. } => Ok(None),
         }
     }
+}
+
+/// As a model that was never trained: ones for norms, zeros for biases, else normal numbers of deviation 0.02. Equal for
+/// an equal name and seed.
+pub(super) fn random(
+    name: &str,
+    dims: &[usize],
+    dtype: DType,
+    seed: u64,
+    device: &Device,
+) -> Result<LazyTensor> {
+    let weight = match dims {
+        [_] if name.ends_with("bias") => LazyTensor::zeros(dims, dtype, device)?,
+        [_] => LazyTensor::ones(dims, dtype, device)?,
+        _ => {
+            let mut hash = Fnv::default();
+            name.bytes().for_each(|byte| hash.add(u64::from(byte)));
+            let unit = LazyTensor::randn(dims, DType::F32, seed ^ hash.finish(), device)?;
+            unit.affine(0.02, 0.0)?.to_dtype(dtype)?
+        }
+    };
+    weight.to_owned_copy()
 }
 
 /// A number that f16 would make infinite.

@@ -1,0 +1,381 @@
+//! A plan made ready to run on the CPU, and one run of it.
+
+use super::kernel::Program;
+use super::view::{Arg, Out};
+use crate::arena::Arena;
+use crate::buffer::{Buffer, Memory};
+use crate::element::Data;
+use crate::executable::{Backend, Clock, Timing, message};
+use crate::pages::prefer_huge;
+use crate::{Error, Result, verify};
+use candle_core::StorageRef;
+use metal_candle_compiler::{Operand, OutputSource, Plan, PlanOutput, Slot, Step, Target, Work};
+use rayon::ThreadPool;
+use smallvec::SmallVec;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+/// Workspaces that are kept while nothing runs; more are made, and freed again, as more runs are in flight.
+const IDLE_WORKSPACES: usize = 4;
+
+/// A fused kernel is spread over threads from this many element operations on: what it takes to wake a sleeping
+/// thread, some 50 us.
+const PARALLEL_KERNEL_WORK: u64 = 1 << 19;
+
+/// The same for a library call, whose operations are dearer, and which seldom comes alone.
+const PARALLEL_CALL_WORK: u64 = 1 << 16;
+
+/// What the CPU keeps of a plan: its kernels compiled, its memory from run to run.
+pub(crate) struct CpuExecutable {
+    steps: Vec<Prepared>,
+    /// By output: whether its memory must be zeroed.
+    zeroed: Vec<bool>,
+    parallel: bool,
+    idle: Mutex<Vec<Workspace>>,
+    allocated: AtomicUsize,
+}
+
+/// What is fixed about a step.
+struct Prepared {
+    /// `None` for a library call.
+    program: Option<Program>,
+    args: SmallVec<[Place; 4]>,
+    outs: SmallVec<[Place; 2]>,
+    parallel: bool,
+}
+
+/// Where a buffer starts: so many bytes into one of the run's allocations.
+#[derive(Clone, Copy)]
+struct Place {
+    base: u32,
+    offset_bytes: usize,
+}
+
+/// The memory of one run: the arena, and the tables that every run fills anew.
+struct Workspace {
+    arena: Arena,
+    /// Where the arena, the inputs and the outputs start, in this order.
+    bases: Vec<*mut u8>,
+    outputs: Vec<Option<Data>>,
+    /// Inputs that live in a Candle storage, by the storage.
+    shared: Vec<(usize, u32)>,
+    /// The memory of the empty vector of storage guards.
+    guards: Vec<[usize; 2]>,
+}
+
+// SAFETY: the pointers are leftovers of earlier runs; a run fills the table before it reads it.
+unsafe impl Send for Workspace {}
+
+impl CpuExecutable {
+    /// # Errors
+    /// [`Error::OutOfMemory`] for the arena.
+    pub(crate) fn new(plan: &Plan) -> Result<CpuExecutable> {
+        let steps: Vec<Prepared> = plan.steps.iter().map(|s| Prepared::new(plan, s)).collect();
+        let outputs = 0..plan.outputs.len();
+        let executable = CpuExecutable {
+            zeroed: outputs.map(|i| !verify::is_written_whole(plan, i)).collect(),
+            parallel: steps.iter().any(|s| s.parallel),
+            steps,
+            idle: Mutex::new(Vec::new()),
+            allocated: AtomicUsize::new(0),
+        };
+        let workspace = executable.new_workspace(plan)?;
+        executable.idle().push(workspace);
+        Ok(executable)
+    }
+
+    fn idle(&self) -> MutexGuard<'_, Vec<Workspace>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn new_workspace(&self, plan: &Plan) -> Result<Workspace> {
+        let arena = Arena::new(plan.arena_bytes, Target::CPU.align_bytes)?;
+        assert_eq!(arena.len_bytes(), plan.arena_bytes, "metal-candle bug: arena size");
+        self.allocated.fetch_add(arena.len_bytes(), Ordering::Relaxed);
+        Ok(Workspace {
+            arena,
+            bases: Vec::new(),
+            outputs: Vec::new(),
+            shared: Vec::new(),
+            guards: Vec::new(),
+        })
+    }
+
+    /// Binds the memory of this run and walks the steps. Whatever happens in them, nothing touches that memory
+    /// after this returns: rayon joins its tasks before it passes a panic on.
+    fn run_steps(
+        &self,
+        plan: &Plan,
+        workspace: &mut Workspace,
+        inputs: &mut [Buffer],
+        pool: Option<&ThreadPool>,
+        clock: Option<&mut Clock>,
+    ) -> Result<()> {
+        let Workspace { arena, bases, outputs, shared, guards } = workspace;
+        bases.clear();
+        bases.push(arena.as_ptr());
+        shared.clear();
+        for (i, (buffer, input)) in inputs.iter_mut().zip(&plan.inputs).enumerate() {
+            let written = if input.donated { buffer.unique_mut() } else { None };
+            bases.push(match written {
+                Some(data) => data.as_mut_ptr(),
+                None => match buffer.memory() {
+                    Memory::Owned(data) => data.as_ptr().cast_mut(),
+                    Memory::Mapped(mapped) => mapped.as_ptr().cast_mut(),
+                    Memory::Shared(storage) => {
+                        shared.push((storage.key(), i as u32));
+                        std::ptr::null_mut()
+                    }
+                    Memory::Device(_) => panic!("metal-candle bug: input {i} is on a device"),
+                },
+            });
+        }
+        let outputs = outputs.iter_mut();
+        bases.extend(outputs.map(|o| o.as_mut().map_or(std::ptr::null_mut(), Data::as_mut_ptr)));
+        let mut held: Vec<StorageRef<'_>> = recycled(std::mem::take(guards));
+        lock_shared(plan, inputs, shared, bases, &mut held)?;
+        let outcome = self.walk(plan, &Bases(bases), pool, clock);
+        held.clear();
+        *guards = recycled(held);
+        outcome
+    }
+
+    fn walk(
+        &self,
+        plan: &Plan,
+        bases: &Bases,
+        pool: Option<&ThreadPool>,
+        mut clock: Option<&mut Clock>,
+    ) -> Result<()> {
+        let at = AtomicUsize::new(0);
+        let pool = pool.filter(|_| self.parallel);
+        let whole = Instant::now();
+        let mut walk = || {
+            for (index, (prepared, step)) in self.steps.iter().zip(&plan.steps).enumerate() {
+                at.store(index, Ordering::Relaxed);
+                let start = clock.as_ref().map(|_| Instant::now());
+                // SAFETY: `verify` has seen every operand of the plan within its slot, and the outputs of a step
+                // apart from what else it touches; `bases` holds the slots' memory: inputs of the plan's types,
+                // those that are written ours alone, the others locked or immutable; fresh outputs; an arena of
+                // the plan's size. Steps run one after the other.
+                unsafe { prepared.run(step, bases, pool.is_some())? };
+                if let (Some(clock), Some(start)) = (clock.as_deref_mut(), start) {
+                    clock.seconds.push(start.elapsed().as_secs_f64());
+                }
+            }
+            Ok(())
+        };
+        let outcome = catch_unwind(AssertUnwindSafe(|| match pool {
+            Some(pool) => pool.install(walk),
+            None => walk(),
+        }));
+        if let Some(clock) = clock.filter(|clock| clock.timing == Timing::Whole) {
+            clock.seconds = vec![whole.elapsed().as_secs_f64()];
+        }
+        let step = at.into_inner();
+        match outcome {
+            Ok(done) => done.map_err(Error::Graph),
+            Err(panic) => Err(Error::KernelPanic {
+                step,
+                label: plan.steps[step].label.clone(),
+                message: message(&*panic),
+            }),
+        }
+    }
+}
+
+impl Backend for CpuExecutable {
+    fn run(
+        &self,
+        plan: &Plan,
+        mut inputs: Vec<Buffer>,
+        pool: Option<&ThreadPool>,
+        clock: Option<&mut Clock>,
+    ) -> Result<Vec<Buffer>> {
+        let idle = self.idle().pop();
+        let workspace = idle.map_or_else(|| self.new_workspace(plan), Ok)?;
+        let mut lease = Lease { executable: self, workspace: Some(workspace) };
+        let workspace = lease.workspace.as_mut().expect("metal-candle bug: an ended lease");
+        workspace.outputs.clear();
+        for (output, zeroed) in plan.outputs.iter().zip(&self.zeroed) {
+            workspace.outputs.push(fresh(output, *zeroed)?);
+        }
+        self.run_steps(plan, workspace, &mut inputs, pool, clock)?;
+        Ok(results(plan, workspace, &inputs))
+    }
+
+    fn allocated_arena_bytes(&self) -> usize {
+        self.allocated.load(Ordering::Relaxed)
+    }
+}
+
+/// Locks the storages of the inputs that came from Candle, each once and in one order everywhere, so that no two
+/// runs and no writer wait for each other in a circle.
+fn lock_shared<'a>(
+    plan: &Plan,
+    inputs: &'a [Buffer],
+    shared: &mut [(usize, u32)],
+    bases: &mut [*mut u8],
+    held: &mut Vec<StorageRef<'a>>,
+) -> Result<()> {
+    shared.sort_unstable();
+    let mut last = None;
+    for (key, index) in shared.iter() {
+        let index = *index as usize;
+        let Memory::Shared(storage) = inputs[index].memory() else {
+            unreachable!("metal-candle bug: input {index} has moved")
+        };
+        if last != Some(*key) {
+            held.push(storage.lock());
+            last = Some(*key);
+        }
+        let locked = held.last().expect("metal-candle bug: no storage is locked");
+        let address = storage.address(locked).ok_or_else(|| Error::InputType {
+            index,
+            expected: plan.inputs[index].ty,
+            got: storage.dtype(),
+            len: 0,
+        })?;
+        bases[1 + index] = address.cast_mut();
+    }
+    Ok(())
+}
+
+/// The results, once every step has run.
+fn results(plan: &Plan, workspace: &mut Workspace, inputs: &[Buffer]) -> Vec<Buffer> {
+    let mut results: Vec<Buffer> = Vec::with_capacity(plan.outputs.len());
+    for (output, data) in plan.outputs.iter().zip(&mut workspace.outputs) {
+        results.push(match output.source {
+            OutputSource::Written => {
+                let mut data = data.take().expect("metal-candle bug: an output without memory");
+                // SAFETY: `fresh` made room for these, and the steps have written every one, or `fresh` has.
+                unsafe { data.set_len(output.ty.shape.len()) };
+                Buffer::from_data(data)
+            }
+            OutputSource::Donated(i) | OutputSource::Input(i) => inputs[i as usize].clone(),
+            OutputSource::SameAs(i) => results[i as usize].clone(),
+        });
+    }
+    results
+}
+
+/// A workspace that goes back to its executable, however the run ends.
+struct Lease<'a> {
+    executable: &'a CpuExecutable,
+    workspace: Option<Workspace>,
+}
+
+impl Drop for Lease<'_> {
+    fn drop(&mut self) {
+        let Some(mut workspace) = self.workspace.take() else { return };
+        workspace.outputs.clear();
+        let mut idle = self.executable.idle();
+        if idle.len() < IDLE_WORKSPACES {
+            idle.push(workspace);
+        } else {
+            let bytes = workspace.arena.len_bytes();
+            self.executable.allocated.fetch_sub(bytes, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Where this run's allocations start.
+struct Bases<'a>(&'a [*mut u8]);
+// SAFETY: what the pointers reach is touched as the plan says, step by step, whichever thread walks it.
+unsafe impl Sync for Bases<'_> {}
+
+impl Prepared {
+    fn new(plan: &Plan, step: &Step) -> Prepared {
+        let place = |operand: &Operand| match operand.slot {
+            Slot::Arena { offset_bytes, .. } => Place { base: 0, offset_bytes },
+            Slot::Input(i) => Place { base: 1 + i, offset_bytes: 0 },
+            Slot::Output(i) => Place { base: 1 + plan.inputs.len() as u32 + i, offset_bytes: 0 },
+        };
+        let program = match &step.work {
+            Work::Kernel(kernel) => Some(Program::new(kernel, updates_in_place(step))),
+            Work::Call(_) => None,
+        };
+        let parallel = match &program {
+            Some(program) => program.work() as u64 >= PARALLEL_KERNEL_WORK,
+            None => (step.flops / 8).max(step.bytes / 4) >= PARALLEL_CALL_WORK,
+        };
+        Prepared {
+            program,
+            args: step.args.iter().map(place).collect(),
+            outs: step.outs.iter().map(place).collect(),
+            parallel,
+        }
+    }
+
+    /// # Safety
+    /// The step has been verified, and `bases` holds memory for every slot of its plan, which nobody else touches
+    /// as the step writes, or writes as it reads.
+    unsafe fn run(
+        &self,
+        step: &Step,
+        bases: &Bases,
+        threads: bool,
+    ) -> metal_candle_graph::Result<()> {
+        let at = |place: &Place| bases.0[place.base as usize].wrapping_add(place.offset_bytes);
+        let parallel = threads && self.parallel;
+        match &step.work {
+            Work::Kernel(_) => {
+                let program = self.program.as_ref().expect("metal-candle bug: no program");
+                let args: SmallVec<[*const u8; 16]> =
+                    self.args.iter().map(|p| at(p).cast_const()).collect();
+                let outs: SmallVec<[*mut u8; 8]> = self.outs.iter().map(at).collect();
+                // SAFETY: the caller's promise.
+                unsafe { program.run(&args, &outs, parallel) };
+                Ok(())
+            }
+            Work::Call(call) => {
+                let args = self.args.iter().zip(&step.args);
+                let outs = self.outs.iter().zip(&step.outs);
+                // SAFETY: the caller's promise; a call's outputs share memory with nothing.
+                let args: SmallVec<[Arg; 8]> =
+                    args.map(|(place, o)| unsafe { Arg::new(at(place), o) }).collect();
+                // SAFETY: as above.
+                let mut outs: SmallVec<[Out; 4]> =
+                    outs.map(|(place, o)| unsafe { Out::new(at(place), o) }).collect();
+                super::call(call, &args, &mut outs, parallel)
+            }
+        }
+    }
+}
+
+/// Whether an output lies in the memory of an argument.
+fn updates_in_place(step: &Step) -> bool {
+    let overlap = |a: Slot, b: Slot| match (a, b) {
+        (
+            Slot::Arena { offset_bytes: a, len_bytes: a_len },
+            Slot::Arena { offset_bytes: b, len_bytes: b_len },
+        ) => a < b + b_len && b < a + a_len,
+        _ => a == b,
+    };
+    step.outs.iter().any(|out| step.args.iter().any(|arg| overlap(out.slot, arg.slot)))
+}
+
+/// Memory for a result that the steps write; none for the others.
+fn fresh(output: &PlanOutput, zeroed: bool) -> Result<Option<Data>> {
+    if output.source != OutputSource::Written {
+        return Ok(None);
+    }
+    let (dtype, len) = (output.ty.dtype, output.ty.shape.len());
+    let data = if zeroed { Data::zeroed(dtype, len) } else { Data::with_capacity(dtype, len) };
+    let out_of_memory = || Error::OutOfMemory {
+        what: format!("a result {}", output.ty),
+        bytes: output.ty.size_bytes(),
+    };
+    let mut data = data.ok_or_else(out_of_memory)?;
+    prefer_huge(data.as_mut_ptr(), output.ty.size_bytes());
+    Ok(Some(data))
+}
+
+/// The memory of a vector that is empty, for elements of another type or lifetime.
+fn recycled<A, B>(empty: Vec<A>) -> Vec<B> {
+    assert!(empty.is_empty(), "metal-candle bug: recycling what is in use");
+    // Collecting in place keeps the allocation, if the types are of one size.
+    empty.into_iter().map(|_| unreachable!()).collect()
+}

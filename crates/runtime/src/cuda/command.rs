@@ -1,0 +1,200 @@
+//! What a step asks of the device: launches of kernels, and products.
+
+use super::Gpu;
+use super::compile::Function;
+use super::gpu::Said;
+use super::product::{self, Product};
+use crate::{Error, Result};
+use cudarc::driver::result;
+use cudarc::driver::sys::{CUdeviceptr, CUstream};
+use metal_candle_compiler::render::{self, Binding, Dialect, Part, Source};
+use metal_candle_compiler::{Plan, Slot, Step, Work};
+use rustc_hash::FxHasher;
+use smallvec::SmallVec;
+use std::ffi::c_void;
+use std::hash::{Hash, Hasher};
+
+/// Where a buffer starts: so many bytes into one of the run's allocations.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Place {
+    pub(super) base: usize,
+    offset_bytes: usize,
+}
+
+/// The run's allocations, by number.
+pub(super) struct Bases;
+
+impl Bases {
+    pub(super) const ARENA: usize = 0;
+    /// Scratch memory of calls.
+    pub(super) const SCRATCH: usize = 1;
+    pub(super) const STATUS: usize = 2;
+    pub(super) const INPUTS: usize = 3;
+
+    pub(super) fn outputs(plan: &Plan) -> usize {
+        Bases::INPUTS + plan.inputs.len()
+    }
+}
+
+/// One launch or product.
+pub(super) struct Command {
+    pub(super) step: usize,
+    pub(super) places: SmallVec<[Place; 4]>,
+    action: Action,
+}
+
+enum Action {
+    Launch { function: Function, grid: u32, block: u32, shared_bytes: u32 },
+    Product(Product),
+}
+
+/// The commands of a plan, and the scratch memory that the greediest of its calls wants.
+pub(super) struct Commands {
+    pub(super) list: Vec<Command>,
+    pub(super) scratch_bytes: usize,
+}
+
+/// A command whose kernel is not compiled yet.
+enum Draft {
+    Kernel(Source),
+    Product(Product),
+}
+
+impl Commands {
+    /// # Errors
+    /// [`Error::Render`] for a step that the device cannot run; [`Error::Compile`]; what the driver says.
+    pub(super) fn new(gpu: &Gpu, plan: &Plan) -> Result<Commands> {
+        let mut drafts: Vec<(usize, SmallVec<[Place; 4]>, Draft)> = Vec::new();
+        let mut scratch_bytes = 0;
+        for (index, step) in plan.steps.iter().enumerate() {
+            let failed = |source| Error::Render { step: index, label: step.label.clone(), source };
+            let parts = match &step.work {
+                Work::Kernel(kernel) => {
+                    let mut hasher = FxHasher::default();
+                    kernel.hash(&mut hasher);
+                    let name = format!("kernel_{:016x}", hasher.finish());
+                    let source = render::render(kernel, Dialect::CUDA, &gpu.limits, &name);
+                    vec![Part::Kernel(source.map_err(failed)?)]
+                }
+                Work::Call(call) => {
+                    let call =
+                        render::call(call, &step.args, &step.outs, Dialect::CUDA, &gpu.limits);
+                    let call = call.map_err(failed)?;
+                    scratch_bytes = scratch_bytes.max(call.workspace_bytes);
+                    call.parts
+                }
+            };
+            for part in parts {
+                let (bindings, draft) = draft(gpu, part)?;
+                let Some(draft) = draft else { continue };
+                let places = bindings.iter().map(|b| place(plan, step, *b)).collect();
+                drafts.push((index, places, draft));
+            }
+        }
+        let list = compile(gpu, drafts)?;
+        Ok(Commands { list, scratch_bytes })
+    }
+}
+
+/// A part as a command to be, and what it is bound to; none where there is nothing to do.
+fn draft(gpu: &Gpu, part: Part) -> Result<(Vec<Binding>, Option<Draft>)> {
+    Ok(match part {
+        Part::Kernel(source) => {
+            let bindings = source.bindings.clone();
+            (bindings, (source.launch.grid > 0).then_some(Draft::Kernel(source)))
+        }
+        Part::Product { alpha, accumulate, a, b, out } => {
+            let bindings = vec![a.binding, b.binding, out.binding];
+            let places = [&a, &b, &out];
+            let draft = match gpu.library.product(places, alpha, accumulate)? {
+                Some(product) => Draft::Product(product),
+                None => Draft::Kernel(product::plain(places, alpha, accumulate)),
+            };
+            let something = !matches!(&draft, Draft::Kernel(source) if source.launch.grid == 0);
+            (bindings, something.then_some(draft))
+        }
+    })
+}
+
+fn compile(gpu: &Gpu, drafts: Vec<(usize, SmallVec<[Place; 4]>, Draft)>) -> Result<Vec<Command>> {
+    let sources: Vec<&Source> = drafts
+        .iter()
+        .filter_map(|(_, _, draft)| match draft {
+            Draft::Kernel(source) => Some(source),
+            Draft::Product(_) => None,
+        })
+        .collect();
+    let mut functions = gpu.kernels.get(gpu, &sources)?.into_iter();
+    let command = |(step, places, draft)| {
+        let action = match draft {
+            Draft::Product(product) => Action::Product(product),
+            Draft::Kernel(source) => Action::Launch {
+                function: functions.next().expect("metal-candle bug: a kernel is missing"),
+                grid: source.launch.grid as u32,
+                block: source.launch.block as u32,
+                shared_bytes: source.launch.shared_bytes as u32,
+            },
+        };
+        Command { step, places, action }
+    };
+    Ok(drafts.into_iter().map(command).collect())
+}
+
+fn place(plan: &Plan, step: &Step, binding: Binding) -> Place {
+    let (slot, skipped) = match binding {
+        Binding::Arg(i) => (step.args[i as usize].slot, 0),
+        Binding::Out(i) => (step.outs[i as usize].slot, 0),
+        Binding::ArgAt { arg, offset_bytes } => (step.args[arg as usize].slot, offset_bytes),
+        Binding::OutAt { out, offset_bytes } => (step.outs[out as usize].slot, offset_bytes),
+        Binding::Workspace { offset_bytes } => return Place { base: Bases::SCRATCH, offset_bytes },
+        Binding::Status => return Place { base: Bases::STATUS, offset_bytes: 0 },
+    };
+    match slot {
+        Slot::Arena { offset_bytes, .. } => {
+            Place { base: Bases::ARENA, offset_bytes: offset_bytes + skipped }
+        }
+        Slot::Input(i) => Place { base: Bases::INPUTS + i as usize, offset_bytes: skipped },
+        Slot::Output(i) => Place { base: Bases::outputs(plan) + i as usize, offset_bytes: skipped },
+    }
+}
+
+impl Command {
+    /// Asks the stream for it.
+    ///
+    /// # Safety
+    /// `bases` holds memory for every slot of the plan, which has been verified; it stays until the stream is through.
+    pub(super) unsafe fn enqueue(
+        &self,
+        gpu: &Gpu,
+        bases: &[CUdeviceptr],
+        stream: CUstream,
+    ) -> Result<()> {
+        let at = |place: &Place| bases[place.base].wrapping_add(place.offset_bytes as u64);
+        match &self.action {
+            Action::Launch { function, grid, block, shared_bytes } => {
+                let mut addresses: SmallVec<[CUdeviceptr; 16]> =
+                    self.places.iter().map(at).collect();
+                let mut parameters: SmallVec<[*mut c_void; 16]> =
+                    addresses.iter_mut().map(|a| std::ptr::from_mut(a).cast()).collect();
+                let (grid, block) = ((*grid, 1, 1), (*block, 1, 1));
+                // SAFETY: the function takes as many addresses; the caller's promise for what lies there.
+                unsafe {
+                    result::launch_kernel(
+                        function.0,
+                        grid,
+                        block,
+                        *shared_bytes,
+                        stream,
+                        &mut parameters,
+                    )
+                }
+                .said(|| format!("launching step {}", self.step))
+            }
+            Action::Product(product) => {
+                let addresses = [0, 1, 2].map(|i| at(&self.places[i]));
+                // SAFETY: the caller's promise.
+                unsafe { gpu.library.enqueue(product, addresses, stream) }
+            }
+        }
+    }
+}

@@ -1,0 +1,381 @@
+//! Matrix products: cuBLASLt, and a plain kernel for operands that it does not take.
+
+use super::gpu::Said;
+use crate::blas::{Blas, Matrix};
+use crate::{Error, Result};
+use cudarc::cublaslt::{result as lt, sys};
+use cudarc::driver::sys::{CUdeviceptr, CUstream};
+use cudarc::driver::{CudaStream, result as driver};
+use metal_candle_compiler::render::{Binding, Launch, Place, Source, Team};
+use metal_candle_graph::DType;
+use rustc_hash::FxHashMap;
+use std::ffi::c_void;
+use std::fmt::Write;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// What NVIDIA recommends for Hopper ("cuBLAS", section on workspaces); older devices need less.
+const WORKSPACE_BYTES: usize = 32 << 20;
+
+/// The library on a device, with the scratch memory that its products share: they run one after the other.
+pub(super) struct Library {
+    handle: sys::cublasLtHandle_t,
+    workspace: CUdeviceptr,
+    /// Held while a product is enqueued: its kernels hand each other what lies in the workspace, and those of another
+    /// thread must not come between.
+    enqueueing: Mutex<()>,
+    known: Mutex<FxHashMap<Shape, Arc<Plan>>>,
+}
+
+// SAFETY: the library may be called from any thread with one handle ("cuBLASLt", thread safety).
+unsafe impl Send for Library {}
+// SAFETY: as above.
+unsafe impl Sync for Library {}
+
+/// All that the library wants to know before it chooses a kernel.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+struct Shape {
+    factors: DType,
+    out: DType,
+    mnk: [usize; 3],
+    matrices: [Matrix; 3],
+    batch: usize,
+    accumulate: bool,
+    /// What the addresses are multiples of, in bytes.
+    aligned: [u32; 3],
+}
+
+/// The library's descriptors and its choice for a shape.
+struct Plan {
+    operation: sys::cublasLtMatmulDesc_t,
+    layouts: [sys::cublasLtMatrixLayout_t; 3],
+    algorithm: sys::cublasLtMatmulAlgo_t,
+}
+
+// SAFETY: the descriptors are only read once they are made.
+unsafe impl Send for Plan {}
+// SAFETY: as above.
+unsafe impl Sync for Plan {}
+
+/// A product that is ready to be enqueued.
+pub(super) struct Product {
+    plan: Arc<Plan>,
+    swapped: bool,
+    /// Bytes from the operands' addresses.
+    starts: Vec<[isize; 3]>,
+    alpha: f64,
+    accumulate: bool,
+    f64: bool,
+}
+
+impl Library {
+    pub(super) fn new(stream: &CudaStream) -> Result<Library> {
+        let handle = lt::create_handle().said(|| "starting cuBLASLt".into())?;
+        // SAFETY: never freed, as the device is never let go.
+        let workspace = unsafe { driver::malloc_async(stream.cu_stream(), WORKSPACE_BYTES) }
+            .said(|| "allocating cuBLASLt's workspace".into())?;
+        Ok(Library { handle, workspace, enqueueing: Mutex::default(), known: Mutex::default() })
+    }
+
+    /// The product, if the library takes its operands.
+    ///
+    /// # Errors
+    /// What the library says, other than that it does not support such a product.
+    pub(super) fn product(
+        &self,
+        [a, b, out]: [&Place; 3],
+        alpha: f64,
+        accumulate: bool,
+    ) -> Result<Option<Product>> {
+        let Some(blas) = Blas::new(&a.layout, &b.layout, &out.layout) else { return Ok(None) };
+        if data_type(a.dtype).is_none() || data_type(out.dtype).is_none() || a.dtype != b.dtype {
+            return Ok(None);
+        }
+        let sizes = [a, b, out].map(|place| place.dtype.size_bytes() as isize);
+        let starts: Vec<[isize; 3]> =
+            blas.outer.iter().map(|s| [0, 1, 2].map(|i| s[i] * sizes[i])).collect();
+        let [first, second] = if blas.swapped { [1, 0] } else { [0, 1] };
+        let strides = [blas.a, blas.b, blas.out].map(|m| m.batch_stride);
+        let aligned = |i: usize, matrix: usize| {
+            let stride = strides[matrix] * sizes[i];
+            let all = starts.iter().fold(stride, |all, s| all | s[i]);
+            1 << all.trailing_zeros().min(8)
+        };
+        let shape = Shape {
+            factors: a.dtype,
+            out: out.dtype,
+            mnk: [blas.m, blas.n, blas.k],
+            matrices: [blas.a, blas.b, blas.out],
+            batch: blas.batch,
+            accumulate,
+            aligned: [aligned(first, 0), aligned(second, 1), aligned(2, 2)],
+        };
+        let Some(plan) = self.plan(&shape)? else { return Ok(None) };
+        let (swapped, f64) = (blas.swapped, a.dtype == DType::F64);
+        Ok(Some(Product { plan, swapped, starts, alpha, accumulate, f64 }))
+    }
+
+    fn plan(&self, shape: &Shape) -> Result<Option<Arc<Plan>>> {
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(plan) = known.get(shape) {
+            return Ok(Some(Arc::clone(plan)));
+        }
+        match Plan::new(self.handle, shape) {
+            Ok(plan) => {
+                let plan = Arc::new(plan);
+                known.insert(*shape, Arc::clone(&plan));
+                Ok(Some(plan))
+            }
+            Err(lt::CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED)) => Ok(None),
+            Err(error) => Err(error).said(|| format!("planning a product of {:?}", shape.mnk)),
+        }
+    }
+
+    /// Asks for the product of what lies at these addresses.
+    ///
+    /// # Safety
+    /// The operands that the product was made for lie there, and stay until the stream is through.
+    pub(super) unsafe fn enqueue(
+        &self,
+        product: &Product,
+        addresses: [CUdeviceptr; 3],
+        stream: CUstream,
+    ) -> Result<()> {
+        let beta = f64::from(u8::from(product.accumulate));
+        let (alpha32, beta32) = (product.alpha as f32, beta as f32);
+        let scalar = |double: &f64, single: &f32| -> *const c_void {
+            if product.f64 {
+                std::ptr::from_ref(double).cast()
+            } else {
+                std::ptr::from_ref(single).cast()
+            }
+        };
+        let [a_layout, b_layout, out_layout] = product.plan.layouts;
+        let _alone = self.enqueueing.lock().unwrap_or_else(PoisonError::into_inner);
+        for starts in &product.starts {
+            let at = |i: usize| addresses[i].wrapping_add_signed(starts[i] as i64) as *mut c_void;
+            let [a, b] = if product.swapped { [at(1), at(0)] } else { [at(0), at(1)] };
+            // SAFETY: descriptors of this handle; the caller's promise for the addresses. Column-major, as the
+            // library has it, the transposed result is b's transposed by a's.
+            unsafe {
+                lt::matmul(
+                    self.handle,
+                    product.plan.operation,
+                    scalar(&product.alpha, &alpha32),
+                    scalar(&beta, &beta32),
+                    b,
+                    b_layout,
+                    a,
+                    a_layout,
+                    at(2),
+                    out_layout,
+                    at(2),
+                    out_layout,
+                    &raw const product.plan.algorithm,
+                    self.workspace as *mut c_void,
+                    WORKSPACE_BYTES,
+                    stream.cast(),
+                )
+            }
+            .said(|| "enqueueing a product".into())?;
+        }
+        Ok(())
+    }
+}
+
+const fn data_type(dtype: DType) -> Option<sys::cudaDataType> {
+    match dtype {
+        DType::F32 => Some(sys::cudaDataType::CUDA_R_32F),
+        DType::F64 => Some(sys::cudaDataType::CUDA_R_64F),
+        DType::BF16 => Some(sys::cudaDataType::CUDA_R_16BF),
+        DType::F16 => Some(sys::cudaDataType::CUDA_R_16F),
+        DType::U8 | DType::U32 | DType::I64 => None,
+    }
+}
+
+impl Plan {
+    fn new(
+        handle: sys::cublasLtHandle_t,
+        shape: &Shape,
+    ) -> std::result::Result<Plan, lt::CublasError> {
+        use sys::cublasLtMatmulDescAttributes_t as Op;
+        let unsupported = lt::CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED);
+        let factors = data_type(shape.factors).ok_or(unsupported)?;
+        let out = data_type(shape.out).ok_or(unsupported)?;
+        let (compute, scale) = match shape.factors {
+            DType::F64 => {
+                (sys::cublasComputeType_t::CUBLAS_COMPUTE_64F, sys::cudaDataType::CUDA_R_64F)
+            }
+            _ => (sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, sys::cudaDataType::CUDA_R_32F),
+        };
+        let operation = lt::create_matmul_desc(compute, scale)?;
+        let [m, n, k] = shape.mnk;
+        let [a, b, result] = shape.matrices;
+        // Row-major rows x cols is column-major cols x rows.
+        let rows_cols = |matrix: Matrix, rows: usize, cols: usize| {
+            if matrix.transposed { [rows, cols] } else { [cols, rows] }
+        };
+        let layout = |dtype,
+                      [rows, cols]: [usize; 2],
+                      matrix: Matrix|
+         -> std::result::Result<_, lt::CublasError> {
+            use sys::cublasLtMatrixLayoutAttribute_t as Attribute;
+            let layout =
+                lt::create_matrix_layout(dtype, rows as u64, cols as u64, matrix.leading as i64)?;
+            let (batch, stride) = (shape.batch as i32, matrix.batch_stride as i64);
+            // SAFETY: a layout that was just made, and values of the attributes' types.
+            unsafe {
+                let count = Attribute::CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT;
+                lt::set_matrix_layout_attribute(layout, count, (&raw const batch).cast(), 4)?;
+                let offset = Attribute::CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET;
+                lt::set_matrix_layout_attribute(layout, offset, (&raw const stride).cast(), 8)?;
+            }
+            Ok(layout)
+        };
+        let layouts = [
+            layout(factors, rows_cols(a, m, k), a)?,
+            layout(factors, rows_cols(b, k, n), b)?,
+            layout(out, [n, m], result)?,
+        ];
+        for (attribute, matrix) in
+            [(Op::CUBLASLT_MATMUL_DESC_TRANSA, b), (Op::CUBLASLT_MATMUL_DESC_TRANSB, a)]
+        {
+            let transposed = i32::from(matrix.transposed);
+            // SAFETY: a descriptor that was just made, and a value of the attribute's type.
+            unsafe {
+                lt::set_matmul_desc_attribute(
+                    operation,
+                    attribute,
+                    (&raw const transposed).cast(),
+                    4,
+                )?;
+            }
+        }
+        let algorithm = choose(handle, operation, layouts, shape)?;
+        Ok(Plan { operation, layouts, algorithm })
+    }
+}
+
+/// The library's own guess at the fastest kernel.
+fn choose(
+    handle: sys::cublasLtHandle_t,
+    operation: sys::cublasLtMatmulDesc_t,
+    [a, b, out]: [sys::cublasLtMatrixLayout_t; 3],
+    shape: &Shape,
+) -> std::result::Result<sys::cublasLtMatmulAlgo_t, lt::CublasError> {
+    use sys::cublasLtMatmulPreferenceAttributes_t as Attribute;
+    let preference = lt::create_matmul_pref()?;
+    let set = |attribute, value: *const c_void, len| {
+        // SAFETY: a preference that was just made, and values of the attributes' types.
+        unsafe { lt::set_matmul_pref_attribute(preference, attribute, value, len) }
+    };
+    let chosen = (|| {
+        let bytes = WORKSPACE_BYTES;
+        let most = Attribute::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
+        set(most, (&raw const bytes).cast(), size_of::<usize>())?;
+        let [a_aligned, b_aligned, out_aligned] = shape.aligned;
+        for (attribute, aligned) in [
+            (Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, b_aligned),
+            (Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, a_aligned),
+            (Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, out_aligned),
+            (Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, out_aligned),
+        ] {
+            set(attribute, (&raw const aligned).cast(), 4)?;
+        }
+        // SAFETY: descriptors that live.
+        unsafe { lt::get_matmul_algo_heuristic(handle, operation, b, a, out, out, preference) }
+    })();
+    // SAFETY: made above, and used no more.
+    let _ = unsafe { lt::destroy_matmul_pref(preference) };
+    chosen.map(|heuristic| heuristic.algo)
+}
+
+impl Drop for Plan {
+    fn drop(&mut self) {
+        // SAFETY: made in `new`. A failure can be told to nobody.
+        unsafe {
+            for layout in self.layouts {
+                let _ = lt::destroy_matrix_layout(layout);
+            }
+            let _ = lt::destroy_matmul_desc(self.operation);
+        }
+    }
+}
+
+/// The plain kernel for any operands: `args = [a, b]`, one output.
+pub(super) fn plain(places: [&Place; 3], alpha: f64, accumulate: bool) -> Source {
+    let [a, b, out] = places;
+    let rank = out.layout.shape.rank();
+    let (row, col) = (rank - 2, rank - 1);
+    let [m, n, k] = [out.layout.shape[row], out.layout.shape[col], a.layout.shape[col]];
+    let batch: usize = (0..row).map(|d| out.layout.shape[d]).product();
+    let mut text = String::new();
+    let mut define = |name: &str, value: &str| {
+        writeln!(text, "#define {name} {value}").expect("writing to a string");
+    };
+    define("TYPE", type_name(a.dtype));
+    define("OUT", type_name(out.dtype));
+    define("SUM", sum_type(out.dtype));
+    for (name, value) in [("M", m), ("N", n), ("K", k), ("BATCH", batch)] {
+        define(name, &format!("{value}ll"));
+    }
+    for (name, place) in [("A", a), ("B", b), ("OUT", out)] {
+        define(&format!("{name}_START"), &start(place, &out.layout.shape.dims()[..row]));
+        define(&format!("{name}_ROW"), &format!("{}ll", place.layout.strides[row]));
+        define(&format!("{name}_COL"), &format!("{}ll", place.layout.strides[col]));
+    }
+    define("ALPHA", &format!("{alpha:?}"));
+    define("ACCUMULATE", if accumulate { "1" } else { "0" });
+    let mut hasher = DefaultHasher::new();
+    text.hash(&mut hasher);
+    let name = format!("product_{:016x}", hasher.finish());
+    let text = format!("{text}{}", include_str!("product.h").replace("NAME", &name));
+    let tiles = batch * m.div_ceil(16) * n.div_ceil(16);
+    let launch = Launch {
+        team: Team::Block,
+        vector: 1,
+        grid: tiles.min(1 << 20),
+        block: 256,
+        shared_bytes: 0,
+    };
+    let bindings = vec![Binding::Arg(0), Binding::Arg(1), Binding::Out(0)];
+    Source { name, text, bindings, launch, align_bytes: 1 }
+}
+
+/// Where batch number `batch` of a product starts, as C.
+fn start(place: &Place, dims: &[usize]) -> String {
+    let mut sum = format!("{}ll", place.layout.offset);
+    let mut inner: usize = 1;
+    for (d, extent) in dims.iter().enumerate().rev() {
+        write!(sum, " + batch / {inner}ll % {extent}ll * {}ll", place.layout.strides[d])
+            .expect("writing to a string");
+        inner *= extent;
+    }
+    sum
+}
+
+const fn type_name(dtype: DType) -> &'static str {
+    match dtype {
+        DType::U8 => "u8",
+        DType::U32 => "u32",
+        DType::I64 => "i64",
+        DType::BF16 => "bf16",
+        DType::F16 => "f16",
+        DType::F32 => "f32",
+        DType::F64 => "f64",
+    }
+}
+
+const fn sum_type(dtype: DType) -> &'static str {
+    match dtype {
+        DType::U8 | DType::U32 | DType::I64 => "i64",
+        DType::BF16 | DType::F16 | DType::F32 => "f32",
+        DType::F64 => "f64",
+    }
+}
+
+impl From<lt::CublasError> for Error {
+    fn from(error: lt::CublasError) -> Error {
+        Error::Cuda { doing: "multiplying".into(), message: error.to_string() }
+    }
+}
