@@ -1,6 +1,6 @@
 //! Attention's kernels against the graph's meaning in f64: every attribute, dtype and layout, in both dialects.
 
-use crate::plans::{self, Rendered, Renderer, Task};
+use crate::plans::{self, Task};
 use crate::random::Rng;
 use crate::{CUDA, DIALECTS, METAL, walk};
 use metal_candle_compiler::render::{Dialect, Limits};
@@ -241,7 +241,7 @@ fn attention_of_few_queries_equals_its_meaning() {
 }
 
 /// Both sizes of heads that tensor cores are for, and all attributes.
-fn on_tensor_cores() -> [Vec<Task>; 2] {
+pub(crate) fn on_tensor_cores() -> [Vec<Task>; 2] {
     let of_64 = Draw { dtype: DType::BF16, d: 64, dv: 64, ..CAUSAL };
     let of_128 = Draw { d: 128, dv: 128, ..of_64 };
     let everything = Draw { causal: false, lies: Lies::HeadsFirst, ..of_64 };
@@ -258,14 +258,6 @@ fn on_tensor_cores() -> [Vec<Task>; 2] {
             Draw { tq: 40, tk: 7, offset: Some(-4), ..half },
         ]),
     ]
-}
-
-/// Their kernels.
-pub(crate) fn rendered() -> Vec<Rendered> {
-    let (dialect, limits) = TENSOR_CORES;
-    let mut renderer = Renderer::new(dialect, limits);
-    let tasks = on_tensor_cores().concat();
-    tasks.iter().map(|task| renderer.plan(&task.graph, &task.donated).unwrap()).collect()
 }
 
 #[test]

@@ -73,7 +73,8 @@ impl Gpu {
         Ok(Gpu {
             number,
             recorder: Mutex::new(recorder),
-            limits: Limits::cuda(multiprocessors as usize, threads as usize),
+            limits: Limits::cuda(multiprocessors as usize, threads as usize)
+                .of_capability(major as u32, minor as u32),
             architecture: major * 10 + minor,
             library: Library::new(&stream)?,
             kernels: Kernels::default(),

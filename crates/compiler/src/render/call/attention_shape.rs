@@ -133,7 +133,7 @@ impl Shape {
         let flag = usize::from;
         text.numbers(&[
             ("HEADS", self.hk),
-            ("PAIRS", self.pairs()),
+            ("PAIRS", self.pairs().max(1)),
             ("GROUP", self.group),
             ("TQ", self.tq),
             ("TK", self.tk),
