@@ -27,6 +27,9 @@ const PARALLEL_KERNEL_WORK: u64 = 1 << 19;
 /// The same for a library call, whose operations are dearer, and which seldom comes alone.
 const PARALLEL_CALL_WORK: u64 = 1 << 16;
 
+/// A plan goes to the pool from this much work on, in the same measure: handing it over and waiting takes some 20 us.
+const POOL_WORK: u64 = 1 << 18;
+
 /// What the CPU keeps of a plan: its kernels compiled, its memory from run to run.
 pub(crate) struct CpuExecutable {
     steps: Vec<Prepared>,
@@ -43,6 +46,8 @@ struct Prepared {
     program: Option<Program>,
     args: SmallVec<[Place; 4]>,
     outs: SmallVec<[Place; 2]>,
+    /// Element operations, of a call an estimate.
+    work: u64,
     parallel: bool,
 }
 
@@ -76,7 +81,7 @@ impl CpuExecutable {
         let outputs = 0..plan.outputs.len();
         let executable = CpuExecutable {
             zeroed: outputs.map(|i| !verify::is_written_whole(plan, i)).collect(),
-            parallel: steps.iter().any(|s| s.parallel),
+            parallel: steps.iter().map(Prepared::pool_work).sum::<u64>() >= POOL_WORK,
             steps,
             idle: Mutex::new(Vec::new()),
             allocated: AtomicUsize::new(0),
@@ -297,16 +302,22 @@ impl Prepared {
             Work::Kernel(kernel) => Some(Program::new(kernel, updates_in_place(step))),
             Work::Call(_) => None,
         };
-        let parallel = match &program {
-            Some(program) => program.work() as u64 >= PARALLEL_KERNEL_WORK,
-            None => (step.flops / 8).max(step.bytes / 4) >= PARALLEL_CALL_WORK,
+        let (work, least) = match &program {
+            Some(program) => (program.work() as u64, PARALLEL_KERNEL_WORK),
+            None => ((step.flops / 8).max(step.bytes / 4), PARALLEL_CALL_WORK),
         };
         Prepared {
             program,
             args: step.args.iter().map(place).collect(),
             outs: step.outs.iter().map(place).collect(),
-            parallel,
+            work,
+            parallel: work >= least,
         }
+    }
+
+    /// What it gives several threads to do.
+    fn pool_work(&self) -> u64 {
+        if self.parallel { self.work } else { 0 }
     }
 
     /// # Safety

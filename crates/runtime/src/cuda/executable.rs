@@ -147,6 +147,7 @@ impl CudaExecutable {
         whole.map_or(Ok(()), |marks| marks.set(0, stream))?;
         match &workspace.graph {
             Some(graph) if steps.is_none() => {
+                let _alone = self.gpu.library.alone();
                 // SAFETY: recorded with these addresses.
                 unsafe { result::graph::launch(graph.executable, stream) }
                     .said(|| "replaying a plan".into())?;

@@ -8,9 +8,9 @@ use crate::cpu::{parallel, scratch};
 /// The longest thin side.
 const THIN: usize = 16;
 /// Rows or columns of the result that a task makes.
-const TASK: usize = 64;
+const TASK: usize = 32;
 /// Multiplications from which on another thread is worth waking.
-const PARALLEL_WORK: usize = 1 << 19;
+const PARALLEL_WORK: usize = 1 << 18;
 
 /// The product, if one side is thin and the others lie as the loops need them; whether it was made.
 pub(super) fn product(
