@@ -1,9 +1,13 @@
 //! NVIDIA GPUs, on top of Candle's device.
 //!
 //! ```text
-//! executable ─ a plan's steps as commands, run at once or replayed as a graph
-//! command ──── a launch of a kernel, or a product
-//! product ──── cuBLASLt, and a plain kernel for what it does not take
+//! executable ─ a plan made ready, and a run of it
+//! bind ─────── where a run's memory lies
+//! staging ──── small values, which travel together
+//! graph ────── a run recorded, to be replayed
+//! command ──── a plan's steps: launches of kernels, and products
+//! product ──── products by cuBLASLt
+//! plain ────── a kernel for products that it does not take
 //! compile ──── rendered text to machine code, kept on disk
 //! marks ────── what a step takes
 //! memory ───── device memory, and host memory that the device reads
@@ -12,13 +16,17 @@
 //!
 //! Everything runs on one stream per device, in the order in which it was asked for.
 
+mod bind;
 mod command;
 mod compile;
 mod executable;
 mod gpu;
+mod graph;
 mod marks;
 mod memory;
+mod plain;
 mod product;
+mod staging;
 
 pub(crate) use executable::CudaExecutable;
 pub(crate) use gpu::Gpu;

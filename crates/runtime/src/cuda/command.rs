@@ -3,7 +3,8 @@
 use super::Gpu;
 use super::compile::Function;
 use super::gpu::Said;
-use super::product::{self, Product};
+use super::plain;
+use super::product::Product;
 use crate::{Error, Result};
 use cudarc::driver::result;
 use cudarc::driver::sys::{CUdeviceptr, CUstream};
@@ -108,7 +109,7 @@ fn draft(gpu: &Gpu, part: Part) -> Result<(Vec<Binding>, Option<Draft>)> {
             let places = [&a, &b, &out];
             let draft = match gpu.library.product(places, alpha, accumulate)? {
                 Some(product) => Draft::Product(product),
-                None => Draft::Kernel(product::plain(places, alpha, accumulate)),
+                None => Draft::Kernel(plain::product(places, alpha, accumulate)),
             };
             let something = !matches!(&draft, Draft::Kernel(source) if source.launch.grid == 0);
             (bindings, something.then_some(draft))

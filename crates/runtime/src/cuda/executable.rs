@@ -5,86 +5,51 @@
 //! the steps are recorded as a graph, which later runs replay.
 
 use super::Gpu;
+use super::bind::{Held, resident_mut};
 use super::command::{Bases, Commands};
 use super::gpu::Said;
+use super::graph::Graph;
 use super::marks::Marks;
-use super::memory::{Allocation, Pinned, Resident, STAGED_BYTES};
-use crate::buffer::{Buffer, DeviceMemory, Memory};
-use crate::candle::Shared;
+use super::memory::{Allocation, Pinned, Resident};
+use super::staging::Staging;
+use crate::buffer::Buffer;
 use crate::executable::{Backend, Clock, Timing};
 use crate::{Error, Result, mapped, verify};
-use candle_core::cuda_backend::CudaStorageSlice;
-use candle_core::{Storage, StorageRef};
+use cudarc::driver::result;
 use cudarc::driver::sys::{self, CUdeviceptr};
-use cudarc::driver::{DevicePtr, result};
 use metal_candle_compiler::render::Status;
 use metal_candle_compiler::{OutputSource, Plan, PlanOutput};
 use rayon::ThreadPool;
-use std::any::Any;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Workspaces that are kept while nothing runs.
 const IDLE_WORKSPACES: usize = 2;
-/// Results of up to so many bytes come back to the host with the run.
-const RETURNED_BYTES: usize = 1 << 20;
-/// What every part of a workspace starts at a multiple of.
-const ALIGN_BYTES: usize = 256;
 
 /// What a device keeps of a plan.
 pub(crate) struct CudaExecutable {
-    gpu: Arc<Gpu>,
+    pub(super) gpu: Arc<Gpu>,
     commands: Commands,
-    staging: Staging,
+    pub(super) staging: Staging,
     /// By input: whether a command refers to it.
-    used: Vec<bool>,
+    pub(super) used: Vec<bool>,
     /// By output: whether its memory must be zeroed.
     zeroed: Vec<bool>,
     idle: Mutex<Vec<Workspace>>,
     allocated: AtomicUsize,
 }
 
-/// Memory that the host and the device exchange: `[small inputs | status | small results]`. What the host holds of the
-/// first goes there, the rest comes back in one copy.
-struct Staging {
-    /// By input: where it lies if the host holds it.
-    inputs: Vec<Option<usize>>,
-    /// By output: where it lies if it is small.
-    outputs: Vec<Option<usize>>,
-    status: usize,
-    len_bytes: usize,
-}
-
 /// The memory of one run.
-struct Workspace {
-    arena: Allocation,
-    scratch: Allocation,
-    staging: Allocation,
-    host: Pinned,
+pub(super) struct Workspace {
+    pub(super) arena: Allocation,
+    pub(super) scratch: Allocation,
+    pub(super) staging: Allocation,
+    pub(super) host: Pinned,
     /// Where the run before this had its memory.
     last: Vec<CUdeviceptr>,
     graph: Option<Graph>,
 }
-
-/// What a run holds until it is over.
-#[derive(Default)]
-struct Held<'a> {
-    /// Keep Candle from writing.
-    guards: Vec<StorageRef<'a>>,
-    copies: Vec<Allocation>,
-    /// The parts of the staging memory that the host has filled.
-    staged: Vec<Range<usize>>,
-}
-
-/// The commands of a run, recorded with the addresses in `Workspace::last`.
-struct Graph {
-    graph: sys::CUgraph,
-    executable: sys::CUgraphExec,
-}
-
-// SAFETY: handles that any thread may give to the driver, one at a time: a workspace has one owner.
-unsafe impl Send for Graph {}
 
 impl CudaExecutable {
     /// # Errors
@@ -137,7 +102,8 @@ impl CudaExecutable {
         if workspace.graph.is_some() && workspace.last != bases {
             workspace.graph = None;
         } else if workspace.graph.is_none() && workspace.last == bases {
-            workspace.graph = Some(self.record(plan, &bases)?);
+            let commands = |recorder| self.enqueue_commands(plan, &bases, recorder, None);
+            workspace.graph = Some(Graph::record(&self.gpu, commands)?);
         }
         let stream = self.gpu.raw_stream();
         let (steps, whole) = match marks {
@@ -146,12 +112,8 @@ impl CudaExecutable {
         };
         whole.map_or(Ok(()), |marks| marks.set(0, stream))?;
         match &workspace.graph {
-            Some(graph) if steps.is_none() => {
-                let _alone = self.gpu.library.alone();
-                // SAFETY: recorded with these addresses.
-                unsafe { result::graph::launch(graph.executable, stream) }
-                    .said(|| "replaying a plan".into())?;
-            }
+            // SAFETY: recorded with these addresses.
+            Some(graph) if steps.is_none() => unsafe { graph.replay(&self.gpu) }?,
             _ => self.enqueue_commands(plan, &bases, stream, steps)?,
         }
         whole.map_or(Ok(()), |marks| marks.set(1, stream))?;
@@ -195,125 +157,6 @@ impl CudaExecutable {
             reached += 1;
         }
         Ok(())
-    }
-
-    fn record(&self, plan: &Plan, bases: &[CUdeviceptr]) -> Result<Graph> {
-        let recorder = self.gpu.recorder.lock().unwrap_or_else(PoisonError::into_inner);
-        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-        let doing = || "recording a plan".to_owned();
-        recorder.begin_capture(mode).said(doing)?;
-        let outcome = self.enqueue_commands(plan, bases, recorder.cu_stream(), None);
-        // SAFETY: capture has begun, and ends whatever happened in between.
-        let graph = unsafe { result::stream::end_capture(recorder.cu_stream()) };
-        outcome?;
-        let graph = graph.said(doing)?;
-        // SAFETY: a graph that was just recorded.
-        match unsafe { result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0)) } {
-            Ok(executable) => Ok(Graph { graph, executable }),
-            Err(error) => {
-                // SAFETY: as above.
-                let _ = unsafe { result::graph::destroy(graph) };
-                Err(error).said(doing)
-            }
-        }
-    }
-
-    /// Where this run's memory starts.
-    fn bind<'a>(
-        &self,
-        plan: &Plan,
-        workspace: &mut Workspace,
-        inputs: &'a [Buffer],
-        outputs: &[Option<Allocation>],
-        held: &mut Held<'a>,
-    ) -> Result<Vec<CUdeviceptr>> {
-        let staging = workspace.staging.address();
-        let at = |offset: usize| staging + offset as u64;
-        let (arena, scratch) = (workspace.arena.address(), workspace.scratch.address());
-        let mut bases = vec![arena, scratch, at(self.staging.status)];
-        for (i, buffer) in inputs.iter().enumerate() {
-            bases.push(match buffer.memory() {
-                _ if !self.used[i] => 0,
-                Memory::Device(memory) => {
-                    let resident = resident(memory.as_ref());
-                    let slot = self.staging.inputs[i].filter(|_| !plan.inputs[i].donated);
-                    match slot.and_then(|slot| Some((slot, resident.staged()?))) {
-                        Some((slot, bytes)) => {
-                            let range = slot..slot + bytes.len();
-                            workspace.host.bytes_mut()[range.clone()].copy_from_slice(bytes);
-                            join(&mut held.staged, range);
-                            at(slot)
-                        }
-                        None => resident.address()?,
-                    }
-                }
-                Memory::Shared(shared) => self.bind_candle(plan, i, shared, held)?,
-                Memory::Owned(_) | Memory::Mapped(_) => {
-                    panic!("metal-candle bug: input {i} is on the host")
-                }
-            });
-        }
-        for (i, output) in plan.outputs.iter().enumerate() {
-            bases.push(match (&output.source, self.staging.outputs[i], &outputs[i]) {
-                (OutputSource::Written, Some(slot), _) => at(slot),
-                (OutputSource::Written, None, Some(allocation)) => allocation.address(),
-                _ => 0,
-            });
-        }
-        Ok(bases)
-    }
-
-    fn bind_candle<'a>(
-        &self,
-        plan: &Plan,
-        index: usize,
-        shared: &'a Shared,
-        held: &mut Held<'a>,
-    ) -> Result<CUdeviceptr> {
-        let (expected, got) = (plan.inputs[index].ty, shared.dtype());
-        let guard = shared.lock();
-        // Candle may have put another storage there since.
-        let changed = || Error::InputType { index, expected, got, len: 0 };
-        let storage = self.candle_address(&guard).ok_or_else(changed)?;
-        held.guards.push(guard);
-        let address = storage + (shared.start() * got.size_bytes()) as u64;
-        self.aligned(address, expected.size_bytes(), &mut held.copies)
-    }
-
-    /// Where a Candle tensor's storage starts.
-    fn candle_address(&self, storage: &Storage) -> Option<CUdeviceptr> {
-        let Storage::Cuda(storage) = storage else { return None };
-        let stream = self.gpu.stream();
-        // The guard makes our stream wait for whoever wrote it on another.
-        Some(match &storage.slice {
-            CudaStorageSlice::U8(slice) => slice.device_ptr(stream).0,
-            CudaStorageSlice::U32(slice) => slice.device_ptr(stream).0,
-            CudaStorageSlice::I64(slice) => slice.device_ptr(stream).0,
-            CudaStorageSlice::BF16(slice) => slice.device_ptr(stream).0,
-            CudaStorageSlice::F16(slice) => slice.device_ptr(stream).0,
-            CudaStorageSlice::F32(slice) => slice.device_ptr(stream).0,
-            CudaStorageSlice::F64(slice) => slice.device_ptr(stream).0,
-            _ => return None,
-        })
-    }
-
-    /// A tensor that starts in the middle of a wide access is copied first.
-    fn aligned(
-        &self,
-        address: CUdeviceptr,
-        len: usize,
-        held: &mut Vec<Allocation>,
-    ) -> Result<CUdeviceptr> {
-        if address.is_multiple_of(16) {
-            return Ok(address);
-        }
-        let copy = self.gpu.allocate(len, "an aligned copy")?;
-        let to = copy.address();
-        held.push(copy);
-        // SAFETY: both have `len` bytes.
-        unsafe { result::memcpy_dtod_async(to, address, len, self.gpu.raw_stream()) }
-            .said(|| "aligning an input".into())?;
-        Ok(to)
     }
 
     /// Copies a part of the staging memory there or back.
@@ -433,56 +276,5 @@ impl Backend for CudaExecutable {
 
     fn allocated_arena_bytes(&self) -> usize {
         self.allocated.load(Ordering::Relaxed)
-    }
-}
-
-/// Adds a range behind the others; one that follows closely makes the last longer, as a copy costs more than its bytes.
-fn join(ranges: &mut Vec<Range<usize>>, next: Range<usize>) {
-    const CLOSE_BYTES: usize = 16 << 10;
-    match ranges.last_mut() {
-        Some(last) if next.start - last.end <= CLOSE_BYTES => last.end = next.end,
-        _ => ranges.push(next),
-    }
-}
-
-fn resident(memory: &dyn DeviceMemory) -> &Resident {
-    let any: &dyn Any = memory;
-    any.downcast_ref().expect("metal-candle bug: memory of another backend")
-}
-
-fn resident_mut(memory: &mut dyn DeviceMemory) -> &mut Resident {
-    let any: &mut dyn Any = memory;
-    any.downcast_mut().expect("metal-candle bug: memory of another backend")
-}
-
-impl Staging {
-    fn new(plan: &Plan) -> Staging {
-        let mut len_bytes = 0;
-        let mut place = |bytes: usize, limit: usize| {
-            (bytes <= limit).then(|| {
-                let at = len_bytes;
-                len_bytes += bytes.next_multiple_of(ALIGN_BYTES);
-                at
-            })
-        };
-        let inputs =
-            plan.inputs.iter().map(|input| place(input.ty.size_bytes(), STAGED_BYTES)).collect();
-        let status = place(size_of::<Status>(), usize::MAX).expect("metal-candle bug: no status");
-        let output = |o: &PlanOutput| match o.source {
-            OutputSource::Written => place(o.ty.size_bytes(), RETURNED_BYTES),
-            OutputSource::Donated(_) | OutputSource::Input(_) | OutputSource::SameAs(_) => None,
-        };
-        let outputs = plan.outputs.iter().map(output).collect();
-        Staging { inputs, outputs, status, len_bytes }
-    }
-}
-
-impl Drop for Graph {
-    fn drop(&mut self) {
-        // SAFETY: made in `record`; every run has waited for its replay. A failure can be told to nobody.
-        unsafe {
-            let _ = result::graph::exec_destroy(self.executable);
-            let _ = result::graph::destroy(self.graph);
-        }
     }
 }

@@ -1,4 +1,4 @@
-//! Matrix products: cuBLASLt, and a plain kernel for operands that it does not take.
+//! Matrix products by cuBLASLt.
 
 use super::gpu::Said;
 use crate::blas::{Blas, Matrix};
@@ -6,12 +6,10 @@ use crate::{Error, Result};
 use cudarc::cublaslt::{result as lt, sys};
 use cudarc::driver::sys::{CUdeviceptr, CUstream};
 use cudarc::driver::{CudaStream, result as driver};
-use metal_candle_compiler::render::{Binding, Launch, Place, Source, Team};
+use metal_candle_compiler::render::Place;
 use metal_candle_graph::DType;
 use rustc_hash::FxHashMap;
 use std::ffi::c_void;
-use std::fmt::Write;
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// What NVIDIA recommends for Hopper ("cuBLAS", section on workspaces); older devices need less.
@@ -216,31 +214,10 @@ impl Plan {
         let operation = lt::create_matmul_desc(compute, scale)?;
         let [m, n, k] = shape.mnk;
         let [a, b, result] = shape.matrices;
-        // Row-major rows x cols is column-major cols x rows.
-        let rows_cols = |matrix: Matrix, rows: usize, cols: usize| {
-            if matrix.transposed { [rows, cols] } else { [cols, rows] }
-        };
-        let layout = |dtype,
-                      [rows, cols]: [usize; 2],
-                      matrix: Matrix|
-         -> std::result::Result<_, lt::CublasError> {
-            use sys::cublasLtMatrixLayoutAttribute_t as Attribute;
-            let layout =
-                lt::create_matrix_layout(dtype, rows as u64, cols as u64, matrix.leading as i64)?;
-            let (batch, stride) = (shape.batch as i32, matrix.batch_stride as i64);
-            // SAFETY: a layout that was just made, and values of the attributes' types.
-            unsafe {
-                let count = Attribute::CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT;
-                lt::set_matrix_layout_attribute(layout, count, (&raw const batch).cast(), 4)?;
-                let offset = Attribute::CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET;
-                lt::set_matrix_layout_attribute(layout, offset, (&raw const stride).cast(), 8)?;
-            }
-            Ok(layout)
-        };
         let layouts = [
-            layout(factors, rows_cols(a, m, k), a)?,
-            layout(factors, rows_cols(b, k, n), b)?,
-            layout(out, [n, m], result)?,
+            layout(factors, [m, k], a, shape.batch)?,
+            layout(factors, [k, n], b, shape.batch)?,
+            layout(out, [m, n], result, shape.batch)?,
         ];
         for (attribute, matrix) in
             [(Op::CUBLASLT_MATMUL_DESC_TRANSA, b), (Op::CUBLASLT_MATMUL_DESC_TRANSB, a)]
@@ -259,6 +236,27 @@ impl Plan {
         let algorithm = choose(handle, operation, layouts, shape)?;
         Ok(Plan { operation, layouts, algorithm })
     }
+}
+
+/// What the library is told of a matrix with so many rows and columns: row-major rows x cols is its cols x rows.
+fn layout(
+    dtype: sys::cudaDataType,
+    [rows, cols]: [usize; 2],
+    matrix: Matrix,
+    batch: usize,
+) -> std::result::Result<sys::cublasLtMatrixLayout_t, lt::CublasError> {
+    use sys::cublasLtMatrixLayoutAttribute_t as Attribute;
+    let [rows, cols] = if matrix.transposed { [rows, cols] } else { [cols, rows] };
+    let layout = lt::create_matrix_layout(dtype, rows as u64, cols as u64, matrix.leading as i64)?;
+    let (batch, stride) = (batch as i32, matrix.batch_stride as i64);
+    // SAFETY: a layout that was just made, and values of the attributes' types.
+    unsafe {
+        let count = Attribute::CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT;
+        lt::set_matrix_layout_attribute(layout, count, (&raw const batch).cast(), 4)?;
+        let offset = Attribute::CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET;
+        lt::set_matrix_layout_attribute(layout, offset, (&raw const stride).cast(), 8)?;
+    }
+    Ok(layout)
 }
 
 /// The library's own guess at the fastest kernel.
@@ -304,78 +302,6 @@ impl Drop for Plan {
             }
             let _ = lt::destroy_matmul_desc(self.operation);
         }
-    }
-}
-
-/// The plain kernel for any operands: `args = [a, b]`, one output.
-pub(super) fn plain(places: [&Place; 3], alpha: f64, accumulate: bool) -> Source {
-    let [a, b, out] = places;
-    let rank = out.layout.shape.rank();
-    let (row, col) = (rank - 2, rank - 1);
-    let [m, n, k] = [out.layout.shape[row], out.layout.shape[col], a.layout.shape[col]];
-    let batch: usize = (0..row).map(|d| out.layout.shape[d]).product();
-    let mut text = String::new();
-    let mut define = |name: &str, value: &str| {
-        writeln!(text, "#define {name} {value}").expect("writing to a string");
-    };
-    define("TYPE", type_name(a.dtype));
-    define("OUT", type_name(out.dtype));
-    define("SUM", sum_type(out.dtype));
-    for (name, value) in [("M", m), ("N", n), ("K", k), ("BATCH", batch)] {
-        define(name, &format!("{value}ll"));
-    }
-    for (name, place) in [("A", a), ("B", b), ("OUT", out)] {
-        define(&format!("{name}_START"), &start(place, &out.layout.shape.dims()[..row]));
-        define(&format!("{name}_ROW"), &format!("{}ll", place.layout.strides[row]));
-        define(&format!("{name}_COL"), &format!("{}ll", place.layout.strides[col]));
-    }
-    define("ALPHA", &format!("{alpha:?}"));
-    define("ACCUMULATE", if accumulate { "1" } else { "0" });
-    let mut hasher = DefaultHasher::new();
-    text.hash(&mut hasher);
-    let name = format!("product_{:016x}", hasher.finish());
-    let text = format!("{text}{}", include_str!("product.h").replace("NAME", &name));
-    let tiles = batch * m.div_ceil(16) * n.div_ceil(16);
-    let launch = Launch {
-        team: Team::Block,
-        vector: 1,
-        grid: tiles.min(1 << 20),
-        block: 256,
-        shared_bytes: 0,
-    };
-    let bindings = vec![Binding::Arg(0), Binding::Arg(1), Binding::Out(0)];
-    Source { name, text, bindings, launch, align_bytes: 1, is_call: false }
-}
-
-/// Where batch number `batch` of a product starts, as C.
-fn start(place: &Place, dims: &[usize]) -> String {
-    let mut sum = format!("{}ll", place.layout.offset);
-    let mut inner: usize = 1;
-    for (d, extent) in dims.iter().enumerate().rev() {
-        write!(sum, " + batch / {inner}ll % {extent}ll * {}ll", place.layout.strides[d])
-            .expect("writing to a string");
-        inner *= extent;
-    }
-    sum
-}
-
-const fn type_name(dtype: DType) -> &'static str {
-    match dtype {
-        DType::U8 => "u8",
-        DType::U32 => "u32",
-        DType::I64 => "i64",
-        DType::BF16 => "bf16",
-        DType::F16 => "f16",
-        DType::F32 => "f32",
-        DType::F64 => "f64",
-    }
-}
-
-const fn sum_type(dtype: DType) -> &'static str {
-    match dtype {
-        DType::U8 | DType::U32 | DType::I64 => "i64",
-        DType::BF16 | DType::F16 | DType::F32 => "f32",
-        DType::F64 => "f64",
     }
 }
 
