@@ -56,52 +56,53 @@ fn softmax_keeps_its_row_in_registers() {
         &softmax,
         Dialect::CUDA,
         expect![[r#"
-        // 64 rows of 512, a SIMD group each, in accesses of 4.
-        extern "C" __global__ void __launch_bounds__(256) softmax(
-            const f32* in0,
-            f32* out0
-        ) {
-            const u32 tid = threadIdx.x, block = blockIdx.x, blocks = gridDim.x;
-            const u32 lane = tid % 32;
-            for (i32 row = block * 8 + tid / 32; row < 64; row += blocks * 8) {
-                f32 v0[4][4];
-                f32 r1 = -INF;
-                #pragma unroll
-                for (i32 k = 0; k < 4; ++k) {
-                    const i32 col = (k * 32 + lane) * 4;
-                    load(v0[k], in0 + row * 512 + col);
+            // 64 rows of 512, a SIMD group each, in accesses of 4.
+            extern "C" __global__ void __launch_bounds__(256) softmax(
+                const f32* in0,
+                f32* out0
+            ) {
+                const u32 tid = threadIdx.x, block = blockIdx.x, blocks = gridDim.x;
+                after_predecessor();
+                const u32 lane = tid % 32;
+                for (i32 row = block * 8 + tid / 32; row < 64; row += blocks * 8) {
+                    f32 v0[4][4];
+                    f32 r1 = -INF;
                     #pragma unroll
-                    for (i32 j = 0; j < 4; ++j) {
-                        r1 = Max::of(r1, v0[k][j]);
+                    for (i32 k = 0; k < 4; ++k) {
+                        const i32 col = (k * 32 + lane) * 4;
+                        load(v0[k], in0 + row * 512 + col);
+                        #pragma unroll
+                        for (i32 j = 0; j < 4; ++j) {
+                            r1 = Max::of(r1, v0[k][j]);
+                        }
                     }
-                }
-                r1 = simd_reduce<Max>(r1);
-                f32 v3[4][4];
-                f32 r4 = 0.0f;
-                #pragma unroll
-                for (i32 k = 0; k < 4; ++k) {
+                    r1 = simd_reduce<Max>(r1);
+                    f32 v3[4][4];
+                    f32 r4 = 0.0f;
                     #pragma unroll
-                    for (i32 j = 0; j < 4; ++j) {
-                        const f32 v2 = v0[k][j] - r1;
-                        v3[k][j] = math::exp(v2);
-                        r4 = Sum::of(r4, v3[k][j]);
+                    for (i32 k = 0; k < 4; ++k) {
+                        #pragma unroll
+                        for (i32 j = 0; j < 4; ++j) {
+                            const f32 v2 = v0[k][j] - r1;
+                            v3[k][j] = math::exp(v2);
+                            r4 = Sum::of(r4, v3[k][j]);
+                        }
                     }
-                }
-                r4 = simd_reduce<Sum>(r4);
-                const f32 r5 = math::recip(r4);
-                #pragma unroll
-                for (i32 k = 0; k < 4; ++k) {
-                    const i32 col = (k * 32 + lane) * 4;
-                    f32 v6[4];
+                    r4 = simd_reduce<Sum>(r4);
+                    const f32 r5 = math::recip(r4);
                     #pragma unroll
-                    for (i32 j = 0; j < 4; ++j) {
-                        v6[j] = v3[k][j] * r5;
+                    for (i32 k = 0; k < 4; ++k) {
+                        const i32 col = (k * 32 + lane) * 4;
+                        f32 v6[4];
+                        #pragma unroll
+                        for (i32 j = 0; j < 4; ++j) {
+                            v6[j] = v3[k][j] * r5;
+                        }
+                        store(out0 + row * 512 + col, v6);
                     }
-                    store(out0 + row * 512 + col, v6);
                 }
             }
-        }
-    "#]],
+        "#]],
     );
     check(
         &softmax,

@@ -40,6 +40,14 @@ FN f32 f32_of_bits(u32 bits) { return __uint_as_float(bits); }
 #define INF f32_of_bits(0x7f800000u)
 FN f64 f64_of_bits(u64 bits) { return __longlong_as_double(i64(bits)); }
 
+// Programmatic dependent launch ("CUDA C++ Programming Guide"): the blocks of a kernel may take their places while those
+// of the one before it end, and go on when it has ended and its writes are seen. Says that the next one may, too.
+FN void after_predecessor() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;\n\tgriddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 FN void barrier() { __syncthreads(); }
 // Whether this thread is the first one to put `mark` in the place of 0.
 FN bool claim(u32* at, u32 mark) { return atomicCAS(at, 0u, mark) == 0u; }

@@ -16,6 +16,9 @@ pub(super) const DIALECT: Dialect = Dialect {
     argument: "const {type}* {name}",
     output: "{type}* {name}",
     ids: &[],
-    first_lines: &["const u32 tid = threadIdx.x, block = blockIdx.x, blocks = gridDim.x;"],
+    first_lines: &[
+        "const u32 tid = threadIdx.x, block = blockIdx.x, blocks = gridDim.x;",
+        "after_predecessor();",
+    ],
     shared: Shared::Line("extern __shared__ __align__(256) u64 shared[];"),
 };

@@ -6,8 +6,8 @@ use super::gpu::Said;
 use super::plain;
 use super::product::Product;
 use crate::{Error, Result};
-use cudarc::driver::result;
-use cudarc::driver::sys::{CUdeviceptr, CUstream};
+use cudarc::driver::DriverError;
+use cudarc::driver::sys::{self, CUdeviceptr, CUstream};
 use metal_candle_compiler::render::{self, Binding, Dialect, Part, Source};
 use metal_candle_compiler::{Plan, Slot, Step, Work};
 use rustc_hash::FxHasher;
@@ -177,19 +177,11 @@ impl Command {
                     self.places.iter().map(at).collect();
                 let mut parameters: SmallVec<[*mut c_void; 16]> =
                     addresses.iter_mut().map(|a| std::ptr::from_mut(a).cast()).collect();
-                let (grid, block) = ((*grid, 1, 1), (*block, 1, 1));
-                // SAFETY: the function takes as many addresses; the caller's promise for what lies there.
-                unsafe {
-                    result::launch_kernel(
-                        function.0,
-                        grid,
-                        block,
-                        *shared_bytes,
-                        stream,
-                        &mut parameters,
-                    )
-                }
-                .said(|| format!("launching step {}", self.step))
+                let config = launch_config(*grid, *block, *shared_bytes, stream);
+                // SAFETY: the function takes as many addresses; the caller's promise for what lies there. It waits
+                // for the kernel before it by itself, if it is launched early.
+                unsafe { launch(gpu, config, *function, &mut parameters) }
+                    .said(|| format!("launching step {}", self.step))
             }
             Action::Product(product) => {
                 let addresses = [0, 1, 2].map(|i| at(&self.places[i]));
@@ -198,4 +190,51 @@ impl Command {
             }
         }
     }
+}
+
+fn launch_config(
+    grid: u32,
+    block: u32,
+    shared_bytes: u32,
+    stream: CUstream,
+) -> sys::CUlaunchConfig {
+    sys::CUlaunchConfig {
+        gridDimX: grid,
+        gridDimY: 1,
+        gridDimZ: 1,
+        blockDimX: block,
+        blockDimY: 1,
+        blockDimZ: 1,
+        sharedMemBytes: shared_bytes,
+        hStream: stream,
+        attrs: std::ptr::null_mut(),
+        numAttrs: 0,
+    }
+}
+
+/// Launches a kernel, from Hopper on while the one before it ends (see `after_predecessor` in the header).
+///
+/// # Safety
+/// As `cuLaunchKernelEx`.
+unsafe fn launch(
+    gpu: &Gpu,
+    mut config: sys::CUlaunchConfig,
+    function: Function,
+    parameters: &mut [*mut c_void],
+) -> std::result::Result<(), DriverError> {
+    let mut early = sys::CUlaunchAttribute {
+        id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+        pad: Default::default(),
+        value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+    };
+    if gpu.architecture >= 90 {
+        config.attrs = &raw mut early;
+        config.numAttrs = 1;
+    }
+    let parameters = parameters.as_mut_ptr();
+    // SAFETY: the caller's promise; the attribute outlives the call.
+    unsafe {
+        sys::cuLaunchKernelEx(&raw const config, function.0, parameters, std::ptr::null_mut())
+    }
+    .result()
 }

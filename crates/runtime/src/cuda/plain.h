@@ -1,5 +1,6 @@
 // Any product: 16 x 16 results a block, any strides. For what the library does not take.
 extern "C" __global__ void __launch_bounds__(256) NAME(const TYPE* a, const TYPE* b, OUT* out) {
+    after_predecessor();
     __shared__ SUM a_tile[16][17], b_tile[16][17];
     const int x = threadIdx.x % 16, y = threadIdx.x / 16;
     const long long down = (M + 15) / 16, across = (N + 15) / 16, tiles = BATCH * down * across;
