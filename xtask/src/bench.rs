@@ -1,6 +1,7 @@
 //! `cargo xtask bench`: against eager Candle in one process, against other tools, and against size.
 
 mod cpu;
+mod cuda;
 mod plot;
 mod rows;
 mod scaling;
@@ -15,6 +16,7 @@ use std::path::PathBuf;
 pub(crate) fn run(args: &[&str]) -> Result<()> {
     match args {
         ["cpu", args @ ..] => cpu::run(&Options::parse(args)?),
+        ["cuda", args @ ..] => cuda::run(&Options::parse(args)?),
         ["scaling", args @ ..] => scaling::run(&Options::parse(args)?),
         _ => execute(
             cargo()
@@ -24,7 +26,7 @@ pub(crate) fn run(args: &[&str]) -> Result<()> {
     }
 }
 
-/// What follows `cpu` or `scaling`.
+/// What follows `cpu`, `cuda` or `scaling`.
 struct Options {
     /// Measure each row no longer than shows that it works, and build no release.
     quick: bool,
@@ -70,30 +72,30 @@ fn results_folder() -> Result<PathBuf> {
     Ok(folder)
 }
 
-/// Our side and the ceilings, built.
-struct Benches {
-    cpu: PathBuf,
-    ceilings: PathBuf,
-}
-
-/// Builds them; where no time counts, in the profile that tests use.
-fn build(quick: bool) -> Result<Benches> {
+/// Builds benches, each a package's; where no time counts, in the profile that tests use.
+fn build<const N: usize>(
+    quick: bool,
+    features: &[&str],
+    benches: [(&str, &str); N],
+) -> Result<[PathBuf; N]> {
     println!("building the benches");
     let mut command = cargo();
     command.arg(if quick { "test" } else { "bench" });
-    command.args(["--no-run", "--message-format=json-render-diagnostics"]);
-    for (package, bench) in [("metal-candle", "cpu"), ("metal-candle-runtime", "ceilings")] {
+    command.args(["--no-run", "--message-format=json-render-diagnostics"]).args(features);
+    for (package, bench) in benches {
         command.args(["--package", package, "--bench", bench]);
     }
     let built = output(&mut command)?;
     let messages: Vec<Value> =
         built.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
-    let find = |bench: &str| {
-        let found = messages.iter().filter(|m| m["target"]["name"] == bench);
-        let path = found.filter_map(|m| m["executable"].as_str()).next();
-        path.map(PathBuf::from).with_context(|| format!("cargo built no bench {bench}"))
-    };
-    Ok(Benches { cpu: find("cpu")?, ceilings: find("ceilings")? })
+    let mut paths = benches.map(|_| PathBuf::new());
+    for (path, (_, bench)) in paths.iter_mut().zip(benches) {
+        let mut found = messages.iter().filter(|m| m["target"]["name"] == bench);
+        let built = found.find_map(|m| m["executable"].as_str());
+        *path =
+            built.map(PathBuf::from).with_context(|| format!("cargo built no bench {bench}"))?;
+    }
+    Ok(paths)
 }
 
 /// The middle one of these; of an even number, the mean of the two.

@@ -20,6 +20,7 @@ cargo xtask COMMAND
     tidy                        the rules of ARCHITECTURE.md, and no loose ends
     bench [FILTER]              the same work through eager Candle and through this library
     bench cpu [OPTIONS]         our work beside everybody else's and the machine's ceilings
+    bench cuda [OPTIONS]        the same on an NVIDIA GPU: operations, training, decoding
     bench scaling [OPTIONS]     a step's time and memory against its sizes, as plots
                                 (--quick, --threads N, --json FILE, words to filter by)
     peers                       adapters against the real PEFT, llama.cpp and mlx-lm

@@ -3,7 +3,7 @@
 use super::rows::{self, Row};
 use super::table::{Figures, Measured, print_head};
 use super::worker::Worker;
-use super::{Benches, Options, build, results_folder};
+use super::{Options, build, results_folder};
 use crate::command::{output, program, root};
 use crate::{model, reference};
 use anyhow::{Context, Result, anyhow};
@@ -85,7 +85,10 @@ fn measure<'r>(row: &'r Row, options: &Options, crew: &mut Crew) -> Result<Measu
 struct Crew {
     folder: PathBuf,
     threads: usize,
-    benches: Benches,
+    /// Our side.
+    bench: PathBuf,
+    /// The machine's.
+    ceilings_bench: PathBuf,
     /// Or why there is none.
     python: Result<PathBuf>,
     workers: BTreeMap<String, Worker>,
@@ -95,10 +98,13 @@ struct Crew {
 
 impl Crew {
     fn gather(options: &Options) -> Result<Crew> {
+        let benches = [("metal-candle", "cpu"), ("metal-candle-runtime", "ceilings")];
+        let [bench, ceilings_bench] = build(options.quick, &[], benches)?;
         Ok(Crew {
             folder: results_folder()?,
             threads: options.threads,
-            benches: build(options.quick)?,
+            bench,
+            ceilings_bench,
             python: reference::environment("peers", "reference/peers.lock"),
             workers: BTreeMap::new(),
             ceilings: BTreeMap::new(),
@@ -126,8 +132,8 @@ impl Crew {
     fn command(&self, who: &str) -> Result<Command> {
         let threads = self.threads.to_string();
         let mut command = match who {
-            "ceilings" => Command::new(&self.benches.ceilings),
-            "ours" | "candle" => Command::new(&self.benches.cpu),
+            "ceilings" => Command::new(&self.ceilings_bench),
+            "ours" | "candle" => Command::new(&self.bench),
             _ => {
                 let python = self.python.as_ref();
                 let python = python.map_err(|why| anyhow!("no Python environment: {why:#}"))?;

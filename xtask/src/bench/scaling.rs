@@ -40,7 +40,7 @@ struct Found {
 pub(super) fn run(options: &Options) -> Result<()> {
     let folder = results_folder()?.join("scaling");
     std::fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
-    let bench = build(options.quick)?.cpu;
+    let [bench] = build(options.quick, &[], [("metal-candle", "cpu")])?;
     let mut sweeps = smollm(&model::fetch()?, options.quick);
     if options.wants(WIDTH) {
         sweeps.push(widths(&bench, &folder, options.quick)?);

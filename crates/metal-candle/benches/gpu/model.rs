@@ -1,7 +1,7 @@
 //! Training steps and decoded tokens of models with random weights.
 
 use crate::ops::Ceilings;
-use crate::{Context, Failure, median};
+use crate::{Context, Failure, Row, median, rounded};
 use metal_candle::generate::{Generator, KVCache};
 use metal_candle::io::data::Batch;
 use metal_candle::io::peft::TargetModules;
@@ -10,6 +10,7 @@ use metal_candle::models::{BaseWeights, Decoder, random_decoder};
 use metal_candle::nn::LoRAAdapter;
 use metal_candle::train::{AdamWConfig, StepShape, TrainStep};
 use metal_candle::{DType, Plan, Timing};
+use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
@@ -60,18 +61,44 @@ const LARGE: Size = Size {
     tied: false,
 };
 
-pub(crate) fn rows(context: &Context, ceilings: &Ceilings) -> Result<(), Failure> {
-    for (size, batch, seq) in [(SMALL, 16, 1024), (MEDIUM, 4, 2048), (LARGE, 2, 2048)] {
-        let row = format!("train {} {batch}x{seq} bf16 all-linear r16", size.name);
-        if context.wants(&row) {
-            train(context, ceilings, &row, size, [batch, seq])?;
-        }
-        let row = format!("decode {} bf16 batch 1", size.name);
-        if context.wants(&row) {
-            decode(context, ceilings, &row, size)?;
-        }
+impl Size {
+    fn json(&self) -> Value {
+        json!({
+            "hidden": self.hidden,
+            "inner": self.inner,
+            "layers": self.layers,
+            "heads": self.heads,
+            "kv_heads": self.kv_heads,
+            "vocabulary": self.vocabulary,
+            "tied": self.tied,
+        })
     }
-    Ok(())
+}
+
+const RANK: usize = 16;
+const PROMPT: usize = 128;
+const CAPACITY: usize = 512;
+
+pub(crate) fn rows() -> Vec<Row> {
+    let mut rows = Vec::new();
+    for (size, batch, seq) in [(SMALL, 16, 1024), (MEDIUM, 4, 2048), (LARGE, 2, 2048)] {
+        let sizes = size.json();
+        rows.push(Row {
+            name: format!("train {} {batch}x{seq} bf16 all-linear r{RANK}", size.name),
+            work: json!({
+                "work": "train", "size": sizes, "batch": batch, "seq": seq, "rank": RANK,
+            }),
+            measure: Box::new(move |c, ceilings| train(c, ceilings, size, [batch, seq])),
+        });
+        rows.push(Row {
+            name: format!("decode {} bf16 batch 1", size.name),
+            work: json!({
+                "work": "decode", "size": sizes, "prompt": PROMPT, "capacity": CAPACITY,
+            }),
+            measure: Box::new(move |c, ceilings| decode(c, ceilings, size)),
+        });
+    }
+    rows
 }
 
 fn decoder(context: &Context, size: Size) -> Result<Decoder, Failure> {
@@ -103,14 +130,13 @@ fn decoder(context: &Context, size: Size) -> Result<Decoder, Failure> {
 fn train(
     context: &Context,
     ceilings: &Ceilings,
-    row: &str,
     size: Size,
     [batch, seq]: [usize; 2],
-) -> Result<(), Failure> {
+) -> Result<Value, Failure> {
     let decoder = decoder(context, size)?;
     let weights: usize = decoder.modules().map(|(_, [out, input])| out * input).sum();
     let target_modules = TargetModules::AllLinear;
-    let config = LoraConfig { r: 16, lora_alpha: 16.0, target_modules, ..LoraConfig::default() };
+    let config = LoraConfig { r: RANK, lora_alpha: 16.0, target_modules, ..LoraConfig::default() };
     let adapter = LoRAAdapter::new(config, decoder.modules(), 0, &context.device)?;
     let mut step = TrainStep::new(Arc::new(decoder), adapter, AdamWConfig::default(), 1.0, 0)?;
     let tokens = batch * seq;
@@ -130,7 +156,7 @@ fn train(
             times.push(start.elapsed().as_secs_f64());
         }
         if !metrics.applied {
-            return Err(format!("{row}: no update: {metrics:?}").into());
+            return Err(format!("no update: {metrics:?}").into());
         }
         loss = metrics.loss;
     }
@@ -138,13 +164,7 @@ fn train(
     let seconds = median(times);
     // Forward and backward to the input, of the frozen matrices and the output layer.
     let products = 4.0 * tokens as f64 * (weights + size.vocabulary * size.hidden) as f64;
-    println!(
-        r#"{{"row": "{row}", "tokens_per_second": {:.0}, "step_ms": {:.1}, "loss": {loss:.3}, "planned_gib": {:.2}, "frozen_products_part_of_bf16_ceiling": {:.3}}}"#,
-        tokens as f64 / seconds,
-        seconds * 1e3,
-        plan.peak_bytes() as f64 / f64::from(1 << 30),
-        products / seconds / ceilings.products,
-    );
+    let floor = products / ceilings.products;
     if context.steps {
         let ids = ids(99);
         let labels = ids.iter().map(|id| i64::from(*id)).collect();
@@ -152,18 +172,28 @@ fn train(
         let (_, seconds) = step.profile(&batch, 1e-4, Timing::Steps)?;
         print_steps(&plan, &seconds);
     }
-    Ok(())
+    Ok(json!({
+        "tokens_per_second": rounded(tokens as f64 / seconds, 0),
+        "step_ms": rounded(seconds * 1e3, 1),
+        "loss": rounded(f64::from(loss), 3),
+        "planned_gib": rounded(plan.peak_bytes() as f64 / f64::from(1 << 30), 2),
+        "frozen_products_part_of_bf16_ceiling": rounded(floor / seconds, 3),
+        "seconds": seconds,
+        "floor_seconds": floor,
+        "ceiling": "bf16 products",
+        "peak_bytes": plan.peak_bytes(),
+    }))
 }
 
 /// Greedy tokens after a prompt of 128, as a caller gets them: the logits come back, the next id goes there.
-fn decode(context: &Context, ceilings: &Ceilings, row: &str, size: Size) -> Result<(), Failure> {
+fn decode(context: &Context, ceilings: &Ceilings, size: Size) -> Result<Value, Failure> {
     let decoder = decoder(context, size)?;
     let weights: usize = decoder.modules().map(|(_, [out, input])| out * input).sum();
     let bytes = 2.0 * (weights + size.vocabulary * size.hidden) as f64;
     let decoder = Arc::new(decoder);
-    let mut cache = KVCache::new(&decoder, 1, 512)?;
+    let mut cache = KVCache::new(&decoder, 1, CAPACITY)?;
     let generator = Generator::new(decoder, Arc::new(no_words()?))?;
-    let prompt: Vec<u32> = (0..128).map(|i| (i * 7919) % 1000).collect();
+    let prompt: Vec<u32> = (0..PROMPT as u32).map(|i| (i * 7919) % 1000).collect();
     let mut logits = generator.logits(&prompt, &mut cache)?;
     let mut times = Vec::new();
     for token in 0..256 {
@@ -176,13 +206,15 @@ fn decode(context: &Context, ceilings: &Ceilings, row: &str, size: Size) -> Resu
         }
     }
     let seconds = median(times);
-    println!(
-        r#"{{"row": "{row}", "tokens_per_second": {:.0}, "token_us": {:.0}, "weights_part_of_copy_ceiling": {:.3}}}"#,
-        1.0 / seconds,
-        seconds * 1e6,
-        bytes / seconds / ceilings.copy,
-    );
-    Ok(())
+    let floor = bytes / ceilings.copy;
+    Ok(json!({
+        "tokens_per_second": rounded(1.0 / seconds, 0),
+        "token_us": rounded(seconds * 1e6, 0),
+        "weights_part_of_copy_ceiling": rounded(floor / seconds, 3),
+        "seconds": seconds,
+        "floor_seconds": floor,
+        "ceiling": "copy",
+    }))
 }
 
 /// A tokenizer for a model that never sees text.

@@ -1,7 +1,8 @@
 //! Single operations, by the device's own clock: what a plan takes, not what asking for it takes.
 
-use crate::{Context, Failure, median};
+use crate::{Context, Failure, Row, median, rounded};
 use metal_candle::{Compiled, DType, Device, LazyTensor, Result, Timing, compile};
+use serde_json::{Value, json};
 
 /// What the device can do at most, measured here and now.
 pub(crate) struct Ceilings {
@@ -22,12 +23,12 @@ impl Ceilings {
         let product = compile(|x: &[LazyTensor]| Ok(vec![x[0].matmul(&x[1])?]));
         let side = |seed| normal(&[n, n], DType::BF16, seed, d);
         let products = 2.0 * (n as f64).powi(3) / seconds(&product, &[side(1)?, side(2)?])?;
-        println!(
-            r#"{{"row": "ceilings", "copy_tb_s": {:.2}, "bf16_tflop_s": {:.0}}}"#,
-            copy / 1e12,
-            products / 1e12
-        );
         Ok(Ceilings { copy, products })
+    }
+
+    pub(crate) fn json(&self) -> Value {
+        let (copy, products) = (rounded(self.copy / 1e12, 2), rounded(self.products / 1e12, 0));
+        json!({"row": "ceilings", "copy_tb_s": copy, "bf16_tflop_s": products})
     }
 }
 
@@ -47,16 +48,32 @@ fn normal(dims: &[usize], dtype: DType, seed: u64, device: &Device) -> Result<La
     LazyTensor::randn(dims, DType::F32, seed, device)?.to_dtype(dtype)?.to_owned_copy()
 }
 
-pub(crate) fn rows(context: &Context, ceilings: &Ceilings) -> std::result::Result<(), Failure> {
+pub(crate) fn rows() -> Vec<Row> {
+    let mut rows = Vec::new();
     for dtype in [DType::F32, DType::BF16] {
-        for (m, k, n, r) in [(64, 512, 512, 8), (4096, 4096, 4096, 16)] {
-            lora(context, ceilings, dtype, [m, k, n, r])?;
+        for sizes in [[64, 512, 512, 8], [4096, 4096, 4096, 16]] {
+            rows.extend([("lora branch", false), ("base+lora", true)].map(|(work, with_base)| {
+                let [m, k, n, r] = sizes;
+                let name = format!("{dtype} {work} {m}x{k}x{n} r{r}");
+                let dims = [m, k, n];
+                Row {
+                    name,
+                    work: json!({"work": work, "dtype": dtype.as_str(), "dims": dims, "rank": r}),
+                    measure: Box::new(move |c, ceilings| {
+                        lora(c, ceilings, dtype, sizes, with_base)
+                    }),
+                }
+            }));
         }
         for dims in [[64, 512], [4096, 4096], [16384, 8192]] {
-            maps(context, ceilings, dtype, dims)?;
+            rows.extend(MAPS.map(|(work, op)| Row {
+                name: format!("{dtype} {work} {}x{}", dims[0], dims[1]),
+                work: json!({"work": work, "dtype": dtype.as_str(), "dims": dims}),
+                measure: Box::new(move |c, ceilings| map(c, ceilings, dtype, dims, op)),
+            }));
         }
     }
-    Ok(())
+    rows
 }
 
 fn lora(
@@ -64,56 +81,56 @@ fn lora(
     ceilings: &Ceilings,
     dtype: DType,
     [m, k, n, r]: [usize; 4],
-) -> std::result::Result<(), Failure> {
+    with_base: bool,
+) -> std::result::Result<Value, Failure> {
     let args: Vec<LazyTensor> = [[m, k], [k, n], [k, r], [r, n]]
         .iter()
         .enumerate()
         .map(|(seed, dims)| normal(dims, dtype, seed as u64, &context.device))
         .collect::<Result<_>>()?;
     let branch = |x: &[LazyTensor]| x[0].matmul(&x[2])?.matmul(&x[3])?.affine(2.0, 0.0);
-    for (name, with_base) in [("lora branch", false), ("base+lora", true)] {
-        let row = format!("{dtype} {name} {m}x{k}x{n} r{r}");
-        if !context.wants(&row) {
-            continue;
-        }
-        let f = compile(move |x: &[LazyTensor]| match with_base {
-            true => Ok(vec![x[0].matmul(&x[1])?.add(&branch(x)?)?]),
-            false => Ok(vec![branch(x)?]),
-        });
-        let us = seconds(&f, &args)? * 1e6;
-        let base = if with_base { m * k * n } else { 0 };
-        let flops = 2.0 * (base + m * r * (k + n)) as f64;
-        let part = flops / (us * 1e-6) / ceilings.products;
-        println!(r#"{{"row": "{row}", "us": {us:.2}, "part_of_bf16_ceiling": {part:.3}}}"#);
-    }
-    Ok(())
+    let f = compile(move |x: &[LazyTensor]| match with_base {
+        true => Ok(vec![x[0].matmul(&x[1])?.add(&branch(x)?)?]),
+        false => Ok(vec![branch(x)?]),
+    });
+    let seconds = seconds(&f, &args)?;
+    let base = if with_base { m * k * n } else { 0 };
+    let floor = 2.0 * (base + m * r * (k + n)) as f64 / ceilings.products;
+    Ok(json!({
+        "us": rounded(seconds * 1e6, 2),
+        "part_of_bf16_ceiling": rounded(floor / seconds, 3),
+        "seconds": seconds,
+        "floor_seconds": floor,
+        "ceiling": "bf16 products",
+    }))
 }
 
-fn maps(
+type Op = fn(&[LazyTensor]) -> Result<LazyTensor>;
+
+const MAPS: [(&str, Op); 4] = [
+    ("softmax", |x| x[0].softmax(1)),
+    ("rms_norm", |x| x[0].rms_norm(&x[1], 1e-6)),
+    ("silu(x)*x", |x| x[0].silu()?.mul(&x[0])),
+    ("relu(gelu(2x+1)*x+x)", |x| x[0].affine(2.0, 1.0)?.gelu()?.mul(&x[0])?.add(&x[0])?.relu()),
+];
+
+fn map(
     context: &Context,
     ceilings: &Ceilings,
     dtype: DType,
     [rows, cols]: [usize; 2],
-) -> std::result::Result<(), Failure> {
-    type Op = fn(&[LazyTensor]) -> Result<LazyTensor>;
-    let ops: [(&str, Op); 4] = [
-        ("softmax", |x| x[0].softmax(1)),
-        ("rms_norm", |x| x[0].rms_norm(&x[1], 1e-6)),
-        ("silu(x)*x", |x| x[0].silu()?.mul(&x[0])),
-        ("relu(gelu(2x+1)*x+x)", |x| x[0].affine(2.0, 1.0)?.gelu()?.mul(&x[0])?.add(&x[0])?.relu()),
-    ];
-    for (name, op) in ops {
-        let row = format!("{dtype} {name} {rows}x{cols}");
-        if !context.wants(&row) {
-            continue;
-        }
-        let x = normal(&[rows, cols], dtype, 1, &context.device)?;
-        let w = LazyTensor::ones(&[cols], dtype, &context.device)?.to_owned_copy()?;
-        let f = compile(move |x: &[LazyTensor]| Ok(vec![op(x)?]));
-        let us = seconds(&f, &[x, w])? * 1e6;
-        let bytes = (2 * rows * cols * dtype.size_bytes()) as f64;
-        let part = bytes / (us * 1e-6) / ceilings.copy;
-        println!(r#"{{"row": "{row}", "us": {us:.2}, "part_of_copy_ceiling": {part:.3}}}"#);
-    }
-    Ok(())
+    op: Op,
+) -> std::result::Result<Value, Failure> {
+    let x = normal(&[rows, cols], dtype, 1, &context.device)?;
+    let w = LazyTensor::ones(&[cols], dtype, &context.device)?.to_owned_copy()?;
+    let f = compile(move |x: &[LazyTensor]| Ok(vec![op(x)?]));
+    let seconds = seconds(&f, &[x, w])?;
+    let floor = (2 * rows * cols * dtype.size_bytes()) as f64 / ceilings.copy;
+    Ok(json!({
+        "us": rounded(seconds * 1e6, 2),
+        "part_of_copy_ceiling": rounded(floor / seconds, 3),
+        "seconds": seconds,
+        "floor_seconds": floor,
+        "ceiling": "copy",
+    }))
 }
