@@ -8,11 +8,12 @@ use std::time::{Duration, Instant};
 type Stage = (&'static str, fn() -> Result<()>);
 
 /// The quick ones first; the tests last, so that their summary closes the output.
-const STAGES: [Stage; 6] = [
+const STAGES: [Stage; 7] = [
     ("set-up", set_up),
     ("format", || execute(cargo().args(["fmt", "--all", "--check"]))),
     ("tidy", tidy::run),
     ("clippy", clippy),
+    ("clippy for CUDA", clippy_for_cuda),
     ("doctests", || execute(cargo().args(["test", "--doc", "--workspace"]).args(FEATURES))),
     ("tests", tests),
 ];
@@ -118,6 +119,21 @@ fn has_nextest() -> bool {
 fn clippy() -> Result<()> {
     let all = ["clippy", "--workspace", "--all-targets"];
     execute(cargo().args(all).args(FEATURES).args(["--", "--deny", "warnings"]))
+}
+
+/// Where `CUDA_HOME` names a toolkit; there the dialects' test asks NVRTC, too. No GPU is needed.
+fn clippy_for_cuda() -> Result<()> {
+    if std::env::var_os("CUDA_HOME").is_none() {
+        println!("skipped: CUDA_HOME names no toolkit, so neither the feature nor NVRTC is tried");
+        return Ok(());
+    }
+    // In the profile of releases and benches: nvcc takes minutes for Candle's kernels, in each profile anew.
+    let mut command = cargo();
+    command.args(["clippy", "--release", "--all-targets"]);
+    for package in ON_DEVICES {
+        command.args(["--package", package, "--features", &format!("{package}/cuda")]);
+    }
+    execute(command.args(["--", "--deny", "warnings"]))
 }
 
 fn tests() -> Result<()> {

@@ -6,7 +6,7 @@ use super::worker::Worker;
 use super::{Options, build, results_folder};
 use crate::command::{output, program, root, works};
 use crate::reference;
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail};
 use serde_json::{Value, json};
 use std::path::PathBuf;
 use std::process::Command;
@@ -85,6 +85,9 @@ struct Crew {
 
 impl Crew {
     fn gather() -> Result<Crew> {
+        if !works(program("nvcc").arg("--version")) {
+            bail!("a build for CUDA takes NVIDIA's toolkit: there is no nvcc in PATH");
+        }
         // In the profile of benches, however quick: Candle's kernels take long to build once more.
         let [bench] =
             build(false, &["--features", "metal-candle/cuda"], [("metal-candle", "gpu")])?;
