@@ -19,9 +19,9 @@ impl Target {
     pub const CPU: Target =
         Target { name: "cpu", max_tape: 96, align_bytes: 64, max_reduce: 1 << 14 };
 
-    /// Any NVIDIA GPU. A block sums a row, and a hundred blocks want one.
+    /// Any NVIDIA GPU.
     pub const CUDA: Target =
-        Target { name: "cuda", max_tape: 96, align_bytes: 256, max_reduce: 1 << 12 };
+        Target { name: "cuda", max_tape: 96, align_bytes: 256, max_reduce: 1 << 14 };
 
     /// Any GPU of Apple's.
     pub const METAL: Target =
