@@ -5,6 +5,9 @@ use crate::{model, tidy};
 use anyhow::{Context, Result, bail};
 use std::time::{Duration, Instant};
 
+/// All that build on every machine: those of GPUs want CUDA's compiler, or an Apple computer.
+const FEATURES: [&str; 2] = ["--features", "metal-candle/async-exec"];
+
 type Stage = (&'static str, fn() -> Result<()>);
 
 /// The quick ones first; the tests last, so that their summary closes the output.
@@ -13,7 +16,7 @@ const STAGES: [Stage; 6] = [
     ("format", || execute(cargo().args(["fmt", "--all", "--check"]))),
     ("tidy", tidy::run),
     ("clippy", clippy),
-    ("doctests", || execute(cargo().args(["test", "--doc", "--workspace", "--all-features"]))),
+    ("doctests", || execute(cargo().args(["test", "--doc", "--workspace"]).args(FEATURES))),
     ("tests", tests),
 ];
 
@@ -113,18 +116,18 @@ fn has_nextest() -> bool {
 }
 
 fn clippy() -> Result<()> {
-    let all = ["clippy", "--workspace", "--all-targets", "--all-features"];
-    execute(cargo().args(all).args(["--", "--deny", "warnings"]))
+    let all = ["clippy", "--workspace", "--all-targets"];
+    execute(cargo().args(all).args(FEATURES).args(["--", "--deny", "warnings"]))
 }
 
 fn tests() -> Result<()> {
-    let all = ["--workspace", "--all-features"];
     let mut command = cargo();
     if has_nextest() {
-        command.args(["nextest", "run"]).args(all);
+        command.args(["nextest", "run", "--workspace"]);
     } else {
         // --all-targets but benches: doctests are a stage of their own.
-        command.arg("test").args(all).args(["--lib", "--bins", "--tests", "--examples"]);
+        command.args(["test", "--workspace", "--lib", "--bins", "--tests", "--examples"]);
     }
+    command.args(FEATURES);
     execute(command.env("METAL_CANDLE_MODELS", model::folder()?))
 }
