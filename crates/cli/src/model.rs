@@ -5,6 +5,7 @@ use crate::ui::note;
 use anyhow::{Context, Result, bail};
 use metal_candle::models::{BaseWeights, LoadedModel, load};
 use metal_candle::nn::{ApplyAdapter, LoRAAdapter};
+use metal_candle::{DType, Device};
 use std::path::{Path, PathBuf};
 
 /// Where a model is.
@@ -33,16 +34,29 @@ pub(crate) struct ModelArgs {
     /// Hold the weights as this [default: blocks as they are stored, floats as f32]
     #[arg(long, value_enum)]
     dtype: Option<WeightType>,
+    /// Hold what lies between the products as this [default: f32; on a GPU that of --dtype]
+    #[arg(long, value_enum)]
+    activations: Option<WeightType>,
     #[command(flatten)]
     device: DeviceArgs,
 }
 
-/// What a weight may be held as.
+/// What a float may be held as.
 #[derive(Clone, Copy, clap::ValueEnum)]
 enum WeightType {
     F32,
     Bf16,
     F16,
+}
+
+impl WeightType {
+    fn dtype(self) -> DType {
+        match self {
+            WeightType::F32 => DType::F32,
+            WeightType::Bf16 => DType::BF16,
+            WeightType::F16 => DType::F16,
+        }
+    }
 }
 
 impl ModelSource {
@@ -74,8 +88,9 @@ impl ModelArgs {
         let device = self.device.present()?;
         let name = device.describe()?;
         let path = self.source.path()?;
-        let loaded = load(&path, self.base(), &device)
+        let mut loaded = load(&path, self.base(), &device)
             .with_context(|| format!("cannot load {}", self.source.model))?;
+        loaded.decoder = loaded.decoder.with_activations(self.activations(&device));
         note!("device: {name}");
         Ok(loaded)
     }
@@ -88,6 +103,12 @@ impl ModelArgs {
             (Some(WeightType::Bf16), _) => BaseWeights::BF16,
             (Some(WeightType::F16), _) => BaseWeights::F16,
         }
+    }
+
+    /// How what lies between its products is held. Memory traffic is what a GPU waits for.
+    pub(crate) fn activations(&self, device: &Device) -> DType {
+        let default = self.dtype.filter(|_| *device != Device::Cpu);
+        self.activations.or(default).map_or(DType::F32, WeightType::dtype)
     }
 
     /// The model with an adapter on it.

@@ -39,8 +39,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let path = model.source().path()?;
     // A plan is data: it can be made for a device that is not here.
     let device = model.device().named();
-    note!("planned for {device}");
-    let decoder = Arc::new(load_outline(&path, model.base(), &device)?);
+    let decoder = load_outline(&path, model.base(), &device)?;
+    let decoder = Arc::new(decoder.with_activations(model.activations(&device)));
     let (what, outline, parts) = match args.decode {
         true => decode(args, decoder)?,
         false => training(args, decoder)?,
@@ -49,6 +49,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         true => outline.plan.to_string(),
         false => Summary { what, outline: &outline, parts: &parts }.to_string(),
     };
+    note!("planned for {device}");
     std::io::stdout().write_all(page.as_bytes())?;
     Ok(())
 }

@@ -99,6 +99,8 @@ pub struct Source {
     pub launch: Launch,
     /// What the address of every operand must be a multiple of.
     pub align_bytes: usize,
+    /// Whether it uses a template of a library call.
+    pub is_call: bool,
 }
 
 /// Renders `kernel`, to be launched within `limits`, as the function `name`.
@@ -120,7 +122,7 @@ pub fn render(
         operands.iter().map(|o| body::access_bytes(kernel, &launch, o)).max().unwrap_or(1);
     let text = body::render(kernel, dialect, &launch, &operands, name);
     let bindings = operands.iter().map(|o| o.binding).collect();
-    Ok(Source { name: name.to_owned(), text, bindings, launch, align_bytes })
+    Ok(Source { name: name.to_owned(), text, bindings, launch, align_bytes, is_call: false })
 }
 
 fn check_dtypes(kernel: &Kernel, dialect: &Dialect) -> Result<(), RenderError> {

@@ -26,12 +26,12 @@ impl Target {
         max_operands: usize::MAX,
     };
 
-    /// Any NVIDIA GPU. Parameters take 4 KiB at most: 512 addresses.
+    /// Any NVIDIA GPU. A block sums a row, and a hundred blocks want one. Parameters take 4 KiB at most: 512 addresses.
     pub const CUDA: Target = Target {
         name: "cuda",
         max_tape: 96,
         align_bytes: 256,
-        max_reduce: 1 << 14,
+        max_reduce: 1 << 12,
         max_operands: 512,
     };
 

@@ -46,7 +46,7 @@ fn an_operation_on_tensors_of_two_devices_is_an_error() {
     is_mixture("add", x.add(&y));
     is_mixture("mul", y.mul(&x.narrow(0, 0, 1).unwrap()));
     is_mixture("matmul", x.matmul(&y));
-    is_mixture("concat", LazyTensor::cat(&[&x, &y], 0));
+    is_mixture("cat", LazyTensor::cat(&[&x, &y], 0));
     is_mixture("rms_norm", x.rms_norm(&away(&[2]), 1e-5));
     let condition = LazyTensor::ones(&[2, 2], DType::U8, &AWAY).unwrap();
     is_mixture("", condition.where_cond(&x, &x));

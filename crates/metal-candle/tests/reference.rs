@@ -113,7 +113,9 @@ enum Layout {
 
 impl Layout {
     fn lay(self, x: Tensor) -> candle_core::Result<Tensor> {
-        if matches!(self, Layout::Dense) {
+        // Candle does not stack tensors without elements on a GPU.
+        let is_empty = x.elem_count() == 0 && !x.device().is_cpu();
+        if matches!(self, Layout::Dense) || is_empty {
             return Ok(x);
         }
         let last = x.rank().max(1) - 1;

@@ -243,6 +243,9 @@ fn accumulated_batches_equal_one_batch_of_all_their_rows_in_less_memory() {
         let (a, b) = (a.gradient_norm, b.gradient_norm);
         assert!((a - b).abs() < 1e-4 * a, "{a} {b}");
     }
+    if !testbed::is_on_cpu("the memory of so small a model", "buffers start at multiples of more") {
+        return;
+    }
     let Batch { batch, seq, .. } = batch();
     let whole = whole.plan(StepShape { batch, seq, accumulated: 1, packed: false }).unwrap();
     let parts = parts.plan(StepShape { batch: 1, seq, accumulated: batch, packed: false }).unwrap();

@@ -39,7 +39,7 @@ impl Blas {
         let rank = out.shape.rank();
         let (row, col) = (rank - 2, rank - 1);
         let [mut m, n, k] = [out.shape[row], out.shape[col], a.shape[col]];
-        if m == 0 || n == 0 || k == 0 {
+        if k == 0 || out.shape.is_empty() {
             return None;
         }
         let matrix = |l: &Layout| {
@@ -190,5 +190,7 @@ mod tests {
         assert_eq!(Blas::new(&layout(&[5, 7], &[14, 2]), &dense(&[7, 4]), &dense(&[5, 4])), None);
         assert_eq!(Blas::new(&layout(&[5, 7], &[0, 1]), &dense(&[7, 4]), &dense(&[5, 4])), None);
         assert_eq!(Blas::new(&dense(&[5, 0]), &dense(&[0, 4]), &dense(&[5, 4])), None);
+        let none = [dense(&[0, 5, 7]), dense(&[0, 7, 4]), dense(&[0, 5, 4])];
+        assert_eq!(Blas::new(&none[0], &none[1], &none[2]), None);
     }
 }

@@ -75,6 +75,10 @@ impl Buffer {
     /// [`Error::UnsupportedDType`] and [`Error::Device`]; [`Error::Candle`] if the copy fails.
     pub fn from_candle(tensor: &Tensor) -> Result<Buffer> {
         let shared = Shared::new(tensor)?;
+        if shared.len() == 0 {
+            // There is nothing to share, and on some devices no memory of no bytes.
+            return Buffer::zeroed(shared.dtype(), 0)?.to_device(&shared.device());
+        }
         Ok(Buffer { memory: Arc::new(Memory::Shared(shared)) })
     }
 
@@ -126,7 +130,7 @@ impl Buffer {
     /// A small copy may stay in the host's memory until a run wants it.
     ///
     /// # Errors
-    /// [`Error::Device`] for a device that this build or machine lacks; [`Error::OutOfMemory`], and what else
+    /// [`Error::NotInBuild`], [`Error::NotInMachine`]; [`Error::OutOfMemory`], and what else
     /// its driver says.
     pub fn to_device(&self, device: &Device) -> Result<Buffer> {
         if self.device() == *device {

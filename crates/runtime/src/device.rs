@@ -102,7 +102,7 @@ impl Device {
     /// The same device in Candle's words.
     ///
     /// # Errors
-    /// [`Error::Device`] for a device that this build or machine lacks.
+    /// [`Error::NotInBuild`], [`Error::NotInMachine`].
     pub fn candle(&self) -> Result<candle_core::Device> {
         match self {
             Device::Cpu => Ok(candle_core::Device::Cpu),

@@ -54,7 +54,7 @@ pub enum Error {
     /// What the driver, or a library, of an NVIDIA GPU said.
     #[error("CUDA, {doing}: {message}")]
     Cuda { doing: String, message: String },
-    #[error("step {step} ({label})")]
+    #[error("step {step} ({label}): {source}")]
     Step { step: usize, label: String, source: Box<Error> },
     /// What Metal said.
     #[error("Metal, {doing}: {message}")]

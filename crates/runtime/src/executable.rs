@@ -38,17 +38,31 @@ pub(crate) fn wait(start: impl FnOnce(Done) -> Result<()>) -> Result<Vec<Buffer>
     receiver.recv().unwrap_or(Err(Error::Lost))
 }
 
+/// What a run is to be timed by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Timing {
+    /// Each step. The whole takes longer than otherwise, for a GPU's steps are then asked for one by one.
+    Steps,
+    /// All steps as one.
+    Whole,
+}
+
+/// The seconds that a run took on its device.
+pub(crate) struct Clock {
+    pub(crate) timing: Timing,
+    pub(crate) seconds: Vec<f64>,
+}
+
 /// What a device makes of a plan.
 pub(crate) trait Backend: Send + Sync {
     /// Runs the steps and waits for them; the CPU on `pool`, if there is one and they are worth it, else on this
-    /// thread. The inputs that are used have the plan's types, those that are donated are unique. `clock` is given
-    /// the seconds of each step, at the cost of the whole.
+    /// thread. The inputs that are used have the plan's types, those that are donated are unique.
     fn run(
         &self,
         plan: &Plan,
         inputs: Vec<Buffer>,
         pool: Option<&ThreadPool>,
-        clock: Option<&mut Vec<f64>>,
+        clock: Option<&mut Clock>,
     ) -> Result<Vec<Buffer>>;
 
     /// As [`Backend::run`], but it need not wait: then it returns nothing, and `done` gets the results once they are there,
@@ -71,7 +85,7 @@ pub(crate) trait Backend: Send + Sync {
 impl Executable {
     /// # Errors
     /// [`Error::Plan`] if a step would touch memory that is not its own; [`Error::OutOfMemory`] for the arena;
-    /// [`Error::Device`] for a device that this build or machine lacks, and what its driver says.
+    /// [`Error::NotInBuild`] and [`Error::NotInMachine`], and what its driver says.
     pub fn new(plan: Plan, device: &Device) -> Result<Executable> {
         verify::verify(&plan)?;
         let backend: Box<dyn Backend> = match device {
@@ -116,11 +130,12 @@ impl Executable {
         &self,
         mut inputs: Vec<Buffer>,
         pool: Option<&ThreadPool>,
+        timing: Timing,
     ) -> Result<(Vec<Buffer>, Vec<f64>)> {
         self.check_inputs(&mut inputs)?;
-        let mut seconds = Vec::with_capacity(self.plan.steps.len());
-        let results = self.backend.run(&self.plan, inputs, pool, Some(&mut seconds))?;
-        Ok((results, seconds))
+        let mut clock = Clock { timing, seconds: Vec::new() };
+        let results = self.backend.run(&self.plan, inputs, pool, Some(&mut clock))?;
+        Ok((results, clock.seconds))
     }
 
     /// See [`Backend::submit`].

@@ -1,6 +1,6 @@
 //! Runs executables: on the calling thread, or on threads of its own for whoever awaits them.
 
-use crate::executable::message;
+use crate::executable::{Timing, message};
 use crate::pending::Completion;
 use crate::{Buffer, Error, Executable, Pending, Result};
 use rayon::{ThreadPool, ThreadPoolBuilder};
@@ -82,8 +82,7 @@ impl AsyncGraphExecutor {
         executable.run(inputs, self.owner.shared.pool.as_ref())
     }
 
-    /// As [`AsyncGraphExecutor::run`], and the seconds that each step took on the device. The whole takes longer than
-    /// otherwise, for a GPU's steps are then asked for one by one.
+    /// As [`AsyncGraphExecutor::run`], and the seconds that it took on the device.
     ///
     /// # Errors
     /// As [`AsyncGraphExecutor::run`].
@@ -91,8 +90,9 @@ impl AsyncGraphExecutor {
         &self,
         executable: &Executable,
         inputs: Vec<Buffer>,
+        timing: Timing,
     ) -> Result<(Vec<Buffer>, Vec<f64>)> {
-        executable.profile(inputs, self.owner.shared.pool.as_ref())
+        executable.profile(inputs, self.owner.shared.pool.as_ref(), timing)
     }
 
     /// Runs the executable on the executor's threads. Returns at once.

@@ -36,7 +36,7 @@ pub use candle::{dtype_from_candle, dtype_to_candle};
 pub use device::Device;
 pub use element::Element;
 pub use error::{Error, PlanFault, Result};
-pub use executable::Executable;
+pub use executable::{Executable, Timing};
 pub use executor::AsyncGraphExecutor;
 pub use mapped::MappedBytes;
 pub use pending::Pending;

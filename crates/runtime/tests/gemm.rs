@@ -77,6 +77,19 @@ fn gemm_of_large_matrices_splits_without_a_trace() {
 }
 
 #[test]
+fn gemm_with_a_thin_side_equals_three_loops() {
+    let mut rng = Rng::new(4);
+    for dtype in FLOATS {
+        for extents in [[300, 600, 8], [300, 5, 600], [16, 600, 300], [8, 130, 1100], [1100, 70, 3]]
+        {
+            for _ in 0..4 {
+                check(&mut rng, dtype, &[], extents, false);
+            }
+        }
+    }
+}
+
+#[test]
 fn gemm_with_vectors_equals_three_loops() {
     let mut rng = Rng::new(3);
     for dtype in FLOATS {

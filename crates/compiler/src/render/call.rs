@@ -1,18 +1,25 @@
 //! A library call as what a GPU does for it: kernels and products, in order.
 //!
 //! ```text
-//! index, along, rope, quant, cross_entropy
+//! gemm, index, along, rope, quant, cross_entropy
 //!        which template of a header, with which extents and places
+//! attention, attention_few
+//!        tiles of scores; attention_shape ── what they are specialised by; kernel ── the text around them
 //! factor ── matrices as products want them
 //! walk ── elements in order, and where each operand has them
 //! draft ── the text around the template
 //! ```
 
 mod along;
+mod attention;
+mod attention_few;
+mod attention_shape;
 mod cross_entropy;
 mod draft;
 mod factor;
+mod gemm;
 mod index;
+mod kernel;
 mod quant;
 mod rope;
 mod walk;
@@ -125,7 +132,7 @@ impl Status {
 /// layouts only: equal calls have equal kernels.
 ///
 /// # Errors
-/// [`RenderError::DType`] for f64 in a language without; [`RenderError::Call`] for a call without kernels.
+/// [`RenderError::DType`] for f64 in a language without.
 pub fn call(
     call: &LibraryCall,
     args: &[Operand],
@@ -139,7 +146,9 @@ pub fn call(
     }
     let gpu = Gpu { dialect, limits };
     Ok(match *call {
-        LibraryCall::Gemm { alpha, accumulate } => gemm(alpha, accumulate, args, outs),
+        LibraryCall::Gemm { alpha, accumulate } => {
+            gemm::gemm(gpu, args, &outs[0], alpha, accumulate)
+        }
         LibraryCall::Rope { layout } => rope::rope(gpu, args, &outs[0], layout),
         LibraryCall::Gather { dim } => index::gather(gpu, args, outs, dim),
         LibraryCall::IndexSelect { dim } => index::index_select(gpu, args, outs, dim),
@@ -163,16 +172,9 @@ pub fn call(
         LibraryCall::LinearCrossEntropyGradWeight(attrs) => {
             cross_entropy::grad_weight(gpu, args, &outs[0], attrs)
         }
-        LibraryCall::Attention(_) | LibraryCall::AttentionGrad { .. } => {
-            return Err(RenderError::Call { language: dialect.language, call: call.name() });
+        LibraryCall::Attention(attrs) => attention::attention(gpu, &attrs, args, outs),
+        LibraryCall::AttentionGrad { attrs, ref wrt } => {
+            attention::attention_grad(gpu, &attrs, wrt, args, outs)
         }
     })
-}
-
-fn gemm(alpha: f64, accumulate: bool, args: &[Operand], outs: &[Operand]) -> Call {
-    let place = |binding, o: &Operand| Place { binding, dtype: o.dtype, layout: o.layout };
-    let [a, b] = [0, 1].map(|i| place(Binding::Arg(i), &args[i as usize]));
-    let out = place(Binding::Out(0), &outs[0]);
-    let product = Part::Product { alpha, accumulate, a, b, out };
-    Call { parts: vec![product], workspace_bytes: 0 }
 }

@@ -2,16 +2,20 @@
 
 use super::dialect::{Dialect, Shared};
 
+/// What has a dialect of its own.
+const TENSOR_CORES: [&str; 3] =
+    [include_str!("call/mma.h"), include_str!("call/flash.h"), include_str!("call/flash_grad.h")];
+
 pub(super) const DIALECT: Dialect = Dialect {
     language: "CUDA C",
     has_f64: true,
     // No fast math: NaN and infinities mean something. Rounding once in a * b + c is welcome.
     options: &["--std=c++17"],
-    headers: Dialect::headers(include_str!("cuda.h")),
+    headers: Dialect::headers(include_str!("cuda.h"), TENSOR_CORES),
     kernel: "extern \"C\" __global__ void __launch_bounds__({block}) {name}",
     argument: "const {type}* {name}",
     output: "{type}* {name}",
     ids: &[],
     first_lines: &["const u32 tid = threadIdx.x, block = blockIdx.x, blocks = gridDim.x;"],
-    shared: Shared::Line("extern __shared__ u64 shared[];"),
+    shared: Shared::Line("extern __shared__ __align__(256) u64 shared[];"),
 };

@@ -1,5 +1,7 @@
 //! What a language calls things.
 
+use super::Source;
+
 /// A GPU language, as data.
 ///
 /// In the texts, `{name}`, `{type}`, `{block}` (threads) and `{n}` (the number of an operand) are filled in.
@@ -11,7 +13,7 @@ pub struct Dialect {
     /// What to tell the compiler.
     pub options: &'static [&'static str],
     /// What the kernels rely on, once before all of them: the dialect's own words, then what all dialects share.
-    pub(super) headers: [&'static str; 8],
+    pub(super) headers: [&'static str; 15],
     /// The beginning of a kernel's definition, up to its first parameter.
     pub(super) kernel: &'static str,
     /// A parameter that is read.
@@ -36,7 +38,11 @@ impl Dialect {
     pub const CUDA: &'static Dialect = &super::cuda::DIALECT;
     pub const METAL: &'static Dialect = &super::metal::DIALECT;
 
-    pub(super) const fn headers(own: &'static str) -> [&'static str; 8] {
+    pub(super) const fn headers(
+        own: &'static str,
+        tensor_cores: [&'static str; 3],
+    ) -> [&'static str; 15] {
+        let [mma, flash, flash_grad] = tensor_cores;
         [
             own,
             include_str!("common.h"),
@@ -44,13 +50,28 @@ impl Dialect {
             include_str!("call/index.h"),
             include_str!("call/along.h"),
             include_str!("call/rope.h"),
+            include_str!("call/gemm.h"),
             include_str!("call/quant.h"),
             include_str!("call/cross_entropy.h"),
+            include_str!("call/attention.h"),
+            include_str!("call/attention_few.h"),
+            include_str!("call/attention_grad.h"),
+            mma,
+            flash,
+            flash_grad,
         ]
     }
 
     /// What comes before the kernels of a source file.
     pub fn header(&self) -> String {
         self.headers.join("\n")
+    }
+
+    /// What comes before this kernel alone: a fused one needs no templates of library calls, which take their time to
+    /// compile.
+    pub fn header_of(&self, source: &Source) -> String {
+        const FUSED: usize = 2;
+        let len = if source.is_call { self.headers.len() } else { FUSED };
+        self.headers[..len].join("\n")
     }
 }

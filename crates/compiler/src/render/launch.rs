@@ -28,9 +28,18 @@ pub struct Limits {
     pub max_operands: usize,
     /// Threads that run at once, on the whole device.
     pub resident_threads: usize,
+    /// Whether SIMD groups multiply tiles of 16-bit floats as those of sm_80 do.
+    pub tensor_cores: bool,
     /// Whether the library's products of 16-bit factors can give f32.
     pub widening_products: bool,
+    /// Rows of a product up to which a rendered kernel multiplies instead of the library; 0 for none.
+    pub few_rows: usize,
+    /// What the workspace of a call takes at most, about.
+    pub workspace_bytes: usize,
 }
+
+/// A few matrices of 16 bits that keep a large device busy.
+const WORKSPACE_BYTES: usize = 256 << 20;
 
 impl Limits {
     /// Any CUDA device, of this many multiprocessors with so many threads each ("CUDA C++ Programming Guide", table of
@@ -42,8 +51,23 @@ impl Limits {
             max_shared_bytes: 48 << 10,
             max_operands: 512,
             resident_threads: multiprocessors * threads,
+            tensor_cores: false,
             widening_products: true,
+            few_rows: 4,
+            workspace_bytes: WORKSPACE_BYTES,
         }
+    }
+
+    /// The same with what compute capability `major.minor` adds: from 8.0 on, tensor cores that share memory with
+    /// asynchronous copies, and more of it for a block that asks ("CUDA C++ Programming Guide", the same table).
+    pub const fn of_capability(self, major: u32, minor: u32) -> Limits {
+        let shared_kib = match (major, minor) {
+            (8, 0 | 7) => 163,
+            (8, _) | (12, _) => 99,
+            (9..=11, _) => 227,
+            _ => 48,
+        };
+        Limits { tensor_cores: major >= 8, max_shared_bytes: shared_kib << 10, ..self }
     }
 
     /// Apple's GPUs ("Metal Feature Set Tables", families Apple4 and later), of so many cores, which are taken to run 1024
@@ -55,7 +79,10 @@ impl Limits {
             max_shared_bytes: 32 << 10,
             max_operands: 31,
             resident_threads: cores * 1024,
+            tensor_cores: false,
             widening_products: false,
+            few_rows: 4,
+            workspace_bytes: WORKSPACE_BYTES,
         }
     }
 }

@@ -23,7 +23,7 @@ impl Machine {
     pub(crate) fn build(dialect: &Dialect, name: &str, units: &[Unit]) -> Machine {
         let folder = folder(name);
         let here = machine_sources();
-        let own = ["machine", "program"].map(|name| {
+        let own = ["machine", "program", "tensor_cores"].map(|name| {
             (here.join(name).with_extension("cpp"), folder.join(name).with_extension("o"), false)
         });
         let mut jobs = own.to_vec();

@@ -1,6 +1,8 @@
 //! Every rendered kernel, in both dialects, against the scalar walk of the kernel IR: compiled as C++ and run on the
 //! CPU, thread by thread, with real barriers.
 
+mod attention;
+mod calls;
 mod cases;
 mod graphs;
 mod machine;
@@ -18,8 +20,8 @@ use cases::Case;
 use machine::{Machine, Unit};
 use metal_candle_compiler::kernel::Kernel;
 use metal_candle_compiler::render::{Dialect, Limits, RenderError, Source, render};
-use metal_candle_graph::DType;
-use plans::Task;
+use metal_candle_graph::{DType, oracle};
+use plans::{Rendered, Renderer, Task};
 use program::Program;
 use random::{Limits as Draw, Rng, SMALL, case, seeds};
 use std::collections::{HashMap, HashSet};
@@ -182,7 +184,13 @@ fn cuda_kernels_compile_for_sm_80_and_sm_90() {
     };
     let all: Vec<Case> = [real_cases(), all_random_cases()].into_iter().flatten().collect();
     let limits = Limits::cuda(132, 2048);
-    let units = units(sources(&all, Dialect::CUDA, &limits).iter().flatten(), Dialect::CUDA);
+    let fused = sources(&all, Dialect::CUDA, &limits);
+    let mut renderer = Renderer::new(Dialect::CUDA, limits.of_capability(8, 0));
+    let every = [calls::every(), attention::on_tensor_cores().concat()].concat();
+    let plan = |task: Task| renderer.plan(&task.graph, &task.donated).unwrap();
+    let plans: Vec<Rendered> = every.into_iter().map(plan).collect();
+    let of_calls = plans::sources(&plans).filter(|source| !source.name.starts_with('k'));
+    let units = units(fused.iter().flatten().chain(of_calls), Dialect::CUDA);
     machine::compile_by_nvrtc(Path::new(&home), "sm_80,sm_90", Dialect::CUDA, &units);
 }
 
@@ -196,7 +204,8 @@ fn random_tasks(from: u64, n: u64, limits: &Draw) -> Vec<Task> {
         let random::Case { graph, inputs, tolerances, .. } = case(from + seed, limits);
         let mut rng = Rng(seed);
         let donated = inputs.iter().map(|_| rng.one_in(3)).collect();
-        Task { name: format!("graph {}", from + seed), graph, inputs, donated, tolerances }
+        let want = oracle::evaluate(&graph, &inputs).unwrap();
+        Task { name: format!("graph {}", from + seed), graph, inputs, donated, want, tolerances }
     };
     seeds(n).map(task).collect()
 }

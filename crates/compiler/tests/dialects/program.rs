@@ -37,7 +37,7 @@ pub(crate) enum Part {
         alpha: f64,
         accumulate: bool,
         /// Both factors, then the result.
-        places: [(Address, DType, Layout); 3],
+        places: Box<[(Address, DType, Layout); 3]>,
     },
 }
 
@@ -87,7 +87,7 @@ fn encode_part(out: &mut Vec<u8>, part: &Part) {
             number(out, 1);
             out.extend(alpha.to_le_bytes());
             number(out, usize::from(*accumulate));
-            for (at, dtype, layout) in places {
+            for (at, dtype, layout) in places.iter() {
                 address(out, *at);
                 let floats = [DType::BF16, DType::F16, DType::F32, DType::F64];
                 number(out, floats.iter().position(|float| float == dtype).expect("a float"));

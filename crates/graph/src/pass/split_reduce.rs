@@ -3,7 +3,7 @@
 use crate::{ComputationGraph, Dims, Node, NodeId, Operation, Result, Shape};
 
 /// Splits every reduction over more than `limit` elements: first the innermost dims, then the others. A reduction
-/// of one long dim is cut into rows, if its extent has a divisor near the root.
+/// to one element is cut into rows, as many as they are long, if their number has a divisor near its root.
 ///
 /// # Errors
 /// Where a rewritten node is refused by inference, which would be a bug.
@@ -25,12 +25,17 @@ pub fn split_reductions(g: &ComputationGraph, limit: usize) -> Result<Computatio
             if extent <= limit {
                 return Ok(out.copy(node, inputs));
             }
+            if extent == shape.len()
+                && let Some(cols) = near_root(extent)
+            {
+                return split_all(out, node, inputs[0], cols);
+            }
             match inner_dims(&shape, dims) {
                 Some((inner, outer)) => {
                     let rows = out.add(Operation::Reduce { op, dims: inner }, inputs)?;
                     out.add(Operation::Reduce { op, dims: outer }, &[rows])
                 }
-                None => split_dim(out, node, inputs[0]),
+                None => Ok(out.copy(node, inputs)),
             }
         }
         _ => Ok(out.copy(node, inputs)),
@@ -54,14 +59,10 @@ fn inner_dims(shape: &Shape, dims: Dims) -> Option<(Dims, Dims)> {
     splits.then(|| (Dims::new(inner), outer))
 }
 
-/// Cuts the one long dim of a rank-1 tensor into rows.
-fn split_dim(g: &mut ComputationGraph, node: &Node, x: NodeId) -> Result<NodeId> {
-    let shape = g.shape(x);
-    let divisor = (shape.rank() == 1).then(|| near_root(shape[0])).flatten();
-    let (Some(cols), Operation::Reduce { op, .. }) = (divisor, node.op) else {
-        return Ok(g.copy(node, &[x]));
-    };
-    let rows = g.reshape(x, Shape::new(&[shape[0] / cols, cols])?)?;
+/// Cuts all elements into rows of `cols`.
+fn split_all(g: &mut ComputationGraph, node: &Node, x: NodeId, cols: usize) -> Result<NodeId> {
+    let Operation::Reduce { op, .. } = node.op else { return Ok(g.copy(node, &[x])) };
+    let rows = g.reshape(x, Shape::new(&[g.shape(x).len() / cols, cols])?)?;
     let rows = g.add(Operation::Reduce { op, dims: Dims::new([1]) }, &[rows])?;
     let total = g.add(Operation::Reduce { op, dims: Dims::new([0]) }, &[rows])?;
     g.reshape(total, *node.shape())

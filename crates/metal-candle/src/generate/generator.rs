@@ -76,8 +76,7 @@ impl Generator {
     ) -> Result<Generated> {
         let (mut run, mut cache, mut next) = self.begin(session, prompt, config.clone())?;
         while !run.is_finished() {
-            let results = self.one.call(step::arguments(&next, &mut cache)?)?;
-            let logits = self.results(results, next.len(), &mut cache)?;
+            let logits = self.logits(&next, &mut cache)?;
             if let Some(token) = run.accept(logits, cache.has_room())? {
                 on_token(&token);
             }
@@ -85,6 +84,20 @@ impl Generator {
         }
         session.keep(&self.decoder, run.seen(), cache);
         Ok(run.into_generated())
+    }
+
+    /// Puts `ids` into the cache and gives the logits after the last of them, for a caller who chooses tokens by
+    /// himself.
+    ///
+    /// # Errors
+    /// Where there are no ids, or more than the cache has room for; the cache is then lost with the step.
+    pub fn logits(&self, ids: &[u32], cache: &mut KVCache) -> Result<Vec<f32>> {
+        let (tokens, context) = (ids.len(), cache.capacity() - cache.len());
+        if tokens == 0 || tokens > context {
+            return Err(ErrorKind::PromptLength { tokens, context }.into());
+        }
+        let results = self.one.call(step::arguments(ids, cache)?)?;
+        self.results(results, tokens, cache)
     }
 
     /// As [`Generator::generate`], but awaited: token by token, and no thread is blocked.

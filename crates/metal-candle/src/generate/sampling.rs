@@ -119,13 +119,16 @@ pub fn sample_token(logits: &[f32], strategy: SamplingStrategy, seed: u64, draw:
 }
 
 fn argmax(logits: &[f32]) -> u32 {
-    let mut best = 0;
-    for (i, x) in logits.iter().enumerate() {
-        if *x > logits[best] || logits[best].is_nan() && !x.is_nan() {
-            best = i;
+    // In lanes, which compilers make vectors of; comparisons pass over NaN.
+    let mut lanes = [f32::NEG_INFINITY; 16];
+    let (chunks, rest) = logits.as_chunks::<16>();
+    for chunk in chunks {
+        for (lane, x) in lanes.iter_mut().zip(chunk) {
+            *lane = if *x > *lane { *x } else { *lane };
         }
     }
-    best as u32
+    let max = lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |a, b| a.max(*b));
+    logits.iter().position(|x| *x == max).unwrap_or(0) as u32
 }
 
 /// The tokens that may be drawn, most likely first, which has the weight 1.

@@ -8,7 +8,7 @@ use crate::io::data::Batch;
 use crate::lazy::one_device;
 use crate::models::{Decoder, PackedInput};
 use crate::nn::LoRAAdapter;
-use crate::{Compiled, DType, Device, LazyTensor, Outline, Result, compile, grad};
+use crate::{Compiled, DType, Device, LazyTensor, Outline, Result, Timing, compile, grad};
 use std::sync::Arc;
 
 /// What one step did.
@@ -139,11 +139,36 @@ impl TrainStep {
     /// # Errors
     /// As [`TrainStep::run`].
     pub fn run_accumulated(&mut self, batches: &[Batch], rate: f64) -> Result<StepMetrics> {
+        let args = self.take_arguments(batches, rate)?;
+        let results = self.step.call(args)?;
+        self.take_results(results)
+    }
+
+    /// [`TrainStep::run`], and the seconds that it took on the device: of each step of its plan, or of all.
+    ///
+    /// # Errors
+    /// As [`TrainStep::run`].
+    pub fn profile(
+        &mut self,
+        batch: &Batch,
+        rate: f64,
+        timing: Timing,
+    ) -> Result<(StepMetrics, Vec<f64>)> {
+        let args = self.take_arguments(std::slice::from_ref(batch), rate)?;
+        let (results, seconds) = self.step.profile(args, timing)?;
+        Ok((self.take_results(results)?, seconds))
+    }
+
+    /// The state, which the step takes along, and what changes from step to step.
+    fn take_arguments(&mut self, batches: &[Batch], rate: f64) -> Result<Vec<LazyTensor>> {
         let rest = self.arguments(batches, rate)?;
         let mut args = std::mem::take(&mut self.state);
         args.extend(rest);
         self.count.steps += 1;
-        let mut results = self.step.call(args)?;
+        Ok(args)
+    }
+
+    fn take_results(&mut self, mut results: Vec<LazyTensor>) -> Result<StepMetrics> {
         self.state = results.split_off(2);
         let (gradient_norm, loss) = (scalar(&results[0])?, scalar(&results[1])?);
         let applied = loss.is_finite() && gradient_norm.is_finite();

@@ -5,7 +5,7 @@ use crate::lazy::{LazyTensor, Leaf, Trace, one_device, trace};
 use crate::{Device, Error, Result};
 use metal_candle_compiler::Plan;
 use metal_candle_graph::TensorType;
-use metal_candle_runtime::{AsyncGraphExecutor, Buffer, Executable};
+use metal_candle_runtime::{AsyncGraphExecutor, Buffer, Executable, Timing};
 use smallvec::SmallVec;
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -94,6 +94,23 @@ impl Compiled {
         let inputs = traced.bind(args)?;
         let values = AsyncGraphExecutor::global().run(&traced.executable, inputs).at_caller()?;
         Ok(traced.results(values))
+    }
+
+    /// [`Compiled::call`], and the seconds that it took on the device: of each step of the plan, or of all.
+    ///
+    /// # Errors
+    /// As [`Compiled::call`].
+    #[track_caller]
+    pub fn profile(
+        &self,
+        args: Vec<LazyTensor>,
+        timing: Timing,
+    ) -> Result<(Vec<LazyTensor>, Vec<f64>)> {
+        let traced = self.traced(&args)?;
+        let inputs = traced.bind(args)?;
+        let run = AsyncGraphExecutor::global().profile(&traced.executable, inputs, timing);
+        let (values, seconds) = run.at_caller()?;
+        Ok((traced.results(values), seconds))
     }
 
     /// [`Compiled::call`] without blocking the thread.

@@ -2,7 +2,9 @@
 //!
 //! A task is one batch entry, one key head and one block of rows. The query heads that share the key head are rows
 //! like any other, so k and v are read where they are, once for all of them. Scores exist for one block at a time, and
-//! only for the keys that it can see.
+//! only for the keys that it can see. Few rows in all go another way (`few`).
+
+mod few;
 
 use crate::cpu::gemm::gemm;
 use crate::cpu::matrix::{Mat, MatMut, widened_len};
@@ -10,46 +12,36 @@ use crate::cpu::number::{Accumulator, Float, Number, Real, for_float, for_index}
 use crate::cpu::parallel::{self, Parts};
 use crate::cpu::scratch;
 use crate::cpu::view::{Arg, Out, Strided};
+use half::{bf16, f16};
+use metal_candle_graph::DType;
 use metal_candle_graph::composite::AttentionAttrs;
 use std::ops::Range;
 
-/// Rows of one block.
-const ROWS: usize = 64;
+/// Positions of one block, with all query heads of the key head up to so many: what is packed of k and v is packed
+/// for all of them.
+const POSITIONS: usize = 64;
+const MAX_HEADS: usize = 4;
 
 /// `args` as `Composite::Attention`.
 pub(crate) fn call(args: &[Arg], outs: &mut [Out], attrs: &AttentionAttrs, parallel: bool) {
     let [out] = outs else { panic!("metal-candle bug: attention gives one output") };
-    for_float!(out.dtype(), T => attention::<T>(args, out, attrs, parallel));
+    match out.dtype() {
+        DType::F32 => attention::<f32>(args, out, attrs, parallel),
+        DType::BF16 => attention::<bf16>(args, out, attrs, parallel),
+        DType::F16 => attention::<f16>(args, out, attrs, parallel),
+        DType::F64 => Attention::<f64>::of(args, out, attrs).tiled(out.slice(), parallel),
+        other => panic!("metal-candle bug: expected a float, got {other}"),
+    }
 }
 
-fn attention<T: Float>(args: &[Arg], out: &mut Out, attrs: &AttentionAttrs, parallel: bool) {
-    let it = Attention::<T>::new(args, attrs);
-    assert_eq!(out.shape().dims(), [it.b, it.tq, it.hq, it.dv], "metal-candle bug: attention");
-    let out = Parts::new(out.slice::<T>());
-    let blocks = it.blocks();
-    parallel::for_each(parallel, it.b * it.hk * blocks, |task| {
-        let (pair, block) = (task / blocks, it.block(task % blocks));
-        let (b, head) = (pair / it.hk, pair % it.hk);
-        let (rows, keys) = (block.rows.len(), block.keys.len());
-        let wide = widened_len::<T>(keys * it.d.max(it.dv));
-        let lens = [rows * it.d, rows * keys, wide, rows * it.dv, rows];
-        scratch::split(lens, |[q, scores, wide, y, sums]: [&mut [T::Acc]; 5]| {
-            it.pack_query(b, head, &block, q);
-            it.scores(b, head, &block, q, wide, scores);
-            it.mask(b, head, &block, scores);
-            it.exponentials(&block, scores, sums);
-            let v = it.values(b, head, &block, wide);
-            let p = Mat::dense(scores, rows, keys);
-            gemm(MatMut::dense(y, rows, it.dv), p, v, T::Acc::from_f64(1.0), false, false);
-            for (r, row) in block.rows.clone().enumerate() {
-                let y = &mut y[r * it.dv..(r + 1) * it.dv];
-                T::Acc::scale_all(y, reciprocal(sums[r]));
-                // SAFETY: every row of the output belongs to one row of one task.
-                let to = unsafe { out.part(it.query_row(b, head, row) * it.dv, it.dv) };
-                T::narrow_all(y, to);
-            }
-        });
-    });
+fn attention<T: Float + Number<Acc = f32>>(
+    args: &[Arg],
+    out: &mut Out,
+    attrs: &AttentionAttrs,
+    parallel: bool,
+) {
+    let it = Attention::<T>::of(args, out, attrs);
+    if it.is_few() { it.few(out.slice(), parallel) } else { it.tiled(out.slice(), parallel) }
 }
 
 /// `1 / sum`, or 0 for a row that sees nothing.
@@ -117,18 +109,56 @@ impl<'a, T: Float> Attention<'a, T> {
         }
     }
 
+    /// The output, `[b, tq, hq, dv]`.
+    fn tiled(&self, out: &mut [T], parallel: bool) {
+        let (out, blocks) = (Parts::new(out), self.blocks());
+        parallel::for_each(parallel, self.b * self.hk * blocks, |task| {
+            let (pair, block) = (task / blocks, self.block(task % blocks));
+            let (b, head) = (pair / self.hk, pair % self.hk);
+            let (rows, keys) = (block.rows.len(), block.keys.len());
+            let wide = widened_len::<T>(keys * self.d.max(self.dv));
+            let lens = [rows * self.d, rows * keys, wide, rows * self.dv, rows, rows];
+            scratch::split(lens, |[q, scores, wide, y, sums, maxima]: [&mut [T::Acc]; 6]| {
+                self.pack_query(b, head, &block, q);
+                self.scores(b, head, &block, q, wide, scores);
+                self.mask(b, head, &block, scores);
+                self.exponentials(&block, scores, sums, maxima);
+                let v = self.values(b, head, &block, wide);
+                let p = Mat::dense(scores, rows, keys);
+                gemm(MatMut::dense(y, rows, self.dv), p, v, T::Acc::from_f64(1.0), false, false);
+                for (r, row) in block.rows.clone().enumerate() {
+                    let y = &mut y[r * self.dv..(r + 1) * self.dv];
+                    T::Acc::scale_all(y, reciprocal(sums[r]));
+                    // SAFETY: every row of the output belongs to one row of one task.
+                    let to = unsafe { out.part(self.query_row(b, head, row) * self.dv, self.dv) };
+                    T::narrow_all(y, to);
+                }
+            });
+        });
+    }
+
+    fn of(args: &[Arg<'a>], out: &Out, attrs: &'a AttentionAttrs) -> Attention<'a, T> {
+        let it = Attention::new(args, attrs);
+        assert_eq!(out.shape().dims(), [it.b, it.tq, it.hq, it.dv], "metal-candle bug: attention");
+        it
+    }
+
     fn group(&self) -> usize {
         self.hq / self.hk
     }
 
+    fn block_rows(&self) -> usize {
+        POSITIONS * self.group().min(MAX_HEADS)
+    }
+
     /// The number of blocks of one key head.
     pub(super) fn blocks(&self) -> usize {
-        (self.tq * self.group()).div_ceil(ROWS)
+        (self.tq * self.group()).div_ceil(self.block_rows())
     }
 
     pub(super) fn block(&self, index: usize) -> Block {
-        let start = index * ROWS;
-        let rows = start..(start + ROWS).min(self.tq * self.group());
+        let start = index * self.block_rows();
+        let rows = start..(start + self.block_rows()).min(self.tq * self.group());
         // What is seen moves with the position: the first row sees the first key, the last row the last.
         let keys = self.seen(rows.start).start..self.seen(rows.end - 1).end;
         Block { rows, keys: keys.start.min(keys.end)..keys.end }
@@ -233,12 +263,19 @@ impl<'a, T: Float> Attention<'a, T> {
         }
     }
 
-    /// `exp(score - max)` of what each row sees, 0 elsewhere, and the sum of each row.
-    pub(super) fn exponentials(&self, block: &Block, scores: &mut [T::Acc], sums: &mut [T::Acc]) {
+    /// `exp(score - max)` of what each row sees, 0 elsewhere; the sum and the max of each row.
+    pub(super) fn exponentials(
+        &self,
+        block: &Block,
+        scores: &mut [T::Acc],
+        sums: &mut [T::Acc],
+        maxima: &mut [T::Acc],
+    ) {
         sums.fill(T::Acc::ZERO);
+        maxima.fill(T::Acc::NEG_INFINITY);
         let (first, keys) = (block.keys.start, block.keys.len().max(1));
         let rows = scores.chunks_exact_mut(keys).zip(block.rows.clone());
-        for ((scores, row), sum) in rows.zip(sums) {
+        for (((scores, row), sum), largest) in rows.zip(sums).zip(maxima) {
             let seen = self.seen(row);
             let start = seen.start.saturating_sub(first).min(scores.len());
             let end = seen.end.saturating_sub(first).clamp(start, scores.len());
@@ -250,6 +287,7 @@ impl<'a, T: Float> Attention<'a, T> {
                 scores.fill(T::Acc::ZERO);
             } else {
                 *sum = T::Acc::exp_all(scores, max);
+                *largest = max;
             }
         }
     }

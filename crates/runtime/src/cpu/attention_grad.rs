@@ -154,12 +154,12 @@ impl<T: Float> Grad<'_, T> {
     fn block(&self, b: usize, head: usize, block: &Block, dk: &mut [T::Acc], dv: &mut [T::Acc]) {
         let (it, rows, keys) = (&self.it, block.rows.len(), block.keys.len());
         let wide = widened_len::<T>(keys * it.d.max(it.dv));
-        let lens = [rows * it.d, rows * it.dv, rows * keys, rows * keys, wide, rows];
-        scratch::split(lens, |[q, dy, p, ds, wide, sums]: [&mut [T::Acc]; 6]| {
+        let lens = [rows * it.d, rows * it.dv, rows * keys, rows * keys, wide, rows, rows];
+        scratch::split(lens, |[q, dy, p, ds, wide, sums, maxima]: [&mut [T::Acc]; 7]| {
             it.pack_query(b, head, block, q);
             it.scores(b, head, block, q, wide, p);
             it.mask(b, head, block, p);
-            it.exponentials(block, p, sums);
+            it.exponentials(block, p, sums, maxima);
             for (p, sum) in p.chunks_exact_mut(keys.max(1)).zip(sums.iter()) {
                 T::Acc::scale_all(p, reciprocal(*sum));
             }

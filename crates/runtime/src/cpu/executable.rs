@@ -5,7 +5,7 @@ use super::view::{Arg, Out};
 use crate::arena::Arena;
 use crate::buffer::{Buffer, Memory};
 use crate::element::Data;
-use crate::executable::{Backend, message};
+use crate::executable::{Backend, Clock, Timing, message};
 use crate::pages::prefer_huge;
 use crate::{Error, Result, verify};
 use candle_core::StorageRef;
@@ -27,6 +27,9 @@ const PARALLEL_KERNEL_WORK: u64 = 1 << 19;
 /// The same for a library call, whose operations are dearer, and which seldom comes alone.
 const PARALLEL_CALL_WORK: u64 = 1 << 16;
 
+/// A plan goes to the pool from this much work on, in the same measure: handing it over and waiting takes some 20 us.
+const POOL_WORK: u64 = 1 << 18;
+
 /// What the CPU keeps of a plan: its kernels compiled, its memory from run to run.
 pub(crate) struct CpuExecutable {
     steps: Vec<Prepared>,
@@ -43,6 +46,8 @@ struct Prepared {
     program: Option<Program>,
     args: SmallVec<[Place; 4]>,
     outs: SmallVec<[Place; 2]>,
+    /// Element operations, of a call an estimate.
+    work: u64,
     parallel: bool,
 }
 
@@ -76,7 +81,7 @@ impl CpuExecutable {
         let outputs = 0..plan.outputs.len();
         let executable = CpuExecutable {
             zeroed: outputs.map(|i| !verify::is_written_whole(plan, i)).collect(),
-            parallel: steps.iter().any(|s| s.parallel),
+            parallel: steps.iter().map(Prepared::pool_work).sum::<u64>() >= POOL_WORK,
             steps,
             idle: Mutex::new(Vec::new()),
             allocated: AtomicUsize::new(0),
@@ -111,7 +116,7 @@ impl CpuExecutable {
         workspace: &mut Workspace,
         inputs: &mut [Buffer],
         pool: Option<&ThreadPool>,
-        clock: Option<&mut Vec<f64>>,
+        clock: Option<&mut Clock>,
     ) -> Result<()> {
         let Workspace { arena, bases, outputs, shared, guards } = workspace;
         bases.clear();
@@ -147,21 +152,22 @@ impl CpuExecutable {
         plan: &Plan,
         bases: &Bases,
         pool: Option<&ThreadPool>,
-        mut clock: Option<&mut Vec<f64>>,
+        mut clock: Option<&mut Clock>,
     ) -> Result<()> {
         let at = AtomicUsize::new(0);
         let pool = pool.filter(|_| self.parallel);
+        let whole = Instant::now();
         let mut walk = || {
             for (index, (prepared, step)) in self.steps.iter().zip(&plan.steps).enumerate() {
                 at.store(index, Ordering::Relaxed);
-                let start = clock.is_some().then(Instant::now);
+                let start = clock.as_ref().map(|_| Instant::now());
                 // SAFETY: `verify` has seen every operand of the plan within its slot, and the outputs of a step
                 // apart from what else it touches; `bases` holds the slots' memory: inputs of the plan's types,
                 // those that are written ours alone, the others locked or immutable; fresh outputs; an arena of
                 // the plan's size. Steps run one after the other.
                 unsafe { prepared.run(step, bases, pool.is_some())? };
                 if let (Some(clock), Some(start)) = (clock.as_deref_mut(), start) {
-                    clock.push(start.elapsed().as_secs_f64());
+                    clock.seconds.push(start.elapsed().as_secs_f64());
                 }
             }
             Ok(())
@@ -170,6 +176,9 @@ impl CpuExecutable {
             Some(pool) => pool.install(walk),
             None => walk(),
         }));
+        if let Some(clock) = clock.filter(|clock| clock.timing == Timing::Whole) {
+            clock.seconds = vec![whole.elapsed().as_secs_f64()];
+        }
         let step = at.into_inner();
         match outcome {
             Ok(done) => done.map_err(Error::Graph),
@@ -188,7 +197,7 @@ impl Backend for CpuExecutable {
         plan: &Plan,
         mut inputs: Vec<Buffer>,
         pool: Option<&ThreadPool>,
-        clock: Option<&mut Vec<f64>>,
+        clock: Option<&mut Clock>,
     ) -> Result<Vec<Buffer>> {
         let idle = self.idle().pop();
         let workspace = idle.map_or_else(|| self.new_workspace(plan), Ok)?;
@@ -293,16 +302,22 @@ impl Prepared {
             Work::Kernel(kernel) => Some(Program::new(kernel, updates_in_place(step))),
             Work::Call(_) => None,
         };
-        let parallel = match &program {
-            Some(program) => program.work() as u64 >= PARALLEL_KERNEL_WORK,
-            None => (step.flops / 8).max(step.bytes / 4) >= PARALLEL_CALL_WORK,
+        let (work, least) = match &program {
+            Some(program) => (program.work() as u64, PARALLEL_KERNEL_WORK),
+            None => ((step.flops / 8).max(step.bytes / 4), PARALLEL_CALL_WORK),
         };
         Prepared {
             program,
             args: step.args.iter().map(place).collect(),
             outs: step.outs.iter().map(place).collect(),
-            parallel,
+            work,
+            parallel: work >= least,
         }
+    }
+
+    /// What it gives several threads to do.
+    fn pool_work(&self) -> u64 {
+        if self.parallel { self.work } else { 0 }
     }
 
     /// # Safety

@@ -3,6 +3,7 @@
 //! ```text
 //! multiply ─ which kernels a dtype goes to         blocked ─ all tiles, on all threads
 //! pack ───── operands laid out for the kernels     micro ─── one tile, whose sums stay in registers
+//! few_rows ─ a few rows times a matrix as it lies  thin ──── what is made of it
 //! lanes ──── vectors of every instruction set
 //! ```
 //!
@@ -10,10 +11,12 @@
 //! bf16 and f16 are summed in f32. bf16 is multiplied as it is where the processor can, else widened.
 
 mod blocked;
+pub(crate) mod few_rows;
 mod lanes;
 mod micro;
 mod multiply;
 mod pack;
+mod thin;
 
 use crate::cpu::matrix::{Mat, MatMut};
 use crate::cpu::number::{Accumulator, Float, Number, Real, for_float};
@@ -166,13 +169,16 @@ pub(crate) fn gemm<T: Multiply<Acc: Real>>(
         (_, 1) => a.col_stride() != 1 && a.row_stride() == 1,
         _ => out.col_stride() != 1 && out.row_stride() == 1,
     };
-    let (out, a, b) =
+    let (mut out, a, b) =
         if turned { (out.transposed(), b.transposed(), a.transposed()) } else { (out, a, b) };
     if out.cols() == 1 && a.col_stride() == 1 {
         return times_vector(out, a, b, alpha, accumulate, parallel);
     }
     let extents = [out.rows(), out.cols(), a.cols()];
     let product = Product { extents, alpha, accumulate, rounded: false };
+    if T::multiply_thin(&mut out, a, b, product, parallel) {
+        return;
+    }
     T::multiply(out, T::factor(&a), T::factor(&b.transposed()), product, parallel);
 }
 

@@ -81,6 +81,21 @@ multiversion! {
             *to = f32::from_bits(u32::from(from.to_bits()) << 16);
         }
     }
+
+    pub(crate) fn narrow_all_bf16(from: &[f32], to: &mut [bf16]) {
+        for (to, from) in to.iter_mut().zip(from) {
+            *to = round_to_bf16(*from);
+        }
+    }
+}
+
+/// Rounded to nearest even; NaN stays NaN.
+#[inline(always)]
+pub(crate) fn round_to_bf16(x: f32) -> bf16 {
+    let bits = x.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
+    let quiet = (bits >> 16) | 0x40;
+    bf16::from_bits(if x.is_nan() { quiet } else { rounded } as u16)
 }
 
 /// `exp(x)` within 2 ulp, branch-free (Cephes, Moshier 1989): `2^n · exp(r)` with `|r| <= ln 2 / 2`.

@@ -133,6 +133,20 @@ impl<'a, T: Number> Mat<'a, T> {
     }
 }
 
+impl Mat<'_, f32> {
+    /// A copy in `to`, row by row.
+    pub(crate) fn packed_rows<'b>(&self, to: &'b mut [f32]) -> &'b mut [f32] {
+        let to = &mut to[..self.rows * self.cols];
+        for (i, to) in to.chunks_exact_mut(self.cols.max(1)).enumerate() {
+            match self.row_slice(i) {
+                Some(row) => to.copy_from_slice(row),
+                None => to.iter_mut().enumerate().for_each(|(j, x)| *x = self.get(i, j)),
+            }
+        }
+        to
+    }
+}
+
 /// The scratch that [`Mat::widened`] needs for `len` elements.
 pub(crate) fn widened_len<T: Number>(len: usize) -> usize {
     if T::DTYPE == T::Acc::DTYPE { 0 } else { len }

@@ -121,7 +121,7 @@ impl Accumulator for i64 {
 }
 
 macro_rules! half {
-    ($($ty:ty: $widen_all:path),*) => {$(
+    ($($ty:ty: $widen_all:path, |$from:ident, $to:ident| $narrow_all:expr;)*) => {$(
         impl Number for $ty {
             type Acc = f32;
             fn widen(self) -> f32 {
@@ -133,14 +133,17 @@ macro_rules! half {
             fn widen_all(from: &[$ty], to: &mut [f32]) {
                 $widen_all(from, to);
             }
-            fn narrow_all(from: &[f32], to: &mut [$ty]) {
-                to.convert_from_f32_slice(from);
+            fn narrow_all($from: &[f32], $to: &mut [$ty]) {
+                $narrow_all
             }
         }
         impl Float for $ty {}
     )*};
 }
-half!(bf16: math::widen_all_bf16, f16: HalfFloatSliceExt::convert_to_f32_slice);
+half! {
+    bf16: math::widen_all_bf16, |from, to| math::narrow_all_bf16(from, to);
+    f16: HalfFloatSliceExt::convert_to_f32_slice, |from, to| to.convert_from_f32_slice(from);
+}
 
 macro_rules! real {
     ($ty:ident, |$row:ident| $as_f32:expr, $max_of:path, $exp_all:path, $dot:path, $axpy:path, $scale_all:path) => {

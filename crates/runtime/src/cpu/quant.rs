@@ -3,6 +3,7 @@
 //! ```text
 //! format ── what a block of each format means     isa ── what the loops ask of an instruction set
 //! unpack ── blocks to f32                         dot ── rows of blocks times a rounded vector
+//!                                                 vnni ─ the same of Q4_1, two blocks to an instruction
 //! ```
 //!
 //! A few rows of activations are multiplied with the blocks as they are, in integers. Many are multiplied by the blocked
@@ -13,6 +14,8 @@ mod dot;
 mod format;
 mod isa;
 mod unpack;
+#[cfg(target_arch = "x86_64")]
+mod vnni;
 
 use crate::cpu::gemm::{Source, gemm_packed};
 use crate::cpu::matrix::{Mat, MatMut};

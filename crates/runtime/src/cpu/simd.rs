@@ -2,7 +2,7 @@
 //!
 //! No multiplication and addition are contracted: every instruction set gives the same bits.
 
-/// Declares a function whose body is compiled for AVX2 too, and that picks the best when called.
+/// Declares a function whose body is compiled for AVX2 and AVX-512 too, and that picks the best when called.
 macro_rules! multiversion {
     ($(
         $(#[$meta:meta])*
@@ -19,9 +19,16 @@ macro_rules! multiversion {
                 fn avx2($($arg: $ty),*) $(-> $ret)? {
                     plain($($arg),*)
                 }
-                if std::arch::is_x86_feature_detected!("avx2") {
-                    // SAFETY: the processor has AVX2.
-                    return unsafe { avx2($($arg),*) };
+                #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+                fn avx512($($arg: $ty),*) $(-> $ret)? {
+                    plain($($arg),*)
+                }
+                match $crate::cpu::simd::level() {
+                    // SAFETY: the processor has AVX-512, as was detected.
+                    $crate::cpu::simd::Level::Avx512 => return unsafe { avx512($($arg),*) },
+                    // SAFETY: the same of AVX2.
+                    $crate::cpu::simd::Level::Avx2 => return unsafe { avx2($($arg),*) },
+                    $crate::cpu::simd::Level::Baseline => {}
                 }
             }
             plain($($arg),*)
@@ -79,6 +86,18 @@ pub(crate) fn level() -> Level {
         (_, true) => Level::Avx2,
         _ => Level::Baseline,
     }
+}
+
+/// Asks for a cache line that will be read soon, in the second-level cache; any address will do.
+#[inline(always)]
+pub(crate) fn prefetch<T>(at: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a hint, which never faults.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(at.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
 }
 
 pub(crate) use {multiversion, widest};

@@ -12,7 +12,7 @@ use rustc_hash::{FxHashMap, FxHasher};
 use std::ffi::{CStr, CString, c_char};
 use std::hash::Hasher;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::{env, fs, io, process};
 
 /// Memory that a block may share without asking.
@@ -39,20 +39,32 @@ impl Kernels {
     /// # Errors
     /// [`Error::Compile`] with the compiler's log; what the driver says.
     pub(super) fn get(&self, gpu: &Gpu, sources: &[&Source]) -> Result<Vec<Function>> {
-        let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut new: Vec<&Source> = Vec::new();
-        for source in sources {
-            let known = loaded.contains_key(&source.text);
-            if !known && new.iter().all(|other| other.text != source.text) {
-                new.push(source);
+        let new = {
+            let loaded = self.lock();
+            let mut new: Vec<&Source> = Vec::new();
+            for source in sources {
+                let known = loaded.contains_key(&source.text);
+                if !known && new.iter().all(|other| other.text != source.text) {
+                    new.push(source);
+                }
             }
-        }
+            new
+        };
+        // Not under the lock: other plans compile meanwhile, if need be the same kernel.
         let toolchain = Toolchain::of(gpu)?;
         let compiled: Result<Vec<_>> = new.par_iter().map(|s| toolchain.machine_code(s)).collect();
-        for (source, code) in new.iter().zip(compiled?) {
-            loaded.insert(source.text.clone(), load(gpu, source, &code)?);
+        let compiled = compiled?;
+        let mut loaded = self.lock();
+        for (source, code) in new.iter().zip(compiled) {
+            if !loaded.contains_key(&source.text) {
+                loaded.insert(source.text.clone(), load(gpu, source, &code)?);
+            }
         }
         Ok(sources.iter().map(|source| loaded[&source.text]).collect())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, FxHashMap<String, Function>> {
+        self.loaded.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -97,7 +109,7 @@ impl Toolchain {
     }
 
     fn machine_code(&self, source: &Source) -> Result<Vec<u8>> {
-        let text = format!("{}\n{}", Dialect::CUDA.header(), source.text);
+        let text = format!("{}\n{}", Dialect::CUDA.header_of(source), source.text);
         let key = format!("// sm_{}, {}\n{text}", self.architecture, self.versions);
         let path = self.folder.as_ref().map(|folder| folder.join(file_name(&key)));
         if let Some(code) = path.as_deref().and_then(|path| read(path, &key)) {

@@ -11,7 +11,7 @@ use super::marks::Marks;
 use super::memory::{Allocation, Pinned, Resident, STAGED_BYTES};
 use crate::buffer::{Buffer, DeviceMemory, Memory};
 use crate::candle::Shared;
-use crate::executable::Backend;
+use crate::executable::{Backend, Clock, Timing};
 use crate::{Error, Result, mapped, verify};
 use candle_core::cuda_backend::CudaStorageSlice;
 use candle_core::{Storage, StorageRef};
@@ -139,14 +139,22 @@ impl CudaExecutable {
         } else if workspace.graph.is_none() && workspace.last == bases {
             workspace.graph = Some(self.record(plan, &bases)?);
         }
-        match (&workspace.graph, marks) {
-            (Some(graph), None) => {
+        let stream = self.gpu.raw_stream();
+        let (steps, whole) = match marks {
+            Some(marks) if marks.timing == Timing::Steps => (Some(marks), None),
+            whole => (None, whole),
+        };
+        whole.map_or(Ok(()), |marks| marks.set(0, stream))?;
+        match &workspace.graph {
+            Some(graph) if steps.is_none() => {
+                let _alone = self.gpu.library.alone();
                 // SAFETY: recorded with these addresses.
-                unsafe { result::graph::launch(graph.executable, self.gpu.raw_stream()) }
+                unsafe { result::graph::launch(graph.executable, stream) }
                     .said(|| "replaying a plan".into())?;
             }
-            _ => self.enqueue_commands(plan, &bases, self.gpu.raw_stream(), marks)?,
+            _ => self.enqueue_commands(plan, &bases, stream, steps)?,
         }
+        whole.map_or(Ok(()), |marks| marks.set(1, stream))?;
         workspace.last = bases;
         Ok(())
     }
@@ -329,10 +337,12 @@ impl CudaExecutable {
         workspace: &mut Workspace,
         inputs: &[Buffer],
         outputs: &[Option<Allocation>],
-        clock: Option<&mut Vec<f64>>,
+        clock: Option<&mut Clock>,
     ) -> Result<()> {
         let mut held = Held::default();
-        let marks = clock.as_ref().map(|_| Marks::new(&self.gpu, plan.steps.len())).transpose()?;
+        let timing = clock.as_ref().map(|clock| clock.timing);
+        let marks =
+            timing.map(|timing| Marks::new(&self.gpu, timing, plan.steps.len())).transpose()?;
         let outcome = (|| {
             let bases = self.bind(plan, workspace, inputs, outputs, &mut held)?;
             for range in &held.staged {
@@ -345,7 +355,7 @@ impl CudaExecutable {
         let waited = self.gpu.synchronize();
         outcome.and(waited)?;
         if let (Some(clock), Some(marks)) = (clock, marks) {
-            marks.seconds(clock)?;
+            clock.seconds = marks.seconds()?;
         }
         let status = Status::from_bytes(&workspace.host.bytes()[self.staging.status..]);
         status.check().map_err(Error::Graph)
@@ -394,7 +404,7 @@ impl Backend for CudaExecutable {
         plan: &Plan,
         mut inputs: Vec<Buffer>,
         _pool: Option<&ThreadPool>,
-        clock: Option<&mut Vec<f64>>,
+        clock: Option<&mut Clock>,
     ) -> Result<Vec<Buffer>> {
         self.gpu.bind()?;
         for (buffer, input) in inputs.iter_mut().zip(&plan.inputs) {

@@ -31,7 +31,7 @@ static GPUS: Mutex<BTreeMap<u32, Arc<Gpu>>> = Mutex::new(BTreeMap::new());
 
 impl Gpu {
     /// # Errors
-    /// [`Error::Device`] for a number that this machine lacks; what the driver says.
+    /// [`Error::NotInMachine`] for a number that this machine lacks; what the driver says.
     pub(crate) fn get(number: u32) -> Result<Arc<Gpu>> {
         let mut gpus = GPUS.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(gpu) = gpus.get(&number) {
@@ -73,7 +73,8 @@ impl Gpu {
         Ok(Gpu {
             number,
             recorder: Mutex::new(recorder),
-            limits: Limits::cuda(multiprocessors as usize, threads as usize),
+            limits: Limits::cuda(multiprocessors as usize, threads as usize)
+                .of_capability(major as u32, minor as u32),
             architecture: major * 10 + minor,
             library: Library::new(&stream)?,
             kernels: Kernels::default(),

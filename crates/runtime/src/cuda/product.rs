@@ -12,7 +12,7 @@ use rustc_hash::FxHashMap;
 use std::ffi::c_void;
 use std::fmt::Write;
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// What NVIDIA recommends for Hopper ("cuBLAS", section on workspaces); older devices need less.
 const WORKSPACE_BYTES: usize = 32 << 20;
@@ -21,6 +21,9 @@ const WORKSPACE_BYTES: usize = 32 << 20;
 pub(super) struct Library {
     handle: sys::cublasLtHandle_t,
     workspace: CUdeviceptr,
+    /// Held while a product, or a recorded plan, is enqueued: a product's kernels hand each other what lies in the
+    /// workspace, and those of another thread must not come between.
+    enqueueing: Mutex<()>,
     known: Mutex<FxHashMap<Shape, Arc<Plan>>>,
 }
 
@@ -71,7 +74,7 @@ impl Library {
         // SAFETY: never freed, as the device is never let go.
         let workspace = unsafe { driver::malloc_async(stream.cu_stream(), WORKSPACE_BYTES) }
             .said(|| "allocating cuBLASLt's workspace".into())?;
-        Ok(Library { handle, workspace, known: Mutex::default() })
+        Ok(Library { handle, workspace, enqueueing: Mutex::default(), known: Mutex::default() })
     }
 
     /// The product, if the library takes its operands.
@@ -128,6 +131,11 @@ impl Library {
         }
     }
 
+    /// While this is held, nobody else's product comes into the stream.
+    pub(super) fn alone(&self) -> MutexGuard<'_, ()> {
+        self.enqueueing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Asks for the product of what lies at these addresses.
     ///
     /// # Safety
@@ -148,6 +156,7 @@ impl Library {
             }
         };
         let [a_layout, b_layout, out_layout] = product.plan.layouts;
+        let _alone = self.alone();
         for starts in &product.starts {
             let at = |i: usize| addresses[i].wrapping_add_signed(starts[i] as i64) as *mut c_void;
             let [a, b] = if product.swapped { [at(1), at(0)] } else { [at(0), at(1)] };
@@ -335,7 +344,7 @@ pub(super) fn plain(places: [&Place; 3], alpha: f64, accumulate: bool) -> Source
         shared_bytes: 0,
     };
     let bindings = vec![Binding::Arg(0), Binding::Arg(1), Binding::Out(0)];
-    Source { name, text, bindings, launch, align_bytes: 1 }
+    Source { name, text, bindings, launch, align_bytes: 1, is_call: false }
 }
 
 /// Where batch number `batch` of a product starts, as C.

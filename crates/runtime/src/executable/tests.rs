@@ -26,7 +26,7 @@ impl Backend for Beside {
         plan: &Plan,
         inputs: Vec<Buffer>,
         _: Option<&ThreadPool>,
-        _: Option<&mut Vec<f64>>,
+        _: Option<&mut Clock>,
     ) -> Result<Vec<Buffer>> {
         wait(|done| {
             self.start(plan, inputs, done);

@@ -8,7 +8,7 @@ use super::command::{Bases, Commands};
 use super::gpu::metal;
 use super::memory::Unified;
 use crate::buffer::{Buffer, DeviceMemory, Memory};
-use crate::executable::{Backend, Done, wait};
+use crate::executable::{Backend, Clock, Done, Timing, wait};
 use crate::{Error, Result};
 use block2::RcBlock;
 use candle_core::backend::BackendStorage;
@@ -105,26 +105,29 @@ impl MetalExecutable {
         })
     }
 
-    /// Gives the device one step after the other, and takes its word for how long it worked.
+    /// Gives the device one step after the other, or all of them, and takes its word for how long it worked.
     fn profile(
         &self,
         inputs: Vec<Buffer>,
         locked: &Locked<'_>,
         steps: usize,
-        seconds: &mut Vec<f64>,
+        clock: &mut Clock,
     ) -> Result<Vec<Buffer>> {
         wait_for_candle(locked)?;
         let run = self.new_run(inputs)?;
         run.clear_status();
-        let mut step = |step: usize| {
-            let buffer = run.command_buffer(locked, step..step + 1)?;
+        let mut timed = |steps: Range<usize>| {
+            let buffer = run.command_buffer(locked, steps)?;
             let raw: &RawCommandBuffer = buffer.as_ref();
             raw.commit();
             raw.waitUntilCompleted();
-            seconds.push(raw.GPUEndTime() - raw.GPUStartTime());
+            clock.seconds.push(raw.GPUEndTime() - raw.GPUStartTime());
             outcome(raw)
         };
-        let outcome = (0..steps).try_for_each(|i| autoreleasepool(|_| step(i)));
+        let outcome = match clock.timing {
+            Timing::Whole => autoreleasepool(|_| timed(0..steps)),
+            Timing::Steps => (0..steps).try_for_each(|i| autoreleasepool(|_| timed(i..i + 1))),
+        };
         run.finish(outcome)
     }
 }
@@ -135,7 +138,7 @@ impl Backend for MetalExecutable {
         plan: &Plan,
         inputs: Vec<Buffer>,
         _pool: Option<&ThreadPool>,
-        clock: Option<&mut Vec<f64>>,
+        clock: Option<&mut Clock>,
     ) -> Result<Vec<Buffer>> {
         // Handles of our own: the locks live as long as the device reads.
         let shared: Vec<Buffer> = inputs.iter().filter(|b| candle(b).is_some()).cloned().collect();
@@ -147,7 +150,7 @@ impl Backend for MetalExecutable {
             keyed.into_iter().map(|storage| (storage.key(), storage.lock())).collect();
         match clock {
             None => wait(|done| self.start(inputs, &locked, done)),
-            Some(seconds) => self.profile(inputs, &locked, plan.steps.len(), seconds),
+            Some(clock) => self.profile(inputs, &locked, plan.steps.len(), clock),
         }
     }
 

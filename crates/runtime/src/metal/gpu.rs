@@ -176,7 +176,7 @@ impl Gpu {
     /// The function of a rendered kernel; the compiler's log where there is none.
     pub(super) fn compile(&self, source: &Source) -> std::result::Result<ComputePipeline, String> {
         autoreleasepool(|_| {
-            let text = format!("{}\n{}", Dialect::METAL.header(), source.text);
+            let text = format!("{}\n{}", Dialect::METAL.header_of(source), source.text);
             let raw = self.raw();
             let library = raw.new_library_with_source(&text, Some(&options()));
             let function = library.and_then(|library| library.get_function(&source.name, None));

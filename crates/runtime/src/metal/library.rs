@@ -4,7 +4,7 @@ use crate::{Error, Result};
 use metal_candle_compiler::render::Source;
 use rayon::prelude::*;
 use rustc_hash::FxHashMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// What the device's compiler made of texts. Each text is compiled once, whichever plans it is in, and kept for as long as
 /// the device is.
@@ -35,11 +35,14 @@ impl<P: Clone + Send> Library<P> {
         wanted: &[Wanted<'_>],
         compile: impl Fn(&Source) -> std::result::Result<P, String> + Sync,
     ) -> Result<Vec<P>> {
-        let mut by_text = self.by_text.lock().unwrap_or_else(PoisonError::into_inner);
         let mut new: FxHashMap<&str, &Wanted<'_>> = FxHashMap::default();
-        for kernel in wanted.iter().filter(|w| !by_text.contains_key(&w.source.text)) {
-            new.entry(&kernel.source.text).or_insert(kernel);
+        {
+            let by_text = self.lock();
+            for kernel in wanted.iter().filter(|w| !by_text.contains_key(&w.source.text)) {
+                new.entry(&kernel.source.text).or_insert(kernel);
+            }
         }
+        // Not under the lock: other plans compile meanwhile, if need be the same kernel.
         let compiled: Vec<(String, P)> = new
             .into_par_iter()
             .map(|(text, kernel)| {
@@ -47,8 +50,13 @@ impl<P: Clone + Send> Library<P> {
                 Ok((text.to_owned(), compiled))
             })
             .collect::<Result<_>>()?;
+        let mut by_text = self.lock();
         by_text.extend(compiled);
         Ok(wanted.iter().map(|kernel| by_text[&kernel.source.text].clone()).collect())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, FxHashMap<String, P>> {
+        self.by_text.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

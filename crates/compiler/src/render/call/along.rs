@@ -4,6 +4,7 @@ use super::Call;
 use super::draft::{BLOCK, Draft, Gpu};
 use super::walk::Walk;
 use crate::Operand;
+use crate::render::launch::SIMD;
 use crate::render::{Binding, scalar};
 use metal_candle_graph::ArgReduceOp;
 
@@ -13,6 +14,10 @@ const BLOCK_LINE: usize = 256;
 const THREAD_LINE: usize = 16;
 /// The longest line of a SIMD group.
 const SIMD_LINE: usize = 4096;
+/// Threads of a longer one: often there is a single line, of a vocabulary.
+const WIDE_BLOCK: usize = 4 * BLOCK;
+/// An element and its place, as SIMD groups hand them on.
+const PARTIAL_BYTES: usize = 16;
 
 /// The lines of `x` along `dim`: where each starts in the operands.
 fn lines(operands: &[(&'static str, &Operand)], dim: usize) -> Walk {
@@ -65,7 +70,7 @@ pub(super) fn arg_reduce(
     } else if extent <= SIMD_LINE {
         ("arg_simd", gpu.simd_rows(lines.len()))
     } else {
-        ("arg_block", gpu.block_rows(lines.len(), 2 * BLOCK, 2 * BLOCK / 32 * 16))
+        ("arg_block", gpu.block_rows(lines.len(), WIDE_BLOCK, WIDE_BLOCK / SIMD * PARTIAL_BYTES))
     };
     let draft = Draft::new(gpu, "arg_reduce", template)
         .reads(Binding::Arg(0), "x", x.dtype)

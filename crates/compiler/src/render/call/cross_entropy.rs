@@ -17,8 +17,6 @@ use crate::render::Binding;
 use metal_candle_graph::DType;
 use metal_candle_graph::composite::CrossEntropyAttrs;
 
-/// Logits and their gradient take about so much at a time.
-const LOGITS_BYTES: usize = 256 << 20;
 /// Threads that work on a row of logits.
 const ROW_BLOCK: usize = 2 * BLOCK;
 
@@ -197,8 +195,8 @@ fn integer(x: i64) -> String {
 }
 
 /// So many of `n` at once that each, of so many bytes, fits.
-fn at_once(n: usize, bytes: usize) -> usize {
-    let most = LOGITS_BYTES / bytes.max(1);
+fn at_once(gpu: Gpu<'_>, n: usize, bytes: usize) -> usize {
+    let most = gpu.limits.workspace_bytes / bytes.max(1);
     if n <= most { n.max(1) } else { most.max(1).next_multiple_of(64).min(n) }
 }
 
@@ -221,11 +219,12 @@ pub(super) fn loss(
             rows(&outs[at].layout).expect("metal-candle bug: a gradient that is not dense");
         Place { binding: Binding::Out(at as u32), dtype: outs[at].dtype, layout }
     });
-    let chunk = at_once(it.n, it.classes * it.logit_bytes());
+    let chunk = at_once(gpu, it.n, it.classes * it.logit_bytes());
     let (logits, dlogits) = it.logits([chunk, it.classes], grad_x);
     let bytes = it.d * it.factor.size_bytes();
     // A weight that is read where it lies is one panel.
-    let panel = if it.weight.is(it.factor) { it.classes.max(1) } else { panel(it.classes, bytes) };
+    let panel =
+        if it.weight.is(it.factor) { it.classes.max(1) } else { panel(gpu, it.classes, bytes) };
     let unpacked = it.workspace.take(if it.weight.is(it.factor) { 0 } else { panel * bytes });
     for first in (0..it.n).step_by(chunk) {
         let rows = first..(first + chunk).min(it.n);
@@ -295,7 +294,7 @@ pub(super) fn grad_weight(
     let mut it = Linear::new(gpu, "linear_cross_entropy_grad_weight", attrs, &args[1..], 1);
     it.start((3, &args[3]), Some(&args[0]));
     let out = Place { binding: Binding::Out(0), dtype: out.dtype, layout: out.layout };
-    let at_once = at_once(it.classes, it.n * it.logit_bytes());
+    let at_once = at_once(gpu, it.classes, it.n * it.logit_bytes());
     let (logits, dlogits) = it.logits([it.n, at_once], true);
     let bytes = it.d * it.factor.size_bytes();
     let unpacked = it.workspace.take(if it.weight.is(it.factor) { 0 } else { at_once * bytes });

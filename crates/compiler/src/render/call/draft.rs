@@ -177,6 +177,7 @@ impl<'a> Draft<'a> {
             bindings: draft.operands.iter().map(|operand| operand.binding).collect(),
             launch,
             align_bytes: draft.align_bytes,
+            is_call: true,
         })
     }
 
@@ -198,6 +199,7 @@ impl<'a> Draft<'a> {
         }
         let head = dialect.kernel.replace("{block}", &launch.block.to_string());
         let mut text = Text::default();
+        text.line(format!("// Of {}: {} blocks of {}.", self.call, launch.grid, launch.block));
         text.open(format!("{head}(\n    {}\n)", parameters.join(",\n    ")));
         lines.iter().for_each(|line| text.line(line));
         text.open("struct K");

@@ -201,27 +201,38 @@ template <typename K, typename FORMAT, typename T> FN void dequantize(DEVICE con
     }
 }
 
-// x Wᵀ for M rows of x: a SIMD group has rows of W, which it reads once, and as blocks.
-template <typename K, typename FORMAT, i32 M, typename T>
+// x Wᵀ for M rows of x: a SIMD group has N rows of W at once, so that what it reads of x serves all of them, and reads W
+// once, and as blocks.
+template <typename K, typename FORMAT, i32 M, i32 N, typename T>
 FN void quant_rows(DEVICE const T* x, DEVICE const u8* blocks, DEVICE T* out, Thread t) {
     typedef typename K::I I;
     typedef typename K::A A;
-    const I groups = K::BLOCK / 32;
-    for (I row = I(t.block) * groups + t.tid / 32; row < K::ROWS; row += I(t.blocks) * groups) {
-        A sum[M];
-        for (i32 m = 0; m < M; ++m) sum[m] = 0;
+    const I groups = K::BLOCK / 32 * N;
+    for (I first = I(t.block) * groups + t.tid / 32 * N; first < K::ROWS; first += I(t.blocks) * groups) {
+        A sum[M][N];
+        for (i32 m = 0; m < M; ++m) {
+            for (i32 n = 0; n < N; ++n) sum[m][n] = 0;
+        }
         for (u32 run = t.tid % 32; run < K::RUNS; run += 32) {
-            f32 w[8];
-            row_run<FORMAT>(blocks + u64(row) * K::ROW_BYTES, run, w);
+            f32 w[N][8];
+            for (i32 n = 0; n < N; ++n) {
+                // Beyond the last row, that one again: nobody asks for its sum.
+                const I row = first + n < K::ROWS ? first + n : first;
+                row_run<FORMAT>(blocks + u64(row) * K::ROW_BYTES, run, w[n]);
+            }
             for (i32 m = 0; m < M; ++m) {
                 A a[8];
                 load_run<K::VECTOR, K::STEP>(x + (K::from(m) + I(run) * 8 * K::STEP), a);
-                for (i32 j = 0; j < 8; ++j) sum[m] += a[j] * A(w[j]);
+                for (i32 n = 0; n < N; ++n) {
+                    for (i32 j = 0; j < 8; ++j) sum[m][n] += a[j] * A(w[n][j]);
+                }
             }
         }
         for (i32 m = 0; m < M; ++m) {
-            const A all = simd_reduce<Sum>(sum[m]);
-            if (t.tid % 32 == 0) out[K::to(m) + row] = T(all);
+            for (i32 n = 0; n < N; ++n) {
+                const A all = simd_reduce<Sum>(sum[m][n]);
+                if (t.tid % 32 == 0 && first + n < K::ROWS) out[K::to(m) + first + n] = T(all);
+            }
         }
     }
 }

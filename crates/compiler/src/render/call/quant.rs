@@ -9,14 +9,15 @@ use super::factor::{Matrix, Workspace, convert, dense, product, rows};
 use super::walk::Walk;
 use super::{Call, Part, Place};
 use crate::render::Binding;
+use crate::render::launch::SIMD;
 use crate::{Layout, Operand};
 use metal_candle_graph::{BlockFormat, DType};
 use std::ops::Range;
 
 /// The most rows that are multiplied with the blocks as they are.
 const FEW_ROWS: usize = 8;
-/// Weights of a panel are unpacked into so many bytes.
-pub(super) const PANEL_BYTES: usize = 64 << 20;
+/// Panels of a weight take so much of what the workspace may.
+const PANEL_PART: usize = 4;
 /// Weights that a thread reads together.
 const RUN: usize = 8;
 
@@ -152,10 +153,14 @@ fn few(gpu: Gpu<'_>, x: &Operand, blocks: &Blocks, out: &Operand, m: usize) -> P
         .place("to", out.layout.strides(), out.layout.offset)
         .collapsed();
     let vector = vector(&walk, step, x.dtype);
+    // As many as sums fit into registers, where there are enough for the whole device.
+    let plenty = blocks.rows * SIMD >= gpu.limits.resident_threads;
+    let at_once = if m <= 4 && plenty { 2 } else { 1 };
     let draft = Draft::new(gpu, "quant_gemm", "quant_rows").reads(Binding::Arg(0), "x", x.dtype);
     let draft = blocks
         .reads(draft)
         .template(m)
+        .template(at_once)
         .writes(Binding::Out(0), "out", out.dtype)
         .numbers(x.dtype)
         .constant("ROWS", blocks.rows as i64)
@@ -163,7 +168,7 @@ fn few(gpu: Gpu<'_>, x: &Operand, blocks: &Blocks, out: &Operand, m: usize) -> P
         .constant("STEP", step as i64)
         .aligned(vector * x.dtype.size_bytes())
         .walk(&walk, blocks.cols * step.unsigned_abs() + blocks.rows);
-    draft.finish(gpu.simd_rows(blocks.rows))
+    draft.finish(gpu.simd_rows(blocks.rows.div_ceil(at_once)))
 }
 
 /// How many of eight neighbours of x can be loaded as one.
@@ -185,7 +190,7 @@ fn many(gpu: Gpu<'_>, x: &Operand, blocks: &Blocks, out: &Operand, transposed: b
     let out = Place { binding: Binding::Out(0), dtype: out.dtype, layout: out_layout };
     let (dim, n) = if transposed { (1, blocks.cols) } else { (0, blocks.rows) };
     let inner = if transposed { blocks.rows } else { blocks.cols };
-    let panel = panel(n, inner * factor.size_bytes());
+    let panel = panel(gpu, n, inner * factor.size_bytes());
     let at = workspace.take(panel * inner * factor.size_bytes());
     let weight = Matrix::Blocks(*blocks);
     for start in (0..n).step_by(panel) {
@@ -198,9 +203,9 @@ fn many(gpu: Gpu<'_>, x: &Operand, blocks: &Blocks, out: &Operand, transposed: b
     Call { parts, workspace_bytes: workspace.bytes() }
 }
 
-/// Columns of a panel: a multiple of the longest block, of so many bytes each.
-pub(super) fn panel(n: usize, column_bytes: usize) -> usize {
-    let most = PANEL_BYTES / column_bytes.max(1);
+/// Columns of a panel, of so many bytes each: a multiple of the longest block.
+pub(super) fn panel(gpu: Gpu<'_>, n: usize, column_bytes: usize) -> usize {
+    let most = gpu.limits.workspace_bytes / PANEL_PART / column_bytes.max(1);
     if n <= most { n.max(1) } else { (most / 256 * 256).max(256) }
 }
 

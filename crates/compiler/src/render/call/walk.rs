@@ -131,12 +131,21 @@ impl Walk {
         self.places.iter().map(function).collect()
     }
 
+    /// `offset + Σ index·stride`; dims that this operand walks as one need no division.
     fn text(&self, a: &Affine) -> String {
-        let mut terms = Vec::new();
-        let mut inner = 1usize;
-        for (d, (extent, stride)) in self.dims.iter().zip(&a.strides).enumerate().rev() {
+        let mut dims: Vec<(usize, isize)> = Vec::new();
+        for (extent, stride) in self.dims.iter().zip(&a.strides) {
+            match dims.last_mut() {
+                Some(outer) if outer.1 == stride * *extent as isize => {
+                    *outer = (outer.0 * extent, *stride);
+                }
+                _ => dims.push((*extent, *stride)),
+            }
+        }
+        let (mut terms, mut inner) = (Vec::new(), 1usize);
+        for (d, (extent, stride)) in dims.into_iter().enumerate().rev() {
             // Of nothing, no index is computed; but the text must not divide by 0.
-            let extent = (*extent).max(1);
+            let extent = extent.max(1);
             let from = if inner == 1 { "i".into() } else { format!("i / {inner}") };
             let index = if d == 0 { from } else { format!("{from} % {extent}") };
             match stride {

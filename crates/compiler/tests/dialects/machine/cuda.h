@@ -3,12 +3,14 @@
 #pragma once
 
 #include "machine.h"
+#include "tensor_cores.h"
 
 #include <cmath>
 
 #define __global__
 #define __device__
 #define __shared__
+#define __align__(bytes)
 #define __forceinline__ inline
 #define __launch_bounds__(threads)
 
@@ -42,3 +44,17 @@ inline unsigned short f32_to_bf16(float x) {
     std::memcpy(&bits, &x, sizeof bits);
     return x != x ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
+
+// What `mma.h` says in PTX.
+using machine::await_copies;
+using machine::copy_async;
+using machine::shared_place;
+inline void load_matrices(unsigned (&to)[4], unsigned row) { machine::load_matrices(to, row, false); }
+inline void load_transposed(unsigned (&to)[4], unsigned row) { machine::load_matrices(to, row, true); }
+template <typename T> machine::Half kind_of() { return T(1.0f).bits == 0x3c00 ? machine::Half::F16 : machine::Half::BF16; }
+template <typename T> void multiply_add(float (&to)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, T) {
+    machine::multiply_add(to, a, b0, b1, kind_of<T>());
+}
+template <typename T> unsigned pair_of(float a, float b, T) { return unsigned(T(a).bits) | unsigned(T(b).bits) << 16; }
+inline float power_of_2(float x) { return exp2f(x); }
+inline void simd_barrier() { machine::shuffle_xor(0u, 0); }

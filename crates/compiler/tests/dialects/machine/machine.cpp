@@ -19,7 +19,7 @@
 #endif
 
 /// The memory that CUDA's kernels declare: `extern __shared__ u64 shared[]`.
-alignas(16) unsigned long long shared[6144];
+alignas(256) unsigned long long shared[227 << 7];
 
 namespace machine {
 namespace {
@@ -50,6 +50,8 @@ struct Machine {
     unsigned tid = 0, block = 0, block_size = 0, blocks = 0;
     unsigned block_epoch = 0;
     std::vector<unsigned> simd_epoch;
+    /// What lanes gather, by SIMD group and by whether its epoch is odd: the next one begins before all have read this one.
+    std::vector<std::array<std::array<uint8_t, 32 * SIMD>, 2>> gathered;
     std::string fault;
 } gpu;
 
@@ -67,11 +69,15 @@ void yield(State state) {
     if (_setjmp(self.at) == 0) _longjmp(gpu.scheduler, 1);
 }
 
-[[noreturn]] void fail(const std::string& what) {
+}
+
+void fail(const std::string& what) {
     gpu.fault = text("block %u, thread %u: ", gpu.block, gpu.tid) + what;
     yield(State::Faulty);
     abort();  // A faulty fiber is not resumed.
 }
+
+namespace {
 
 /// A fiber runs one thread after the other.
 void fiber_main() {
@@ -196,6 +202,8 @@ bool within(const void* address, const void* start, size_t bytes) {
     return at >= from && at < from + bytes;
 }
 
+}
+
 void access(const void* address, size_t bytes, bool write) {
     if (gpu.running == nullptr || within(address, gpu.running->stack.get(), STACK_BYTES)) return;
     if (within(address, gpu.pointers.data(), gpu.pointers.size() * sizeof(void*))) return;
@@ -215,8 +223,6 @@ void access(const void* address, size_t bytes, bool write) {
     fail(text("%s %zu bytes out of bounds of every operand", verb, bytes));
 }
 
-}
-
 std::string run_grid(const Grid& grid, std::vector<Region> regions, std::vector<void*> pointers) {
     const auto kernel = kernels().find(grid.kernel);
     if (kernel == kernels().end()) return text("there is no kernel %s", grid.kernel.c_str());
@@ -231,6 +237,7 @@ std::string run_grid(const Grid& grid, std::vector<Region> regions, std::vector<
     gpu.block_size = grid.block;
     gpu.blocks = grid.blocks;
     gpu.simd_epoch.assign((grid.block + SIMD - 1) / SIMD, 0);
+    gpu.gathered.resize(gpu.simd_epoch.size());
     if (gpu.fibers.size() < grid.block) gpu.fibers = std::vector<Fiber>(grid.block);
     for (gpu.block = 0; gpu.block < grid.blocks && gpu.fault.empty(); ++gpu.block) run_block();
     if (!gpu.fault.empty()) {
@@ -262,6 +269,17 @@ uint64_t shuffle_xor(uint64_t bits, unsigned mask) {
     self.mask = mask;
     yield(State::AtShuffle);
     return self.bits;
+}
+
+const void* gather(const void* mine, size_t bytes, void* site) {
+    Fiber& self = *gpu.running;
+    const unsigned simd = gpu.tid / SIMD;
+    auto& all = gpu.gathered[simd][gpu.simd_epoch[simd] % 2];
+    std::memcpy(all.data() + gpu.tid % SIMD * bytes, mine, bytes);
+    self.site = site;
+    self.mask = 0;
+    yield(State::AtShuffle);
+    return all.data();
 }
 
 unsigned compare_exchange(unsigned* at, unsigned expected, unsigned desired) {

@@ -15,6 +15,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <string>
 #include <tuple>
 #include <type_traits>
 
@@ -27,6 +28,14 @@ Ids ids();
 void barrier();
 /// Gives `bits` to the other lanes, and takes those of lane `lane ^ mask`.
 uint64_t shuffle_xor(uint64_t bits, unsigned mask);
+
+/// Gives up to 32 bytes to the other lanes, and takes those of all, in order: each lane's begin at a multiple of `bytes`. `site` is
+/// where all lanes must be.
+const void* gather(const void* mine, size_t bytes, void* site);
+
+/// Of the running thread, to memory that it does not itself touch.
+void access(const void* address, size_t bytes, bool write);
+[[noreturn]] void fail(const std::string& what);
 
 /// Writes `desired` if `expected` is there; gives what was there.
 unsigned compare_exchange(unsigned* at, unsigned expected, unsigned desired);

@@ -115,7 +115,7 @@ pub(super) fn random(
             unit.affine(0.02, 0.0)?.to_dtype(dtype)?
         }
     };
-    weight.to_owned_copy()
+    weight.into_owned()
 }
 
 /// A number that f16 would make infinite.

@@ -222,8 +222,14 @@ impl<P: Pod + Send + Sync, T: Number<Acc: Real>> Run<'_, P, T> {
         // SAFETY: as above, into memory of the tile's size.
         unsafe { kernel(&tile) };
         for (i, sums) in sums.chunks_exact(width).take(rows.len()).enumerate() {
-            for (j, sum) in sums.iter().take(cols.len()).enumerate() {
-                let to = c.wrapping_offset(i as isize * row_stride + j as isize * col_stride);
+            let (to, sums) = (c.wrapping_offset(i as isize * row_stride), &sums[..cols.len()]);
+            if col_stride == 1 && !self.accumulate && !same {
+                // SAFETY: within the result, ours alone, and of a type whose results are initialised.
+                T::narrow_all(sums, unsafe { std::slice::from_raw_parts_mut(to, sums.len()) });
+                continue;
+            }
+            for (j, sum) in sums.iter().enumerate() {
+                let to = to.wrapping_offset(j as isize * col_stride);
                 // SAFETY: within the result; read only where it is accumulated onto.
                 unsafe {
                     let base = if self.accumulate { (*to).widen() } else { T::Acc::ZERO };

@@ -4,13 +4,15 @@
 ///
 /// # Safety
 /// The methods may be called where the processor has the instruction set, from a function that is compiled for it.
-pub(super) unsafe trait Lanes: Copy {
+pub(in crate::cpu) unsafe trait Lanes: Copy {
     /// What is packed: one factor, or as many of consecutive `k` as one instruction multiplies.
     type Packed: Copy;
     type Sum: Copy;
     const LANES: usize;
     /// Factors of a packed word.
     const STEPS: usize = 1;
+    /// Vectors that the processor holds at a time.
+    const REGISTERS: usize = 32;
 
     unsafe fn zero() -> Self;
     unsafe fn splat(from: *const Self::Packed) -> Self;
@@ -26,19 +28,33 @@ pub(super) unsafe trait Lanes: Copy {
     unsafe fn scaled(self, by: Self) -> Self;
 }
 
+/// Vectors of f32 whose lanes can be summed.
+///
+/// # Safety
+/// As [`Lanes`].
+pub(in crate::cpu) unsafe trait Summed:
+    Lanes<Packed = f32, Sum = f32>
+{
+    /// The sum of the lanes of each.
+    ///
+    /// Closures are compiled apart, for no instruction set in particular: there are none.
+    unsafe fn sums(of: [Self; 4]) -> [f32; 4];
+}
+
 /// The same few intrinsics under the names of another instruction set.
 macro_rules! lanes {
-    ($(#[$meta:meta])* $name:ident($vector:ty): $sum:ty, $lanes:literal, $zero:ident, $splat:ident, $load:ident,
+    ($(#[$meta:meta])* $name:ident($vector:ty; $registers:literal): $sum:ty, $lanes:literal, $zero:ident, $splat:ident, $load:ident,
      $store:ident, $multiply:ident, |$acc:ident, $a:ident, $b:ident| $multiply_add:expr) => {
         $(#[$meta])*
         #[derive(Clone, Copy)]
-        pub(in crate::cpu::gemm) struct $name($vector);
+        pub(in crate::cpu) struct $name($vector);
 
         // SAFETY: the trait's callers promise the instruction set; pointers are theirs.
         unsafe impl Lanes for $name {
             type Packed = $sum;
             type Sum = $sum;
             const LANES: usize = $lanes;
+            const REGISTERS: usize = $registers;
 
             #[inline(always)]
             unsafe fn zero() -> Self {
@@ -91,22 +107,58 @@ macro_rules! lanes {
 }
 
 #[cfg(target_arch = "x86_64")]
-pub(super) mod x86 {
-    use super::Lanes;
+pub(in crate::cpu) mod x86 {
+    use super::{Lanes, Summed};
     use std::arch::x86_64::*;
 
-    lanes!(F32x16(__m512): f32, 16, _mm512_set1_ps, _mm512_set1_ps, _mm512_loadu_ps, _mm512_storeu_ps, _mm512_mul_ps,
+    lanes!(F32x16(__m512; 32): f32, 16, _mm512_set1_ps, _mm512_set1_ps, _mm512_loadu_ps, _mm512_storeu_ps, _mm512_mul_ps,
         |acc, a, b| _mm512_fmadd_ps(a, b, acc));
-    lanes!(F64x8(__m512d): f64, 8, _mm512_set1_pd, _mm512_set1_pd, _mm512_loadu_pd, _mm512_storeu_pd, _mm512_mul_pd,
+    lanes!(F64x8(__m512d; 32): f64, 8, _mm512_set1_pd, _mm512_set1_pd, _mm512_loadu_pd, _mm512_storeu_pd, _mm512_mul_pd,
         |acc, a, b| _mm512_fmadd_pd(a, b, acc));
-    lanes!(F32x8(__m256): f32, 8, _mm256_set1_ps, _mm256_set1_ps, _mm256_loadu_ps, _mm256_storeu_ps, _mm256_mul_ps,
+    lanes!(F32x8(__m256; 16): f32, 8, _mm256_set1_ps, _mm256_set1_ps, _mm256_loadu_ps, _mm256_storeu_ps, _mm256_mul_ps,
         |acc, a, b| _mm256_fmadd_ps(a, b, acc));
-    lanes!(F64x4(__m256d): f64, 4, _mm256_set1_pd, _mm256_set1_pd, _mm256_loadu_pd, _mm256_storeu_pd, _mm256_mul_pd,
+    lanes!(F64x4(__m256d; 16): f64, 4, _mm256_set1_pd, _mm256_set1_pd, _mm256_loadu_pd, _mm256_storeu_pd, _mm256_mul_pd,
         |acc, a, b| _mm256_fmadd_pd(a, b, acc));
+
+    // SAFETY: as `Lanes`.
+    unsafe impl Summed for F32x16 {
+        #[inline(always)]
+        unsafe fn sums([a, b, c, d]: [Self; 4]) -> [f32; 4] {
+            // SAFETY: as above.
+            unsafe {
+                let ab = _mm512_add_ps(_mm512_unpacklo_ps(a.0, b.0), _mm512_unpackhi_ps(a.0, b.0));
+                let cd = _mm512_add_ps(_mm512_unpacklo_ps(c.0, d.0), _mm512_unpackhi_ps(c.0, d.0));
+                let (ab, cd) = (_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+                // Every quarter holds a part of each of the four sums.
+                let low = _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd));
+                let high = _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd));
+                let parts = _mm512_add_ps(low, high);
+                let upper = _mm512_shuffle_f32x4::<0xee>(parts, parts);
+                let half = _mm512_castps512_ps256(_mm512_add_ps(parts, upper));
+                let sums =
+                    _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps::<1>(half));
+                std::mem::transmute::<__m128, [f32; 4]>(sums)
+            }
+        }
+    }
+
+    // SAFETY: as `Lanes`.
+    unsafe impl Summed for F32x8 {
+        #[inline(always)]
+        unsafe fn sums([a, b, c, d]: [Self; 4]) -> [f32; 4] {
+            // SAFETY: as above.
+            unsafe {
+                let half = _mm256_hadd_ps(_mm256_hadd_ps(a.0, b.0), _mm256_hadd_ps(c.0, d.0));
+                let sums =
+                    _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps::<1>(half));
+                std::mem::transmute::<__m128, [f32; 4]>(sums)
+            }
+        }
+    }
 
     /// Pairs of bf16, of two consecutive `k`, into sums of f32.
     #[derive(Clone, Copy)]
-    pub(in crate::cpu::gemm) struct Bf16Pairs(__m512);
+    pub(in crate::cpu) struct Bf16Pairs(__m512);
 
     // SAFETY: the trait's callers promise the instruction set; pointers are theirs.
     unsafe impl Lanes for Bf16Pairs {
@@ -167,20 +219,32 @@ pub(super) mod x86 {
 }
 
 #[cfg(target_arch = "aarch64")]
-pub(super) mod neon {
-    use super::Lanes;
+pub(in crate::cpu) mod neon {
+    use super::{Lanes, Summed};
     use std::arch::aarch64::*;
 
-    lanes!(F32x4(float32x4_t): f32, 4, vdupq_n_f32, vdupq_n_f32, vld1q_f32, vst1q_f32, vmulq_f32,
+    lanes!(F32x4(float32x4_t; 32): f32, 4, vdupq_n_f32, vdupq_n_f32, vld1q_f32, vst1q_f32, vmulq_f32,
         |acc, a, b| vfmaq_f32(acc, a, b));
-    lanes!(F64x2(float64x2_t): f64, 2, vdupq_n_f64, vdupq_n_f64, vld1q_f64, vst1q_f64, vmulq_f64,
+    lanes!(F64x2(float64x2_t; 32): f64, 2, vdupq_n_f64, vdupq_n_f64, vld1q_f64, vst1q_f64, vmulq_f64,
         |acc, a, b| vfmaq_f64(acc, a, b));
+
+    // SAFETY: as `Lanes`.
+    unsafe impl Summed for F32x4 {
+        #[inline(always)]
+        unsafe fn sums([a, b, c, d]: [Self; 4]) -> [f32; 4] {
+            // SAFETY: as above.
+            unsafe {
+                let sums = vpaddq_f32(vpaddq_f32(a.0, b.0), vpaddq_f32(c.0, d.0));
+                std::mem::transmute::<float32x4_t, [f32; 4]>(sums)
+            }
+        }
+    }
 }
 
 /// What every processor has: arrays, which the compiler makes vectors of where it can. Multiplications and
 /// additions round one after the other.
 #[derive(Clone, Copy)]
-pub(super) struct Plain<T>([T; 4]);
+pub(in crate::cpu) struct Plain<T>([T; 4]);
 
 macro_rules! plain {
     ($sum:ty) => {
@@ -236,3 +300,11 @@ macro_rules! plain {
 }
 plain!(f32);
 plain!(f64);
+
+// SAFETY: as `Lanes`.
+unsafe impl Summed for Plain<f32> {
+    #[inline(always)]
+    unsafe fn sums(of: [Self; 4]) -> [f32; 4] {
+        of.map(|Plain([a, b, c, d])| (a + c) + (b + d))
+    }
+}

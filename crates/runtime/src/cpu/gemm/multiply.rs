@@ -23,6 +23,17 @@ pub(crate) trait Multiply: Number {
     /// A matrix of rows as a factor.
     fn factor<'m>(rows: &'m Mat<'_, Self>) -> &'m dyn Factor;
 
+    /// Multiplies without packing, if that is faster and there is a way; whether it did.
+    fn multiply_thin(
+        _out: &mut MatMut<'_, Self>,
+        _a: Mat<'_, Self>,
+        _b: Mat<'_, Self>,
+        _product: Product<Self::Acc>,
+        _parallel: bool,
+    ) -> bool {
+        false
+    }
+
     /// The product of a, by rows, and b, by columns.
     fn multiply(
         out: MatMut<'_, Self>,
@@ -35,11 +46,23 @@ pub(crate) trait Multiply: Number {
 
 /// Dtypes that are summed in f32.
 macro_rules! summed_in_f32 {
-    ($($ty:ty),*) => {$(
+    ($($ty:ty $(, $thin:path)?;)*) => {$(
         impl Multiply for $ty {
             fn factor<'m>(rows: &'m Mat<'_, $ty>) -> &'m dyn Factor {
                 rows
             }
+
+            $(
+                fn multiply_thin(
+                    out: &mut MatMut<'_, $ty>,
+                    a: Mat<'_, $ty>,
+                    b: Mat<'_, $ty>,
+                    product: Product<f32>,
+                    parallel: bool,
+                ) -> bool {
+                    $thin(out, a, b, product, parallel)
+                }
+            )?
 
             fn multiply(
                 out: MatMut<'_, $ty>,
@@ -53,7 +76,11 @@ macro_rules! summed_in_f32 {
         }
     )*};
 }
-summed_in_f32!(f32, f16, bf16);
+summed_in_f32! {
+    f32, super::thin::product;
+    f16;
+    bf16;
+}
 
 impl Multiply for f64 {
     fn factor<'m>(rows: &'m Mat<'_, f64>) -> &'m dyn Factor {

@@ -160,7 +160,14 @@ macro_rules! itself {
             }
             #[inline(always)]
             fn across([from, _]: [&[$ty]; MAX_STEPS], to: &mut [$ty]) {
-                to.copy_from_slice(from);
+                // As above: two vectors of the widest are the width of most panels.
+                match (
+                    <&[$ty; 2 * TILE]>::try_from(from),
+                    <&mut [$ty; 2 * TILE]>::try_from(&mut *to),
+                ) {
+                    (Ok(from), Ok(to)) => *to = *from,
+                    _ => to.copy_from_slice(from),
+                }
             }
             #[inline(always)]
             fn word([x, _]: [$ty; MAX_STEPS]) -> $ty {

@@ -1,7 +1,7 @@
 //! Between memory and registers: operands of any dtype and stride, widened to and narrowed from the class of
 //! their register (f32, f64 or i64).
 
-use crate::cpu::kernel::scalar::round_to_bf16;
+use crate::cpu::math::round_to_bf16;
 use crate::cpu::simd::widest;
 use half::{bf16, f16};
 use metal_candle_graph::{Class, DType};

@@ -5,7 +5,8 @@
 
 use crate::cpu::kernel::tile::{Map1, Map2, TileFn, map1, map2};
 use crate::cpu::math;
-use half::{bf16, f16};
+use crate::cpu::math::round_to_bf16;
+use half::f16;
 use metal_candle_graph::{BinaryOp, Class, DType, UnaryOp};
 use std::f64::consts::{FRAC_1_SQRT_2, FRAC_2_PI};
 
@@ -223,13 +224,10 @@ pub(super) fn binary_of(op: BinaryOp, class: Class, one: [bool; 2]) -> TileFn {
     }
 }
 
-/// Rounded to nearest even; NaN stays NaN.
+/// The value in bf16, as an f32.
 #[inline(always)]
-pub(super) fn round_to_bf16(x: f32) -> bf16 {
-    let bits = x.to_bits();
-    let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
-    let quiet = (bits >> 16) | 0x40;
-    bf16::from_bits(if x.is_nan() { quiet } else { rounded } as u16)
+fn rounded(x: f32) -> f32 {
+    f32::from_bits(u32::from(round_to_bf16(x).to_bits()) << 16)
 }
 
 macro_rules! convert {
@@ -250,21 +248,21 @@ pub(super) fn cast_of(from: DType, to: DType) -> TileFn {
     use DType::*;
     match (from.class(), to) {
         (Class::F32, F32) => convert!(|x: f32| -> f32 { x }),
-        (Class::F32, BF16) => convert!(|x: f32| -> f32 { round_to_bf16(x).to_f32() }),
+        (Class::F32, BF16) => convert!(|x: f32| -> f32 { rounded(x) }),
         (Class::F32, F16) => convert!(|x: f32| -> f32 { f16::from_f32(x).to_f32() }),
         (Class::F32, F64) => convert!(|x: f32| -> f64 { f64::from(x) }),
         (Class::F32, U8) => convert!(|x: f32| -> i64 { i64::from(x as u8) }),
         (Class::F32, U32) => convert!(|x: f32| -> i64 { i64::from(x as u32) }),
         (Class::F32, I64) => convert!(|x: f32| -> i64 { x as i64 }),
         (Class::F64, F32) => convert!(|x: f64| -> f32 { x as f32 }),
-        (Class::F64, BF16) => convert!(|x: f64| -> f32 { round_to_bf16(x as f32).to_f32() }),
+        (Class::F64, BF16) => convert!(|x: f64| -> f32 { rounded(x as f32) }),
         (Class::F64, F16) => convert!(|x: f64| -> f32 { f16::from_f32(x as f32).to_f32() }),
         (Class::F64, F64) => convert!(|x: f64| -> f64 { x }),
         (Class::F64, U8) => convert!(|x: f64| -> i64 { i64::from(x as u8) }),
         (Class::F64, U32) => convert!(|x: f64| -> i64 { i64::from(x as u32) }),
         (Class::F64, I64) => convert!(|x: f64| -> i64 { x as i64 }),
         (Class::I64, F32) => convert!(|x: i64| -> f32 { x as f32 }),
-        (Class::I64, BF16) => convert!(|x: i64| -> f32 { round_to_bf16(x as f32).to_f32() }),
+        (Class::I64, BF16) => convert!(|x: i64| -> f32 { rounded(x as f32) }),
         (Class::I64, F16) => convert!(|x: i64| -> f32 { f16::from_f32(x as f32).to_f32() }),
         (Class::I64, F64) => convert!(|x: i64| -> f64 { x as f64 }),
         (Class::I64, U8) => convert!(|x: i64| -> i64 { i64::from(x as u8) }),

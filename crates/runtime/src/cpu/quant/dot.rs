@@ -19,11 +19,11 @@ pub(super) struct Rounded {
 /// 32 elements: `q · scale`.
 #[derive(Clone, Copy)]
 pub(super) struct RoundedPart {
-    q: [i8; LEN],
-    scale: f32,
-    /// `Σ q · scale`, of each half and of both.
+    pub(super) q: [i8; LEN],
+    /// The scale, and `Σ q · scale`.
+    pub(super) scale_and_sum: [f32; 2],
+    /// The sum of each half.
     sums: [f32; 2],
-    sum: f32,
 }
 
 /// `*y = Σ row · x`
@@ -73,7 +73,7 @@ impl RoundedPart {
         round(x, by, &mut q);
         let sum = |q: &[i8]| q.iter().map(|q| i32::from(*q)).sum::<i32>() as f32 * scale;
         let sums = [sum(&q[..LEN / 2]), sum(&q[LEN / 2..])];
-        RoundedPart { q, scale, sums, sum: sum(&q) }
+        RoundedPart { q, scale_and_sum: [scale, sum(&q)], sums }
     }
 }
 
@@ -94,12 +94,13 @@ impl<I: Isa> Sums<I> {
     fn add<F: Format>(&mut self, row: &[u8], index: usize, x: &RoundedPart) {
         let at = index / F::PARTS * F::BLOCK_BYTES;
         let part = F::part::<I>(&row[at..at + F::BLOCK_BYTES], index % F::PARTS);
-        let scale = part.scale.map(|scale| scale * x.scale);
+        let [x_scale, x_sum] = x.scale_and_sum;
+        let scale = part.scale.map(|scale| scale * x_scale);
         self.products = I::add(self.products, scale, &part.q, &x.q);
         self.shifts += if F::HALVES {
             part.shift[0] * x.sums[0] + part.shift[1] * x.sums[1]
         } else {
-            part.shift[0] * x.sum
+            part.shift[0] * x_sum
         };
     }
 }
@@ -128,6 +129,15 @@ unsafe fn dot_body<F: Format, I: Isa>(row: &[u8], x: &[RoundedPart], y: &mut f32
         half /= 2;
     }
     *y = sums[0] + (even.shifts + odd.shifts);
+}
+
+/// The loop for `Q4_1`.
+pub(super) fn dot_q4_1() -> DotFn {
+    #[cfg(target_arch = "x86_64")]
+    if let Some(pairs) = super::vnni::for_q4_1() {
+        return pairs;
+    }
+    dot::<super::format::Q4_1>()
 }
 
 pub(super) fn dot<F: Format>() -> DotFn {

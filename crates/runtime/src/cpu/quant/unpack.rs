@@ -1,6 +1,6 @@
 //! Blocks as f32.
 
-use super::dot::{DotFn, dot};
+use super::dot::{DotFn, dot, dot_q4_1};
 use super::format::{Format, LEN, Q4_0, Q4_1, Q4K, Q5K, Q6K, Q8_0};
 use super::isa::{Isa, for_isa};
 use metal_candle_graph::BlockFormat;
@@ -30,7 +30,7 @@ fn unpack<F: Format>() -> UnpackFn {
 pub(super) fn loops(format: BlockFormat) -> Option<(UnpackFn, DotFn)> {
     match format {
         BlockFormat::Q4_0 => Some((unpack::<Q4_0>(), dot::<Q4_0>())),
-        BlockFormat::Q4_1 => Some((unpack::<Q4_1>(), dot::<Q4_1>())),
+        BlockFormat::Q4_1 => Some((unpack::<Q4_1>(), dot_q4_1())),
         BlockFormat::Q8_0 => Some((unpack::<Q8_0>(), dot::<Q8_0>())),
         BlockFormat::Q4K => Some((unpack::<Q4K>(), dot::<Q4K>())),
         BlockFormat::Q5K => Some((unpack::<Q5K>(), dot::<Q5K>())),

@@ -1,0 +1,113 @@
+//! Products: the library's, but for those of few rows.
+
+use super::draft::{BLOCK, Draft, Gpu};
+use super::quant::vector;
+use super::walk::Walk;
+use super::{Call, Part, Place};
+use crate::render::{Binding, Launch};
+use crate::{Layout, Operand};
+use metal_candle_graph::DType;
+
+/// Elements that a thread multiplies together.
+const RUN: usize = 8;
+const ACCESS: usize = 16;
+
+/// `args = [a: [.., m, k], b: [.., k, n]]`
+pub(super) fn gemm(
+    gpu: Gpu<'_>,
+    args: &[Operand],
+    out: &Operand,
+    alpha: f64,
+    accumulate: bool,
+) -> Call {
+    let part = few_rows(gpu, args, out, alpha, accumulate).unwrap_or_else(|| {
+        let place = |binding, o: &Operand| Place { binding, dtype: o.dtype, layout: o.layout };
+        let [a, b] = [0, 1].map(|i| place(Binding::Arg(i), &args[i as usize]));
+        Part::Product { alpha, accumulate, a, b, out: place(Binding::Out(0), out) }
+    });
+    Call { parts: vec![part], workspace_bytes: 0 }
+}
+
+/// How the columns of a weight are read in wide accesses.
+#[derive(Clone, Copy)]
+enum Reads {
+    /// Neighbours belong to one column.
+    Columns,
+    /// Neighbours belong to one row.
+    Rows,
+}
+
+/// A kernel for few rows times one matrix, where that can be read in wide accesses.
+fn few_rows(
+    gpu: Gpu<'_>,
+    args: &[Operand],
+    out: &Operand,
+    alpha: f64,
+    accumulate: bool,
+) -> Option<Part> {
+    let (a, b) = (&args[0], &args[1]);
+    let rank = out.layout.shape.rank();
+    let [k, n] = [b.layout.shape[rank - 2], b.layout.shape[rank - 1]];
+    let rows = out.layout.shape.len().checked_div(n)?;
+    let one = (0..rank - 2).all(|d| b.layout.shape[d] == 1 || b.layout.strides[d] == 0);
+    let same = a.dtype == b.dtype && b.dtype == out.dtype && b.dtype != DType::F64;
+    let few = (1..=gpu.limits.few_rows).contains(&rows) && k > 0;
+    if !(one && same && few && out.layout.strides[rank - 1] == 1) {
+        return None;
+    }
+    let reads = reads(&b.layout, rank, ACCESS / b.dtype.size_bytes())?;
+    let row_dims = out.layout.shape.with(rank - 1, 1);
+    let x = Walk::over(row_dims.dims())
+        .place("from", a.layout.strides(), a.layout.offset)
+        .place("to", out.layout.strides(), out.layout.offset)
+        .collapsed();
+    let step = a.layout.strides[rank - 1];
+    let (template, lines, stride) = match reads {
+        Reads::Columns => ("times_columns", n, b.layout.strides[rank - 1]),
+        Reads::Rows => ("times_rows", k, b.layout.strides[rank - 2]),
+    };
+    let weight = Walk::over(&[lines]).place("weight", &[stride], b.layout.offset);
+    let vector = vector(&x, step, a.dtype);
+    let beyond = weight.reach().max(k * step.unsigned_abs()) + k + n + 2 * BLOCK * RUN;
+    let draft = Draft::new(gpu, "gemm", template)
+        .template(rows)
+        .reads(Binding::Arg(0), "x", a.dtype)
+        .reads(Binding::Arg(1), "w", b.dtype)
+        .writes(Binding::Out(0), "out", out.dtype)
+        .numbers(b.dtype)
+        .aligned(ACCESS)
+        .constant("COLS", n as i64)
+        .constant("INNER", k as i64)
+        .constant("STEP", step as i64)
+        .constant("VECTOR", vector as i64)
+        .constant("ACCUMULATE", i64::from(accumulate))
+        .function("A", "alpha", &format!("{alpha:?}"))
+        .walk(&x, beyond)
+        .places(&weight);
+    Some(draft.finish(launch(gpu, reads, n, b.dtype)))
+}
+
+/// Whether accesses of `wide` elements cover the weight, and along what.
+fn reads(b: &Layout, rank: usize, wide: usize) -> Option<Reads> {
+    let multiple = |x: isize| x.unsigned_abs().is_multiple_of(wide);
+    let [k, n] = [rank - 2, rank - 1];
+    if !multiple(b.offset) {
+        None
+    } else if b.strides[k] == 1 && b.shape[k].is_multiple_of(RUN) && multiple(b.strides[n]) {
+        Some(Reads::Columns)
+    } else if b.strides[n] == 1 && b.shape[n].is_multiple_of(wide) && multiple(b.strides[k]) {
+        Some(Reads::Rows)
+    } else {
+        None
+    }
+}
+
+fn launch(gpu: Gpu<'_>, reads: Reads, n: usize, dtype: DType) -> Launch {
+    match reads {
+        Reads::Columns => gpu.simd_rows(n),
+        Reads::Rows => {
+            let (block, width) = (2 * BLOCK, 8 * ACCESS / dtype.size_bytes());
+            gpu.block_rows(n.div_ceil(width), block, block / 32 * width * size_of::<f32>())
+        }
+    }
+}

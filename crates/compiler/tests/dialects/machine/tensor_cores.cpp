@@ -1,0 +1,87 @@
+// After the PTX ISA, "Warp Level Matrix Instructions": which lane holds which elements.
+
+#include "tensor_cores.h"
+
+#include "grid.h"
+#include "metal_stdlib"
+
+#include <vector>
+
+extern unsigned long long shared[];
+
+namespace machine {
+namespace {
+
+constexpr unsigned SIMD = 32;
+
+struct Copy {
+    uint8_t* to;
+    const uint8_t* from;
+};
+
+/// By thread, those of the block that runs.
+std::vector<std::vector<Copy>> unfinished(1024);
+
+uint8_t* in_shared(unsigned place) { return reinterpret_cast<uint8_t*>(shared) + place; }
+
+float number(uint32_t both, unsigned which, Half kind) {
+    const auto bits = ushort(both >> (16 * which));
+    if (kind == Half::F16) return float(metal::as_type<half>(bits));
+    return metal::as_type<float>(uint(bits) << 16);
+}
+
+}
+
+unsigned shared_place(const void* at) { return unsigned(static_cast<const uint8_t*>(at) - in_shared(0)); }
+
+void copy_async(unsigned to, const void* from, bool inside) {
+    // Others must not touch the place any more.
+    access(in_shared(to), 16, true);
+    if (inside) access(from, 16, false);
+    const auto address = reinterpret_cast<uintptr_t>(from);
+    if (to % 16 != 0 || address % 16 != 0) fail("an asynchronous copy of misaligned bytes");
+    unfinished[ids().tid].push_back({in_shared(to), inside ? static_cast<const uint8_t*>(from) : nullptr});
+}
+
+void await_copies() {
+    for (const Copy& copy : unfinished[ids().tid]) {
+        access(copy.to, 16, true);
+        if (copy.from != nullptr) std::memcpy(copy.to, copy.from, 16);
+        else std::memset(copy.to, 0, 16);
+    }
+    unfinished[ids().tid].clear();
+}
+
+void load_matrices(uint32_t (&to)[4], unsigned row, bool transposed) {
+    if (row % 16 != 0) fail("a row of a matrix that is misaligned");
+    access(in_shared(row), 16, false);
+    using Row = std::array<ushort, 8>;
+    Row mine;
+    std::memcpy(&mine, in_shared(row), sizeof mine);
+    const auto rows = static_cast<const Row*>(gather(&mine, sizeof mine, __builtin_return_address(0)));
+    const unsigned lane = ids().tid % SIMD, major = lane / 4, minor = lane % 4 * 2;
+    for (unsigned i = 0; i < 4; ++i) {
+        const Row* matrix = rows + 8 * i;
+        const ushort a = transposed ? matrix[minor][major] : matrix[major][minor];
+        const ushort b = transposed ? matrix[minor + 1][major] : matrix[major][minor + 1];
+        to[i] = uint32_t(a) | uint32_t(b) << 16;
+    }
+}
+
+void multiply_add(float (&to)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Half kind) {
+    using Factors = std::array<uint32_t, 6>;
+    const Factors mine = {a[0], a[1], a[2], a[3], b0, b1};
+    const auto all = static_cast<const Factors*>(gather(&mine, sizeof mine, __builtin_return_address(0)));
+    const unsigned lane = ids().tid % SIMD;
+    for (unsigned i = 0; i < 4; ++i) {
+        const unsigned row = lane / 4 + i / 2 * 8, col = lane % 4 * 2 + i % 2;
+        for (unsigned k = 0; k < 16; ++k) {
+            const unsigned part = k % 8 / 2;
+            const Factors& left = all[row % 8 * 4 + part];
+            const Factors& right = all[col * 4 + part];
+            to[i] += number(left[k / 8 * 2 + row / 8], k % 2, kind) * number(right[4 + k / 8], k % 2, kind);
+        }
+    }
+}
+
+}

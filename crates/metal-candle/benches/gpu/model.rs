@@ -1,0 +1,217 @@
+//! Training steps and decoded tokens of models with random weights.
+
+use crate::ops::Ceilings;
+use crate::{Context, Failure, median};
+use metal_candle::generate::{Generator, KVCache};
+use metal_candle::io::data::Batch;
+use metal_candle::io::peft::TargetModules;
+use metal_candle::io::{DecoderConfig, LoraConfig, RopeLayout, RopeScaling, Tokenizer};
+use metal_candle::models::{BaseWeights, Decoder, random_decoder};
+use metal_candle::nn::LoRAAdapter;
+use metal_candle::train::{AdamWConfig, StepShape, TrainStep};
+use metal_candle::{DType, Plan, Timing};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Instant;
+
+/// A model's sizes: SmolLM2-135M's, and those of Llama 3's with 1B and 8B parameters.
+#[derive(Clone, Copy)]
+struct Size {
+    name: &'static str,
+    hidden: usize,
+    inner: usize,
+    layers: usize,
+    heads: usize,
+    kv_heads: usize,
+    vocabulary: usize,
+    tied: bool,
+}
+
+const SMALL: Size = Size {
+    name: "135M",
+    hidden: 576,
+    inner: 1536,
+    layers: 30,
+    heads: 9,
+    kv_heads: 3,
+    vocabulary: 49152,
+    tied: true,
+};
+
+const MEDIUM: Size = Size {
+    name: "1B",
+    hidden: 2048,
+    inner: 8192,
+    layers: 16,
+    heads: 32,
+    kv_heads: 8,
+    vocabulary: 128_256,
+    tied: true,
+};
+
+const LARGE: Size = Size {
+    name: "8B",
+    hidden: 4096,
+    inner: 14336,
+    layers: 32,
+    heads: 32,
+    kv_heads: 8,
+    vocabulary: 128_256,
+    tied: false,
+};
+
+pub(crate) fn rows(context: &Context, ceilings: &Ceilings) -> Result<(), Failure> {
+    for (size, batch, seq) in [(SMALL, 16, 1024), (MEDIUM, 4, 2048), (LARGE, 2, 2048)] {
+        let row = format!("train {} {batch}x{seq} bf16 all-linear r16", size.name);
+        if context.wants(&row) {
+            train(context, ceilings, &row, size, [batch, seq])?;
+        }
+        let row = format!("decode {} bf16 batch 1", size.name);
+        if context.wants(&row) {
+            decode(context, ceilings, &row, size)?;
+        }
+    }
+    Ok(())
+}
+
+fn decoder(context: &Context, size: Size) -> Result<Decoder, Failure> {
+    let config = DecoderConfig {
+        architecture: "llama".into(),
+        vocab_size: size.vocabulary,
+        hidden_size: size.hidden,
+        intermediate_size: size.inner,
+        num_layers: size.layers,
+        num_heads: size.heads,
+        num_kv_heads: size.kv_heads,
+        head_dim: size.hidden / size.heads,
+        rms_norm_eps: 1e-5,
+        rope_theta: 5e5,
+        rope_scaling: RopeScaling::None,
+        rope_layout: RopeLayout::Half,
+        max_position_embeddings: 8192,
+        sliding_window: None,
+        tie_word_embeddings: size.tied,
+        attention_bias: false,
+        attention_output_bias: false,
+        qk_norm: false,
+    };
+    let decoder = random_decoder(config, BaseWeights::BF16, 0, &context.device)?;
+    Ok(decoder.with_activations(DType::BF16))
+}
+
+/// AdamW at 1e-4, clipped to 1, LoRA of rank 16 on every linear layer, every token trained.
+fn train(
+    context: &Context,
+    ceilings: &Ceilings,
+    row: &str,
+    size: Size,
+    [batch, seq]: [usize; 2],
+) -> Result<(), Failure> {
+    let decoder = decoder(context, size)?;
+    let weights: usize = decoder.modules().map(|(_, [out, input])| out * input).sum();
+    let target_modules = TargetModules::AllLinear;
+    let config = LoraConfig { r: 16, lora_alpha: 16.0, target_modules, ..LoraConfig::default() };
+    let adapter = LoRAAdapter::new(config, decoder.modules(), 0, &context.device)?;
+    let mut step = TrainStep::new(Arc::new(decoder), adapter, AdamWConfig::default(), 1.0, 0)?;
+    let tokens = batch * seq;
+    let ids = |round: usize| -> Vec<u32> {
+        let word = |i: usize| (i * 7919 + round * 104_729) % size.vocabulary;
+        (0..tokens).map(|i| word(i) as u32).collect()
+    };
+    let mut times = Vec::new();
+    let mut loss = 0.0;
+    for round in 0..13 {
+        let ids = ids(round);
+        let labels = ids.iter().map(|id| i64::from(*id)).collect();
+        let batch = Batch { ids, labels, batch, seq, trained: tokens, documents: None };
+        let start = Instant::now();
+        let metrics = step.run(&batch, 1e-4)?;
+        if round >= 3 {
+            times.push(start.elapsed().as_secs_f64());
+        }
+        if !metrics.applied {
+            return Err(format!("{row}: no update: {metrics:?}").into());
+        }
+        loss = metrics.loss;
+    }
+    let plan = step.plan(StepShape { batch, seq, accumulated: 1, packed: false })?;
+    let seconds = median(times);
+    // Forward and backward to the input, of the frozen matrices and the output layer.
+    let products = 4.0 * tokens as f64 * (weights + size.vocabulary * size.hidden) as f64;
+    println!(
+        r#"{{"row": "{row}", "tokens_per_second": {:.0}, "step_ms": {:.1}, "loss": {loss:.3}, "planned_gib": {:.2}, "frozen_products_part_of_bf16_ceiling": {:.3}}}"#,
+        tokens as f64 / seconds,
+        seconds * 1e3,
+        plan.peak_bytes() as f64 / f64::from(1 << 30),
+        products / seconds / ceilings.products,
+    );
+    if context.steps {
+        let ids = ids(99);
+        let labels = ids.iter().map(|id| i64::from(*id)).collect();
+        let batch = Batch { ids, labels, batch, seq, trained: tokens, documents: None };
+        let (_, seconds) = step.profile(&batch, 1e-4, Timing::Steps)?;
+        print_steps(&plan, &seconds);
+    }
+    Ok(())
+}
+
+/// Greedy tokens after a prompt of 128, as a caller gets them: the logits come back, the next id goes there.
+fn decode(context: &Context, ceilings: &Ceilings, row: &str, size: Size) -> Result<(), Failure> {
+    let decoder = decoder(context, size)?;
+    let weights: usize = decoder.modules().map(|(_, [out, input])| out * input).sum();
+    let bytes = 2.0 * (weights + size.vocabulary * size.hidden) as f64;
+    let decoder = Arc::new(decoder);
+    let mut cache = KVCache::new(&decoder, 1, 512)?;
+    let generator = Generator::new(decoder, Arc::new(no_words()?))?;
+    let prompt: Vec<u32> = (0..128).map(|i| (i * 7919) % 1000).collect();
+    let mut logits = generator.logits(&prompt, &mut cache)?;
+    let mut times = Vec::new();
+    for token in 0..256 {
+        let start = Instant::now();
+        let best = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1));
+        let next = best.map_or(0, |(id, _)| id as u32);
+        logits = generator.logits(&[next], &mut cache)?;
+        if token >= 8 {
+            times.push(start.elapsed().as_secs_f64());
+        }
+    }
+    let seconds = median(times);
+    println!(
+        r#"{{"row": "{row}", "tokens_per_second": {:.0}, "token_us": {:.0}, "weights_part_of_copy_ceiling": {:.3}}}"#,
+        1.0 / seconds,
+        seconds * 1e6,
+        bytes / seconds / ceilings.copy,
+    );
+    Ok(())
+}
+
+/// A tokenizer for a model that never sees text.
+fn no_words() -> Result<Tokenizer, Failure> {
+    let file = tempfile::Builder::new().suffix(".json").tempfile()?;
+    let text = r#"{"version": "1.0", "model": {"type": "WordLevel", "vocab": {"<unk>": 0}, "unk_token": "<unk>"}}"#;
+    std::fs::write(file.path(), text)?;
+    Ok(Tokenizer::from_file(file.path())?)
+}
+
+/// What the kinds of steps take together, the dearest first.
+fn print_steps(plan: &Plan, seconds: &[f64]) {
+    let mut kinds: BTreeMap<String, (usize, f64, u64, u64)> = BTreeMap::new();
+    for (step, seconds) in plan.steps.iter().zip(seconds) {
+        let shape = step.outs.first().map(|out| out.layout.shape.to_string());
+        let kind = kinds.entry(format!("{} -> {}", step.label, shape.unwrap_or_default()));
+        let sum = kind.or_default();
+        *sum = (sum.0 + 1, sum.1 + seconds, sum.2 + step.flops, sum.3 + step.bytes);
+    }
+    let mut kinds: Vec<_> = kinds.into_iter().collect();
+    kinds.sort_by(|a, b| b.1.1.total_cmp(&a.1.1));
+    let total: f64 = seconds.iter().sum();
+    println!("# {:.2} ms in {} steps", total * 1e3, plan.steps.len());
+    for (kind, (count, seconds, flops, bytes)) in kinds.into_iter().take(40) {
+        println!(
+            "# {:8.3} ms {count:4} x {:7.1} TFLOP/s {:6.2} TB/s  {kind}",
+            seconds * 1e3,
+            flops as f64 / seconds / 1e12,
+            bytes as f64 / seconds / 1e12,
+        );
+    }
+}
