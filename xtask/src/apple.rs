@@ -1,8 +1,8 @@
-//! Whether the Metal backend's types hold, on any system: no Apple computer is needed to check them, nor can one be replaced
-//! where it comes to linking and running.
+//! Whether the Metal backend's types hold, on any system: that takes no Apple computer. Linking and running do.
 
-use crate::command::{cargo, execute, output, program, works};
-use anyhow::Result;
+use crate::command::{cargo, execute, output, program};
+use anyhow::{Context, Result};
+use std::path::Path;
 
 /// What has a Metal backend.
 const PACKAGE: [&str; 4] = ["--package", "metal-candle-runtime", "--features", "metal"];
@@ -12,21 +12,21 @@ const TARGET: &str = "aarch64-apple-darwin";
 
 /// Checks the backend with warnings as errors, or says why it cannot be checked here.
 pub(crate) fn run() -> Result<()> {
-    let mut command = cargo();
-    command.args(["clippy", "--target", TARGET]).args(PACKAGE);
     if let Err(reason) = get_target() {
         println!("skipped: {TARGET} cannot be had here ({reason:#})");
         return Ok(());
     }
+    let mut command = cargo();
+    command.args(["clippy", "--target", TARGET]).args(PACKAGE);
     execute(command.args(["--", "--deny", "warnings"]))
 }
 
-/// The target's standard library, as a component of the toolchain.
+/// The target's standard library, as a component of the toolchain, if it is not there already.
 fn get_target() -> Result<()> {
-    let mut list = program("rustup");
-    list.args(["target", "list", "--installed"]);
-    if works(&mut list) && output(&mut list)?.lines().any(|line| line == TARGET) {
+    let mut folder = program("rustc");
+    let folder = output(folder.args(["--print", "target-libdir", "--target", TARGET]))?;
+    if Path::new(folder.trim()).is_dir() {
         return Ok(());
     }
-    execute(program("rustup").args(["target", "add", TARGET]))
+    execute(program("rustup").args(["target", "add", TARGET])).context("its standard library")
 }

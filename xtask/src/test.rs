@@ -1,7 +1,7 @@
 //! `cargo xtask test`: everything that must hold before a change lands.
 
 use crate::command::{cargo, execute, program, works};
-use crate::{model, tidy};
+use crate::{apple, model, tidy};
 use anyhow::{Context, Result, bail};
 use std::time::{Duration, Instant};
 
@@ -11,11 +11,12 @@ const FEATURES: [&str; 2] = ["--features", "metal-candle/async-exec"];
 type Stage = (&'static str, fn() -> Result<()>);
 
 /// The quick ones first; the tests last, so that their summary closes the output.
-const STAGES: [Stage; 6] = [
+const STAGES: [Stage; 7] = [
     ("set-up", set_up),
     ("format", || execute(cargo().args(["fmt", "--all", "--check"]))),
     ("tidy", tidy::run),
     ("clippy", clippy),
+    ("metal", apple::run),
     ("doctests", || execute(cargo().args(["test", "--doc", "--workspace"]).args(FEATURES))),
     ("tests", tests),
 ];

@@ -82,7 +82,10 @@ impl Product<'_> {
         text.open(format!("for (i64 tile = block; tile < {tiles}; tile += blocks)"));
         text.line(format!("const i64 row = tile / {across} % {down} * {TILE} + y;"));
         text.line(format!("const i64 col = tile % {across} * {TILE} + x;"));
-        text.line(format!("const i64 batch = tile / {};", down * across));
+        let index = ["row", "col"];
+        if [self.a, self.b, self.out].iter().any(|p| self.place(p, index).contains("batch")) {
+            text.line(format!("const i64 batch = tile / {};", down * across));
+        }
         text.line(format!("{sum} sum = 0;"));
         text.open(format!("for (i64 at = 0; at < {k}; at += {TILE})"));
         self.fetch(&mut text, "left", (self.a, "in0"), ["row", "at + x"], [m, k]);

@@ -154,7 +154,7 @@ fn plain_products_of_any_strides_and_floats_are_right() {
             sources.push((case, source));
         }
         let unit = Unit {
-            header: dialect.header(),
+            header: dialect.header_of(&sources[0].1),
             sources: sources.iter().map(|(_, source)| source.clone()).collect(),
         };
         let machine = Machine::build(dialect, &format!("products-{name}"), &[unit]);

@@ -59,15 +59,16 @@ mod tests {
         Span { base, bytes }
     }
 
-    fn command(reads: &[Span], writes: &[Span]) -> Touched {
-        Touched { reads: reads.to_vec(), writes: writes.to_vec() }
+    fn command(reads: &[&Span], writes: &[&Span]) -> Touched {
+        let cloned = |spans: &[&Span]| spans.iter().copied().cloned().collect();
+        Touched { reads: cloned(reads), writes: cloned(writes) }
     }
 
     #[test]
     fn products_of_one_row_do_not_wait_for_each_other() {
         let x = span(3, 0..64);
-        let products = [0, 1, 2].map(|i| command(&[x.clone()], &[span(0, i * 64..(i + 1) * 64)]));
-        let attention = command(&[span(0, 0..192)], &[span(0, 192..256)]);
+        let products = [0, 1, 2].map(|i| command(&[&x], &[&span(0, i * 64..(i + 1) * 64)]));
+        let attention = command(&[&span(0, 0..192)], &[&span(0, 192..256)]);
         let all = [&products[..], &[attention]].concat();
         assert_eq!(barriers(&all), [false, false, false, true]);
     }
@@ -75,15 +76,15 @@ mod tests {
     #[test]
     fn every_kind_of_hazard_waits() {
         let (first, second) = (span(0, 0..16), span(0, 16..32));
-        let read_after_write = [command(&[], &[first.clone()]), command(&[first.clone()], &[])];
-        let write_after_read = [command(&[first.clone()], &[]), command(&[], &[first.clone()])];
-        let write_after_write = [command(&[], &[first.clone()]), command(&[], &[first.clone()])];
+        let read_after_write = [command(&[], &[&first]), command(&[&first], &[])];
+        let write_after_read = [command(&[&first], &[]), command(&[], &[&first])];
+        let write_after_write = [command(&[], &[&first]), command(&[], &[&first])];
         for commands in [read_after_write, write_after_read, write_after_write] {
             assert_eq!(barriers(&commands), [false, true]);
         }
-        let apart = [command(&[], &[first.clone()]), command(&[second.clone()], &[])];
+        let apart = [command(&[], &[&first]), command(&[&second], &[])];
         assert_eq!(barriers(&apart), [false, false]);
-        let elsewhere = [command(&[], &[first]), command(&[span(1, 0..16)], &[])];
+        let elsewhere = [command(&[], &[&first]), command(&[], &[&span(1, 0..16)])];
         assert_eq!(barriers(&elsewhere), [false, false]);
     }
 
