@@ -1,5 +1,6 @@
 //! The repository's own commands: `cargo xtask COMMAND`.
 
+mod apple;
 mod bench;
 mod command;
 mod model;

@@ -1,25 +1,26 @@
 //! `cargo xtask test`: everything that must hold before a change lands.
 
 use crate::command::{cargo, execute, program, works};
-use crate::{model, tidy};
+use crate::{apple, model, tidy};
 use anyhow::{Context, Result, bail};
 use std::time::{Duration, Instant};
+
+/// All that build on every machine: those of GPUs want CUDA's compiler, or an Apple computer.
+const FEATURES: [&str; 2] = ["--features", "metal-candle/async-exec"];
 
 type Stage = (&'static str, fn() -> Result<()>);
 
 /// The quick ones first; the tests last, so that their summary closes the output.
-const STAGES: [Stage; 7] = [
+const STAGES: [Stage; 8] = [
     ("set-up", set_up),
     ("format", || execute(cargo().args(["fmt", "--all", "--check"]))),
     ("tidy", tidy::run),
     ("clippy", clippy),
     ("clippy for CUDA", clippy_for_cuda),
+    ("metal", apple::run),
     ("doctests", || execute(cargo().args(["test", "--doc", "--workspace"]).args(FEATURES))),
     ("tests", tests),
 ];
-
-/// All features that need no toolchain of a GPU's maker.
-const FEATURES: [&str; 2] = ["--features", "metal-candle/async-exec"];
 
 pub(crate) fn run() -> Result<()> {
     let mut times = Vec::new();
@@ -137,13 +138,13 @@ fn clippy_for_cuda() -> Result<()> {
 }
 
 fn tests() -> Result<()> {
-    let all = [&["--workspace"], &FEATURES[..]].concat();
     let mut command = cargo();
     if has_nextest() {
-        command.args(["nextest", "run"]).args(&all);
+        command.args(["nextest", "run", "--workspace"]);
     } else {
         // --all-targets but benches: doctests are a stage of their own.
-        command.arg("test").args(&all).args(["--lib", "--bins", "--tests", "--examples"]);
+        command.args(["test", "--workspace", "--lib", "--bins", "--tests", "--examples"]);
     }
+    command.args(FEATURES);
     execute(command.env("METAL_CANDLE_MODELS", model::folder()?))
 }

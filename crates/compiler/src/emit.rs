@@ -22,7 +22,7 @@ pub(crate) struct Stored<'a> {
     pub(crate) a: &'a Analysis<'a>,
     pub(crate) regions: &'a Regions,
     pub(crate) stored: Vec<bool>,
-    /// Worth computing again instead of keeping in memory, by node.
+    /// As [`cheap`].
     cheap: Vec<bool>,
 }
 
@@ -30,13 +30,8 @@ pub(crate) struct Stored<'a> {
 const RECOMPUTE_LIMIT: u32 = 8;
 
 impl<'a> Stored<'a> {
-    pub(crate) fn new(a: &'a Analysis<'a>, regions: &'a Regions) -> Stored<'a> {
-        let (n, mut cost) = (a.g.len(), vec![u32::MAX; a.g.len()]);
-        for id in a.g.ids().filter(|id| a.kind(*id) == Kind::Map) {
-            cost[id.index()] = recompute_cost(a, id, &cost);
-        }
-        let cheap = cost.iter().map(|c| *c <= RECOMPUTE_LIMIT).collect();
-        Stored { a, regions, stored: vec![false; n], cheap }
+    pub(crate) fn new(a: &'a Analysis<'a>, regions: &'a Regions, cheap: Vec<bool>) -> Stored<'a> {
+        Stored { a, regions, stored: vec![false; a.g.len()], cheap }
     }
 
     fn in_memory(&self, id: NodeId) -> bool {
@@ -115,6 +110,15 @@ enum Source {
     Position,
     /// Neither: it has to be stored first.
     Missing,
+}
+
+/// Which maps are worth computing again instead of keeping in memory, by node.
+pub(crate) fn cheap(a: &Analysis) -> Vec<bool> {
+    let mut cost = vec![u32::MAX; a.g.len()];
+    for id in a.g.ids().filter(|id| a.kind(*id) == Kind::Map) {
+        cost[id.index()] = recompute_cost(a, id, &cost);
+    }
+    cost.iter().map(|c| *c <= RECOMPUTE_LIMIT).collect()
 }
 
 /// The cost of computing a map again from what is in memory anyway.

@@ -20,6 +20,7 @@ mod layout;
 mod library;
 mod lower;
 mod memory;
+mod operands;
 mod plan;
 mod print;
 mod region;

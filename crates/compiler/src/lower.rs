@@ -1,7 +1,7 @@
 //! From a graph to ordered steps: regions become kernels, everything else library calls and copies.
 
 use crate::analysis::{Analysis, Kind, Located};
-use crate::emit::{Draft, Emitter, Stored};
+use crate::emit::{self, Draft, Emitter, Stored};
 use crate::gemm::{self, Gemms};
 use crate::library::LibraryCall;
 use crate::region::Regions;
@@ -74,9 +74,10 @@ pub(crate) fn inputs(g: &ComputationGraph, donated: &[bool]) -> Vec<PlanInput> {
 pub(crate) fn lower(g: &ComputationGraph, target: &Target, inputs: Vec<PlanInput>) -> Lowered {
     let mut a = Analysis::new(g);
     let gemms = gemm::find(&mut a);
-    let regions = Regions::form(&a, target.max_tape);
+    let cheap = emit::cheap(&a);
+    let regions = Regions::form(&a, &cheap, target);
     let outputs: Vec<Output> = (0..g.outputs.len()).map(|i| output(&a, i)).collect();
-    let mut stored = Stored::new(&a, &regions);
+    let mut stored = Stored::new(&a, &regions, cheap);
     let units = units(&a, &gemms, &regions, &outputs, &mut stored);
     let drafts: Vec<Drafts> =
         units.iter().map(|unit| draft(&a, &gemms, &stored, unit, &outputs)).collect();

@@ -5,7 +5,9 @@
 //! Regions grow greedily along the edges of the graph, consumer by consumer, as long as the spaces unify and no
 //! path leaves the region and comes back.
 
+use crate::Target;
 use crate::analysis::{Analysis, Edge, Kind, edge, squeezed};
+use crate::operands::Bound;
 use metal_candle_graph::{NodeId, Operation, Shape};
 use smallvec::SmallVec;
 
@@ -55,6 +57,12 @@ impl Space {
     }
 }
 
+/// What a kernel of the target may be.
+struct Limits<'a> {
+    max_tape: usize,
+    operands: Bound<'a>,
+}
+
 pub(crate) struct Region {
     pub(crate) space: Space,
     /// In topological order.
@@ -84,12 +92,17 @@ const NONE: u32 = u32::MAX;
 const CYCLE_BUDGET: usize = 512;
 
 impl Regions {
-    pub(crate) fn form(a: &Analysis, max_tape: usize) -> Regions {
+    /// `cheap`: which maps are computed again rather than kept, by node.
+    pub(crate) fn form(a: &Analysis, cheap: &[bool], target: &Target) -> Regions {
+        let limits = Limits {
+            max_tape: target.max_tape,
+            operands: Bound { a, cheap, most: target.max_operands },
+        };
         let mut r = Regions { regions: Vec::new(), of: vec![NONE; a.g.len()], splits: Vec::new() };
         for id in a.g.ids() {
             if matches!(a.kind(id), Kind::Map | Kind::Reduce) {
                 r.open(a, id);
-                r.grow(a, id, max_tape);
+                r.grow(a, id, &limits);
             }
         }
         r
@@ -118,14 +131,14 @@ impl Regions {
     }
 
     /// Merges the region of `id` with those of its operands, where that is possible.
-    fn grow(&mut self, a: &Analysis, id: NodeId, max_tape: usize) {
+    fn grow(&mut self, a: &Analysis, id: NodeId, limits: &Limits) {
         for operand in a.operands(id) {
             let Some(producer) = self.of(operand.base) else { continue };
             let consumer = self.of[id.index()] as usize;
             if producer == consumer {
                 continue;
             }
-            match self.unified(a, producer, consumer, operand.base, id, max_tape) {
+            match self.unified(a, producer, consumer, operand.base, id, limits) {
                 Ok(space) => self.merge(producer, consumer, space),
                 Err(reason) => self.splits.push((operand.base, id, reason)),
             }
@@ -140,10 +153,10 @@ impl Regions {
         consumer: usize,
         from: NodeId,
         to: NodeId,
-        max_tape: usize,
+        limits: &Limits,
     ) -> Result<Space, &'static str> {
         let (p, c) = (self.get(producer), self.get(consumer));
-        if p.nodes.len() + c.nodes.len() > max_tape {
+        if p.nodes.len() + c.nodes.len() > limits.max_tape {
             return Err("the kernel would be too long");
         }
         let space = p
@@ -156,6 +169,9 @@ impl Regions {
         let old = if c.nodes.len() == 1 && p.space == space { &[][..] } else { &p.nodes };
         if !old.iter().chain(&c.nodes).all(|id| aligned(a, &space, *id, inside)) {
             return Err("an operand is read in another order than it is made");
+        }
+        if !limits.operands.holds(&p.nodes, &c.nodes, inside) {
+            return Err("the kernel would have too many operands");
         }
         if self.makes_cycle(a, producer, consumer) {
             return Err("a step between them needs the first one's result");

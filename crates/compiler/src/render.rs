@@ -6,6 +6,7 @@
 //! body ──── the text, the same in every dialect          Passes         -> Source
 //! dialect ─ what a language calls things: `cuda.rs`, `metal.rs`
 //! call ──── a library call, as kernels and products       LibraryCall    -> Call
+//! product ─ a plain kernel for products that a library does not take
 //! ```
 //!
 //! A dialect is data about a language, not a device: nothing here needs a GPU, and the tests compile both
@@ -20,12 +21,14 @@ mod index;
 mod launch;
 mod metal;
 mod passes;
+mod product;
 mod scalar;
 mod text;
 
 pub use call::{Call, Part, Place, Status, call};
 pub use dialect::Dialect;
 pub use launch::{Launch, Limits, Team, launch};
+pub use product::product;
 
 use crate::kernel::{Access, Kernel, KernelOp};
 use metal_candle_graph::{Class, DType};

@@ -12,20 +12,37 @@ pub struct Target {
     pub align_bytes: usize,
     /// Sums over more elements than this are made in two steps, for parallelism and rounding.
     pub max_reduce: usize,
+    /// Fused kernels read and write at most so many buffers.
+    pub max_operands: usize,
 }
 
 impl Target {
     /// Any CPU: the interpreter and the plain library calls.
-    pub const CPU: Target =
-        Target { name: "cpu", max_tape: 96, align_bytes: 64, max_reduce: 1 << 14 };
+    pub const CPU: Target = Target {
+        name: "cpu",
+        max_tape: 96,
+        align_bytes: 64,
+        max_reduce: 1 << 14,
+        max_operands: usize::MAX,
+    };
 
-    /// Any NVIDIA GPU.
-    pub const CUDA: Target =
-        Target { name: "cuda", max_tape: 96, align_bytes: 256, max_reduce: 1 << 14 };
+    /// Any NVIDIA GPU. Parameters take 4 KiB at most: 512 addresses.
+    pub const CUDA: Target = Target {
+        name: "cuda",
+        max_tape: 96,
+        align_bytes: 256,
+        max_reduce: 1 << 14,
+        max_operands: 512,
+    };
 
-    /// Any GPU of Apple's.
-    pub const METAL: Target =
-        Target { name: "metal", max_tape: 96, align_bytes: 256, max_reduce: 1 << 14 };
+    /// Any GPU of Apple's. A buffer argument table has 31 entries.
+    pub const METAL: Target = Target {
+        name: "metal",
+        max_tape: 96,
+        align_bytes: 256,
+        max_reduce: 1 << 14,
+        max_operands: 31,
+    };
 
     /// Whether this target has a library call for `composite`; otherwise it is expanded and fused.
     pub fn keeps(&self, composite: &Composite) -> bool {

@@ -237,6 +237,34 @@ fn more_operands_than_metal_binds_are_refused_with_both_numbers() {
     assert!(render(&kernel, Dialect::CUDA, &CUDA, "k").is_ok());
 }
 
+/// Of sums, of values that are computed again where they are needed, and with every sum kept.
+#[test]
+fn fusion_stops_before_a_kernel_has_more_operands_than_metal_binds() {
+    for (silu, keep) in [(false, false), (true, false), (false, true), (true, true)] {
+        let mut g = ComputationGraph::new();
+        let mut terms: Vec<NodeId> =
+            (0..80).map(|i| input(&mut g, i, DType::F32, &[64, 8])).collect();
+        if silu {
+            terms.iter_mut().for_each(|x| *x = g.unary(UnaryOp::Silu, *x).unwrap());
+        }
+        let mut sums = vec![terms[0]];
+        for term in &terms[1..] {
+            sums.push(g.binary(BinaryOp::Add, sums[sums.len() - 1], *term).unwrap());
+        }
+        g.outputs = if keep { sums } else { vec![sums[sums.len() - 1]] };
+        let of = |target| metal_candle_compiler::plan(&g, target, &[]).unwrap();
+        let (metal, cpu) = (of(&Target::METAL), of(&Target::CPU));
+        let fewest = if keep { 80usize.div_ceil(15) } else { 80usize.div_ceil(29) };
+        assert!((fewest..=2 * fewest).contains(&metal.steps.len()), "{metal}");
+        assert!(cpu.steps.len() < fewest, "{cpu}");
+        for step in metal.steps {
+            let Work::Kernel(kernel) = &step.work else { panic!("{} is no kernel", step.label) };
+            let source = render(kernel, Dialect::METAL, &METAL, "k").unwrap();
+            assert!(source.bindings.len() <= METAL.max_operands);
+        }
+    }
+}
+
 #[test]
 fn a_scalar_is_read_once_a_vector() {
     let mut g = ComputationGraph::new();

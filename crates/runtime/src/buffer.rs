@@ -27,11 +27,25 @@ pub(crate) enum Memory {
     Device(Box<dyn DeviceMemory>),
 }
 
+impl Memory {
+    fn is_own(&self) -> bool {
+        match self {
+            Memory::Owned(_) => true,
+            Memory::Shared(_) | Memory::Mapped(_) => false,
+            Memory::Device(memory) => memory.is_own(),
+        }
+    }
+}
+
 /// Elements that a device other than the CPU holds.
 pub(crate) trait DeviceMemory: Any + Send + Sync {
     fn device(&self) -> Device;
     fn dtype(&self) -> DType;
     fn len(&self) -> usize;
+    /// Whether it may be written: not the pages of a file.
+    fn is_own(&self) -> bool {
+        true
+    }
     /// The elements, once all that writes them is done.
     fn to_data(&self) -> Result<Data>;
     fn duplicate(&self) -> Result<Box<dyn DeviceMemory>>;
@@ -95,7 +109,10 @@ impl Buffer {
         Buffer { memory: Arc::new(Memory::Owned(data)) }
     }
 
-    #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "the CPU needs none"))]
+    #[cfg_attr(
+        not(any(feature = "cuda", feature = "metal")),
+        expect(dead_code, reason = "the CPU needs none")
+    )]
     pub(crate) fn on_device(memory: Box<dyn DeviceMemory>) -> Buffer {
         Buffer { memory: Arc::new(Memory::Device(memory)) }
     }
@@ -134,6 +151,19 @@ impl Buffer {
                 };
                 Ok(Buffer::on_device(Box::new(memory)))
             }
+            #[cfg(feature = "metal")]
+            Device::Metal(number) => {
+                let gpu = crate::metal::Gpu::get(*number)?;
+                let memory = match &*self.memory {
+                    Memory::Mapped(mapped) => gpu.map(mapped.file(), mapped.dtype())?,
+                    Memory::Owned(data) => gpu.upload(data.as_bytes(), data.dtype())?,
+                    Memory::Shared(_) | Memory::Device(_) => {
+                        let data = self.to_data()?;
+                        gpu.upload(data.as_bytes(), data.dtype())?
+                    }
+                };
+                Ok(Buffer::on_device(Box::new(memory)))
+            }
             other => Err(other.missing()),
         }
     }
@@ -164,13 +194,12 @@ impl Buffer {
     /// Whether this is the only handle to memory of its own, so that it may be donated. Memory that came
     /// from Candle is never unique, as tensors may see it; that of a file is read only.
     pub fn is_unique(&self) -> bool {
-        matches!(&*self.memory, Memory::Owned(_) | Memory::Device(_))
-            && Arc::strong_count(&self.memory) == 1
+        self.memory.is_own() && Arc::strong_count(&self.memory) == 1
     }
 
     /// [`Buffer::is_unique`], and nobody can change that while the borrow lasts.
     pub(crate) fn is_unique_now(&mut self) -> bool {
-        matches!(Arc::get_mut(&mut self.memory), Some(Memory::Owned(_) | Memory::Device(_)))
+        Arc::get_mut(&mut self.memory).is_some_and(|memory| memory.is_own())
     }
 
     /// This buffer if it [is unique](Buffer::is_unique), else a copy that is.

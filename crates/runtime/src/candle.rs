@@ -43,6 +43,11 @@ pub const fn dtype_to_candle(dtype: DType) -> candle_core::DType {
     }
 }
 
+/// Whether kernels may read it with their widest accesses where it starts.
+fn is_aligned(tensor: &Tensor) -> bool {
+    (tensor.layout().start_offset() * tensor.dtype().size_in_bytes()).is_multiple_of(16)
+}
+
 /// The memory of a contiguous tensor.
 ///
 /// Candle's in-place ops may change or even replace it, so it is looked up anew, under the storage's read
@@ -66,6 +71,9 @@ impl Shared {
             // A view of nothing may start beyond its storage, where Candle's own readers panic.
             tensor = Tensor::zeros(tensor.dims(), tensor.dtype(), tensor.device())?;
         }
+        if matches!(device, Device::Metal(_)) && !is_aligned(&tensor) {
+            tensor = tensor.force_contiguous()?;
+        }
         let (len, start) = (tensor.elem_count(), tensor.layout().start_offset());
         let key = {
             let storage = tensor.storage_and_layout().0;
@@ -88,7 +96,7 @@ impl Shared {
     }
 
     /// Where its elements start in the storage.
-    #[cfg(feature = "cuda")]
+    #[cfg(any(feature = "cuda", feature = "metal"))]
     pub(crate) fn start(&self) -> usize {
         self.start
     }

@@ -7,7 +7,6 @@
 //! graph ────── a run recorded, to be replayed
 //! command ──── a plan's steps: launches of kernels, and products
 //! product ──── products by cuBLASLt
-//! plain ────── a kernel for products that it does not take
 //! compile ──── rendered text to machine code, kept on disk
 //! marks ────── what a step takes
 //! memory ───── device memory, and host memory that the device reads
@@ -24,7 +23,6 @@ mod gpu;
 mod graph;
 mod marks;
 mod memory;
-mod plain;
 mod product;
 mod staging;
 

@@ -108,6 +108,8 @@ impl Device {
             Device::Cpu => Ok(candle_core::Device::Cpu),
             #[cfg(feature = "cuda")]
             Device::Cuda(number) => Ok(crate::cuda::Gpu::get(*number)?.candle()),
+            #[cfg(feature = "metal")]
+            Device::Metal(number) => Ok(crate::metal::Gpu::get(*number)?.candle()),
             other => Err(other.missing()),
         }
     }
@@ -133,7 +135,14 @@ fn cuda_names() -> Option<Vec<String>> {
     Some((0..count).map_while(|i| name(i).ok()).collect())
 }
 
+/// The GPUs of an Apple computer, by number.
+#[cfg(feature = "metal")]
+fn metal_names() -> Option<Vec<String>> {
+    Some(crate::metal::Gpu::names())
+}
+
 /// The GPUs of an Apple computer, by number; `None` where this build has no kernels for them.
+#[cfg(not(feature = "metal"))]
 fn metal_names() -> Option<Vec<String>> {
     None
 }
@@ -167,6 +176,8 @@ impl TryFrom<&candle_core::Device> for Device {
             candle_core::Device::Cpu => Ok(Device::Cpu),
             #[cfg(feature = "cuda")]
             candle_core::Device::Cuda(device) => crate::cuda::Gpu::of_candle(device),
+            #[cfg(feature = "metal")]
+            candle_core::Device::Metal(device) => crate::metal::Gpu::of_candle(device),
             other => Err(Error::Device { got: format!("{:?}", other.location()) }),
         }
     }

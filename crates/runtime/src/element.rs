@@ -121,7 +121,7 @@ impl Data {
     }
 
     /// The elements' bytes, in the machine's order.
-    #[cfg(feature = "cuda")]
+    #[cfg(any(feature = "cuda", feature = "metal"))]
     pub(crate) fn as_bytes(&self) -> &[u8] {
         let len = self.len() * self.dtype().size_bytes();
         // SAFETY: so many bytes of initialised numbers, which have no padding.

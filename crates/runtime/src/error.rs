@@ -56,6 +56,11 @@ pub enum Error {
     Cuda { doing: String, message: String },
     #[error("step {step} ({label}): {source}")]
     Step { step: usize, label: String, source: Box<Error> },
+    /// What Metal said.
+    #[error("Metal, {doing}: {message}")]
+    Metal { doing: String, message: String },
+    #[error("a run was given up before its end")]
+    Lost,
     /// A kernel whose text the device's compiler refuses.
     #[error("the kernel {kernel} does not compile:\n{log}")]
     Compile { kernel: String, log: String },

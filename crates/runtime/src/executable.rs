@@ -4,6 +4,8 @@ use crate::buffer::Buffer;
 use crate::cpu::CpuExecutable;
 #[cfg(feature = "cuda")]
 use crate::cuda::CudaExecutable;
+#[cfg(feature = "metal")]
+use crate::metal::MetalExecutable;
 use crate::{Device, Error, Result, verify};
 use metal_candle_compiler::{OutputSource, Plan, Slot};
 use rayon::ThreadPool;
@@ -19,6 +21,21 @@ pub struct Executable {
     /// By input: whether a step or a result refers to it.
     used: Vec<bool>,
     backend: Box<dyn Backend>,
+}
+
+/// What is to be done with the results of a run that was not waited for.
+pub(crate) type Done = Box<dyn FnOnce(Result<Vec<Buffer>>) + Send>;
+
+/// The results of a run that `start` starts, and whose end it is told of: nothing is returned before.
+///
+/// # Errors
+/// Those of `start`, and of the run; [`Error::Lost`] if that is given up.
+#[cfg(any(test, feature = "metal"))]
+pub(crate) fn wait(start: impl FnOnce(Done) -> Result<()>) -> Result<Vec<Buffer>> {
+    let (sender, receiver) = std::sync::mpsc::channel();
+    // Nobody may be waiting any more.
+    start(Box::new(move |results| drop(sender.send(results))))?;
+    receiver.recv().unwrap_or(Err(Error::Lost))
 }
 
 /// What a run is to be timed by.
@@ -48,6 +65,19 @@ pub(crate) trait Backend: Send + Sync {
         clock: Option<&mut Clock>,
     ) -> Result<Vec<Buffer>>;
 
+    /// As [`Backend::run`], but it need not wait: then it returns nothing, and `done` gets the results once they are there,
+    /// on whatever thread.
+    fn submit(
+        &self,
+        plan: &Plan,
+        inputs: Vec<Buffer>,
+        pool: Option<&ThreadPool>,
+        done: Done,
+    ) -> Option<Result<Vec<Buffer>>> {
+        drop(done);
+        Some(self.run(plan, inputs, pool, None))
+    }
+
     /// See [`Executable::allocated_arena_bytes`].
     fn allocated_arena_bytes(&self) -> usize;
 }
@@ -63,6 +93,10 @@ impl Executable {
             #[cfg(feature = "cuda")]
             Device::Cuda(number) => {
                 Box::new(CudaExecutable::new(crate::cuda::Gpu::get(*number)?, &plan)?)
+            }
+            #[cfg(feature = "metal")]
+            Device::Metal(number) => {
+                Box::new(MetalExecutable::new(crate::metal::Gpu::get(*number)?, &plan)?)
             }
             other => return Err(other.missing()),
         };
@@ -102,6 +136,19 @@ impl Executable {
         let mut clock = Clock { timing, seconds: Vec::new() };
         let results = self.backend.run(&self.plan, inputs, pool, Some(&mut clock))?;
         Ok((results, clock.seconds))
+    }
+
+    /// See [`Backend::submit`].
+    pub(crate) fn submit(
+        &self,
+        mut inputs: Vec<Buffer>,
+        pool: Option<&ThreadPool>,
+        done: Done,
+    ) -> Option<Result<Vec<Buffer>>> {
+        match self.check_inputs(&mut inputs) {
+            Ok(()) => self.backend.submit(&self.plan, inputs, pool, done),
+            Err(error) => Some(Err(error)),
+        }
     }
 
     /// # Errors
@@ -160,3 +207,6 @@ pub(crate) fn message(panic: &(dyn Any + Send)) -> String {
         .unwrap_or("a panic without a message")
         .to_string()
 }
+
+#[cfg(test)]
+mod tests;

@@ -171,13 +171,17 @@ impl Shared {
             return;
         }
         // Steps catch their own panics; this is for what lies around them.
-        let run = AssertUnwindSafe(|| executable.run(inputs, self.pool.as_ref()));
+        let later = Arc::clone(&completion);
+        let done = Box::new(move |results| later.complete(results));
+        let run = AssertUnwindSafe(|| executable.submit(inputs, self.pool.as_ref(), done));
         let results = catch_unwind(run).unwrap_or_else(|panic| {
             let label = "around the steps".to_string();
             let step = executable.plan().steps.len();
-            Err(Error::KernelPanic { step, label, message: message(&*panic) })
+            Some(Err(Error::KernelPanic { step, label, message: message(&*panic) }))
         });
         drop(executable);
-        completion.complete(results);
+        if let Some(results) = results {
+            completion.complete(results);
+        }
     }
 }

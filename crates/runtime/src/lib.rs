@@ -10,7 +10,7 @@
 //! do [`MappedBytes`] of a file become buffers.
 
 mod arena;
-#[cfg(any(feature = "cuda", test))]
+#[cfg(any(feature = "cuda", feature = "metal", test))]
 mod blas;
 mod buffer;
 mod cache;
@@ -24,6 +24,8 @@ mod error;
 mod executable;
 mod executor;
 mod mapped;
+#[cfg(any(test, feature = "metal"))]
+mod metal;
 mod pages;
 mod pending;
 mod verify;

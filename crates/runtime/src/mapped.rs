@@ -101,6 +101,11 @@ impl Mapped {
         &self.bytes
     }
 
+    #[cfg(feature = "metal")]
+    pub(crate) fn file(&self) -> &MappedBytes {
+        &self.bytes
+    }
+
     pub(crate) fn to_data(&self) -> Data {
         copy(&self.bytes, self.dtype)
     }

@@ -60,7 +60,7 @@ pub(super) fn expression(kernel: &Kernel, inst: &Inst, x: &[String], at: &str) -
 }
 
 /// A value of `dtype` in memory, in a register.
-fn to_register(dtype: DType, place: &str) -> String {
+pub(super) fn to_register(dtype: DType, place: &str) -> String {
     match register(dtype) == dtype {
         true => place.to_owned(),
         false => format!("{}({place})", register_type(dtype)),

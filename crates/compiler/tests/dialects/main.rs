@@ -7,6 +7,7 @@ mod cases;
 mod graphs;
 mod machine;
 mod plans;
+mod products;
 mod program;
 #[path = "../../../graph/tests/random/mod.rs"]
 mod random;

@@ -3,7 +3,6 @@
 use super::Gpu;
 use super::compile::Function;
 use super::gpu::Said;
-use super::plain;
 use super::product::Product;
 use crate::{Error, Result};
 use cudarc::driver::DriverError;
@@ -109,7 +108,10 @@ fn draft(gpu: &Gpu, part: Part) -> Result<(Vec<Binding>, Option<Draft>)> {
             let places = [&a, &b, &out];
             let draft = match gpu.library.product(places, alpha, accumulate)? {
                 Some(product) => Draft::Product(product),
-                None => Draft::Kernel(plain::product(places, alpha, accumulate)),
+                None => {
+                    let (dialect, limits) = (Dialect::CUDA, &gpu.limits);
+                    Draft::Kernel(render::product(places, alpha, accumulate, dialect, limits))
+                }
             };
             let something = !matches!(&draft, Draft::Kernel(source) if source.launch.grid == 0);
             (bindings, something.then_some(draft))

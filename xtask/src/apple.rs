@@ -1,0 +1,32 @@
+//! Whether the Metal backend's types hold, on any system: that takes no Apple computer. Linking and running do.
+
+use crate::command::{cargo, execute, output, program};
+use anyhow::{Context, Result};
+use std::path::Path;
+
+/// What has a Metal backend.
+const PACKAGE: [&str; 4] = ["--package", "metal-candle-runtime", "--features", "metal"];
+
+/// The target of every Apple computer with a GPU of Apple's.
+const TARGET: &str = "aarch64-apple-darwin";
+
+/// Checks the backend with warnings as errors, or says why it cannot be checked here.
+pub(crate) fn run() -> Result<()> {
+    if let Err(reason) = get_target() {
+        println!("skipped: {TARGET} cannot be had here ({reason:#})");
+        return Ok(());
+    }
+    let mut command = cargo();
+    command.args(["clippy", "--target", TARGET]).args(PACKAGE);
+    execute(command.args(["--", "--deny", "warnings"]))
+}
+
+/// The target's standard library, as a component of the toolchain, if it is not there already.
+fn get_target() -> Result<()> {
+    let mut folder = program("rustc");
+    let folder = output(folder.args(["--print", "target-libdir", "--target", TARGET]))?;
+    if Path::new(folder.trim()).is_dir() {
+        return Ok(());
+    }
+    execute(program("rustup").args(["target", "add", TARGET])).context("its standard library")
+}
