@@ -28,7 +28,10 @@ mod mapped;
 mod metal;
 mod pages;
 mod pending;
+#[cfg(any(feature = "cuda", feature = "metal"))]
+mod places;
 mod verify;
+mod workspaces;
 
 pub use buffer::Buffer;
 pub use cache::PlanCache;

@@ -7,6 +7,7 @@ use crate::buffer::{Buffer, Memory};
 use crate::element::Data;
 use crate::executable::{Backend, Clock, Timing, message};
 use crate::pages::prefer_huge;
+use crate::workspaces::Workspaces;
 use crate::{Error, Result, verify};
 use candle_core::StorageRef;
 use metal_candle_compiler::{Operand, OutputSource, Plan, PlanOutput, Slot, Step, Target, Work};
@@ -14,10 +15,9 @@ use rayon::ThreadPool;
 use smallvec::SmallVec;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-/// Workspaces that are kept while nothing runs; more are made, and freed again, as more runs are in flight.
+/// Workspaces that are kept while nothing runs.
 const IDLE_WORKSPACES: usize = 4;
 
 /// A fused kernel is spread over threads from this many element operations on: what it takes to wake a sleeping
@@ -36,8 +36,7 @@ pub(crate) struct CpuExecutable {
     /// By output: whether its memory must be zeroed.
     zeroed: Vec<bool>,
     parallel: bool,
-    idle: Mutex<Vec<Workspace>>,
-    allocated: AtomicUsize,
+    workspaces: Workspaces<Workspace>,
 }
 
 /// What is fixed about a step.
@@ -73,38 +72,32 @@ struct Workspace {
 // SAFETY: the pointers are leftovers of earlier runs; a run fills the table before it reads it.
 unsafe impl Send for Workspace {}
 
-impl CpuExecutable {
-    /// # Errors
-    /// [`Error::OutOfMemory`] for the arena.
-    pub(crate) fn new(plan: &Plan) -> Result<CpuExecutable> {
-        let steps: Vec<Prepared> = plan.steps.iter().map(|s| Prepared::new(plan, s)).collect();
-        let outputs = 0..plan.outputs.len();
-        let executable = CpuExecutable {
-            zeroed: outputs.map(|i| !verify::is_written_whole(plan, i)).collect(),
-            parallel: steps.iter().map(Prepared::pool_work).sum::<u64>() >= POOL_WORK,
-            steps,
-            idle: Mutex::new(Vec::new()),
-            allocated: AtomicUsize::new(0),
-        };
-        let workspace = executable.new_workspace(plan)?;
-        executable.idle().push(workspace);
-        Ok(executable)
-    }
-
-    fn idle(&self) -> MutexGuard<'_, Vec<Workspace>> {
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn new_workspace(&self, plan: &Plan) -> Result<Workspace> {
+impl Workspace {
+    fn new(plan: &Plan) -> Result<Workspace> {
         let arena = Arena::new(plan.arena_bytes, Target::CPU.align_bytes)?;
         assert_eq!(arena.len_bytes(), plan.arena_bytes, "metal-candle bug: arena size");
-        self.allocated.fetch_add(arena.len_bytes(), Ordering::Relaxed);
         Ok(Workspace {
             arena,
             bases: Vec::new(),
             outputs: Vec::new(),
             shared: Vec::new(),
             guards: Vec::new(),
+        })
+    }
+}
+
+impl CpuExecutable {
+    /// # Errors
+    /// [`Error::OutOfMemory`] for the arena.
+    pub(crate) fn new(plan: &Plan) -> Result<CpuExecutable> {
+        let steps: Vec<Prepared> = plan.steps.iter().map(|s| Prepared::new(plan, s)).collect();
+        let outputs = 0..plan.outputs.len();
+        let make = || Workspace::new(plan);
+        Ok(CpuExecutable {
+            zeroed: outputs.map(|i| !verify::is_written_whole(plan, i)).collect(),
+            parallel: steps.iter().map(Prepared::pool_work).sum::<u64>() >= POOL_WORK,
+            steps,
+            workspaces: Workspaces::new(IDLE_WORKSPACES, plan.arena_bytes, make)?,
         })
     }
 
@@ -156,11 +149,12 @@ impl CpuExecutable {
     ) -> Result<()> {
         let at = AtomicUsize::new(0);
         let pool = pool.filter(|_| self.parallel);
-        let whole = Instant::now();
+        let timing = clock.as_ref().map(|clock| clock.timing);
+        let whole = timing.map(|_| Instant::now());
         let mut walk = || {
             for (index, (prepared, step)) in self.steps.iter().zip(&plan.steps).enumerate() {
                 at.store(index, Ordering::Relaxed);
-                let start = clock.as_ref().map(|_| Instant::now());
+                let start = (timing == Some(Timing::Steps)).then(Instant::now);
                 // SAFETY: `verify` has seen every operand of the plan within its slot, and the outputs of a step
                 // apart from what else it touches; `bases` holds the slots' memory: inputs of the plan's types,
                 // those that are written ours alone, the others locked or immutable; fresh outputs; an arena of
@@ -176,8 +170,8 @@ impl CpuExecutable {
             Some(pool) => pool.install(walk),
             None => walk(),
         }));
-        if let Some(clock) = clock.filter(|clock| clock.timing == Timing::Whole) {
-            clock.seconds = vec![whole.elapsed().as_secs_f64()];
+        if let (Some(clock), Some(whole), Some(Timing::Whole)) = (clock, whole, timing) {
+            clock.seconds.push(whole.elapsed().as_secs_f64());
         }
         let step = at.into_inner();
         match outcome {
@@ -199,8 +193,7 @@ impl Backend for CpuExecutable {
         pool: Option<&ThreadPool>,
         clock: Option<&mut Clock>,
     ) -> Result<Vec<Buffer>> {
-        let idle = self.idle().pop();
-        let workspace = idle.map_or_else(|| self.new_workspace(plan), Ok)?;
+        let workspace = self.workspaces.take(|| Workspace::new(plan))?;
         let mut lease = Lease { executable: self, workspace: Some(workspace) };
         let workspace = lease.workspace.as_mut().expect("metal-candle bug: an ended lease");
         workspace.outputs.clear();
@@ -212,7 +205,7 @@ impl Backend for CpuExecutable {
     }
 
     fn allocated_arena_bytes(&self) -> usize {
-        self.allocated.load(Ordering::Relaxed)
+        self.workspaces.allocated_arena_bytes()
     }
 }
 
@@ -276,13 +269,7 @@ impl Drop for Lease<'_> {
     fn drop(&mut self) {
         let Some(mut workspace) = self.workspace.take() else { return };
         workspace.outputs.clear();
-        let mut idle = self.executable.idle();
-        if idle.len() < IDLE_WORKSPACES {
-            idle.push(workspace);
-        } else {
-            let bytes = workspace.arena.len_bytes();
-            self.executable.allocated.fetch_sub(bytes, Ordering::Relaxed);
-        }
+        self.executable.workspaces.give_back(workspace);
     }
 }
 

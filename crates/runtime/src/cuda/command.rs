@@ -4,37 +4,14 @@ use super::Gpu;
 use super::compile::Function;
 use super::gpu::Said;
 use super::product::Product;
-use crate::{Error, Result};
+use crate::Result;
+use crate::places::{Place, parts};
 use cudarc::driver::DriverError;
 use cudarc::driver::sys::{self, CUdeviceptr, CUstream};
+use metal_candle_compiler::Plan;
 use metal_candle_compiler::render::{self, Binding, Dialect, Part, Source};
-use metal_candle_compiler::{Plan, Slot, Step, Work};
-use rustc_hash::FxHasher;
 use smallvec::SmallVec;
 use std::ffi::c_void;
-use std::hash::{Hash, Hasher};
-
-/// Where a buffer starts: so many bytes into one of the run's allocations.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Place {
-    pub(super) base: usize,
-    offset_bytes: usize,
-}
-
-/// The run's allocations, by number.
-pub(super) struct Bases;
-
-impl Bases {
-    pub(super) const ARENA: usize = 0;
-    /// Scratch memory of calls.
-    pub(super) const SCRATCH: usize = 1;
-    pub(super) const STATUS: usize = 2;
-    pub(super) const INPUTS: usize = 3;
-
-    pub(super) fn outputs(plan: &Plan) -> usize {
-        Bases::INPUTS + plan.inputs.len()
-    }
-}
 
 /// One launch or product.
 pub(super) struct Command {
@@ -62,32 +39,17 @@ enum Draft {
 
 impl Commands {
     /// # Errors
-    /// [`Error::Render`] for a step that the device cannot run; [`Error::Compile`]; what the driver says.
+    /// [`crate::Error::Render`] for a step that the device cannot run; [`crate::Error::Compile`]; what the driver says.
     pub(super) fn new(gpu: &Gpu, plan: &Plan) -> Result<Commands> {
         let mut drafts: Vec<(usize, SmallVec<[Place; 4]>, Draft)> = Vec::new();
         let mut scratch_bytes = 0;
         for (index, step) in plan.steps.iter().enumerate() {
-            let failed = |source| Error::Render { step: index, label: step.label.clone(), source };
-            let parts = match &step.work {
-                Work::Kernel(kernel) => {
-                    let mut hasher = FxHasher::default();
-                    kernel.hash(&mut hasher);
-                    let name = format!("kernel_{:016x}", hasher.finish());
-                    let source = render::render(kernel, Dialect::CUDA, &gpu.limits, &name);
-                    vec![Part::Kernel(source.map_err(failed)?)]
-                }
-                Work::Call(call) => {
-                    let call =
-                        render::call(call, &step.args, &step.outs, Dialect::CUDA, &gpu.limits);
-                    let call = call.map_err(failed)?;
-                    scratch_bytes = scratch_bytes.max(call.workspace_bytes);
-                    call.parts
-                }
-            };
-            for part in parts {
+            let call = parts(plan, index, Dialect::CUDA, &gpu.limits)?;
+            scratch_bytes = scratch_bytes.max(call.workspace_bytes);
+            for part in call.parts {
                 let (bindings, draft) = draft(gpu, part)?;
                 let Some(draft) = draft else { continue };
-                let places = bindings.iter().map(|b| place(plan, step, *b)).collect();
+                let places = bindings.iter().map(|b| Place::new(plan, step, *b)).collect();
                 drafts.push((index, places, draft));
             }
         }
@@ -141,24 +103,6 @@ fn compile(gpu: &Gpu, drafts: Vec<(usize, SmallVec<[Place; 4]>, Draft)>) -> Resu
         Command { step, places, action }
     };
     Ok(drafts.into_iter().map(command).collect())
-}
-
-fn place(plan: &Plan, step: &Step, binding: Binding) -> Place {
-    let (slot, skipped) = match binding {
-        Binding::Arg(i) => (step.args[i as usize].slot, 0),
-        Binding::Out(i) => (step.outs[i as usize].slot, 0),
-        Binding::ArgAt { arg, offset_bytes } => (step.args[arg as usize].slot, offset_bytes),
-        Binding::OutAt { out, offset_bytes } => (step.outs[out as usize].slot, offset_bytes),
-        Binding::Workspace { offset_bytes } => return Place { base: Bases::SCRATCH, offset_bytes },
-        Binding::Status => return Place { base: Bases::STATUS, offset_bytes: 0 },
-    };
-    match slot {
-        Slot::Arena { offset_bytes, .. } => {
-            Place { base: Bases::ARENA, offset_bytes: offset_bytes + skipped }
-        }
-        Slot::Input(i) => Place { base: Bases::INPUTS + i as usize, offset_bytes: skipped },
-        Slot::Output(i) => Place { base: Bases::outputs(plan) + i as usize, offset_bytes: skipped },
-    }
 }
 
 impl Command {

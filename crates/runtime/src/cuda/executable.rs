@@ -6,7 +6,7 @@
 
 use super::Gpu;
 use super::bind::{Held, resident_mut};
-use super::command::{Bases, Commands};
+use super::command::Commands;
 use super::gpu::Said;
 use super::graph::Graph;
 use super::marks::Marks;
@@ -14,6 +14,8 @@ use super::memory::{Allocation, Pinned, Resident};
 use super::staging::Staging;
 use crate::buffer::Buffer;
 use crate::executable::{Backend, Clock, Timing};
+use crate::places::Bases;
+use crate::workspaces::Workspaces;
 use crate::{Error, Result, mapped, verify};
 use cudarc::driver::result;
 use cudarc::driver::sys::{self, CUdeviceptr};
@@ -21,8 +23,7 @@ use metal_candle_compiler::render::Status;
 use metal_candle_compiler::{OutputSource, Plan, PlanOutput};
 use rayon::ThreadPool;
 use std::ops::Range;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 /// Workspaces that are kept while nothing runs.
 const IDLE_WORKSPACES: usize = 2;
@@ -36,8 +37,7 @@ pub(crate) struct CudaExecutable {
     pub(super) used: Vec<bool>,
     /// By output: whether its memory must be zeroed.
     zeroed: Vec<bool>,
-    idle: Mutex<Vec<Workspace>>,
-    allocated: AtomicUsize,
+    workspaces: Workspaces<Workspace>,
 }
 
 /// The memory of one run.
@@ -49,6 +49,24 @@ pub(super) struct Workspace {
     /// Where the run before this had its memory.
     last: Vec<CUdeviceptr>,
     graph: Option<Graph>,
+}
+
+impl Workspace {
+    fn new(
+        gpu: &Arc<Gpu>,
+        plan: &Plan,
+        commands: &Commands,
+        staging: &Staging,
+    ) -> Result<Workspace> {
+        Ok(Workspace {
+            arena: gpu.allocate(plan.arena_bytes, "the arena")?,
+            scratch: gpu.allocate(commands.scratch_bytes, "the calls' scratch memory")?,
+            staging: gpu.allocate(staging.len_bytes, "small inputs and results")?,
+            host: Pinned::new(gpu, staging.len_bytes)?,
+            last: Vec::new(),
+            graph: None,
+        })
+    }
 }
 
 impl CudaExecutable {
@@ -63,32 +81,16 @@ impl CudaExecutable {
                 used[place.base - Bases::INPUTS] = true;
             }
         }
-        let executable = CudaExecutable {
-            staging: Staging::new(plan),
+        let staging = Staging::new(plan);
+        let make = || Workspace::new(&gpu, plan, &commands, &staging);
+        Ok(CudaExecutable {
+            workspaces: Workspaces::new(IDLE_WORKSPACES, plan.arena_bytes, make)?,
             zeroed: (0..plan.outputs.len()).map(|i| !verify::is_written_whole(plan, i)).collect(),
+            staging,
             used,
             commands,
-            idle: Mutex::default(),
-            allocated: AtomicUsize::new(0),
             gpu,
-        };
-        let workspace = executable.new_workspace(plan)?;
-        executable.idle().push(workspace);
-        Ok(executable)
-    }
-
-    fn idle(&self) -> MutexGuard<'_, Vec<Workspace>> {
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn new_workspace(&self, plan: &Plan) -> Result<Workspace> {
-        let arena = self.gpu.allocate(plan.arena_bytes, "the arena")?;
-        let scratch =
-            self.gpu.allocate(self.commands.scratch_bytes, "the calls' scratch memory")?;
-        let staging = self.gpu.allocate(self.staging.len_bytes, "small inputs and results")?;
-        let host = Pinned::new(&self.gpu, self.staging.len_bytes)?;
-        self.allocated.fetch_add(plan.arena_bytes, Ordering::Relaxed);
-        Ok(Workspace { arena, scratch, staging, host, last: Vec::new(), graph: None })
+        })
     }
 
     /// Asks for all that a run does, with its memory at `bases`.
@@ -257,24 +259,19 @@ impl Backend for CudaExecutable {
                 resident_mut(memory).address_mut()?;
             }
         }
-        let idle = self.idle().pop();
-        let mut workspace = idle.map_or_else(|| self.new_workspace(plan), Ok)?;
+        let make = || Workspace::new(&self.gpu, plan, &self.commands, &self.staging);
+        let mut workspace = self.workspaces.take(make)?;
         let outputs = plan.outputs.iter().zip(&self.staging.outputs);
         let outputs = outputs.map(|(o, slot)| self.fresh(o, *slot)).collect::<Result<Vec<_>>>();
         let outcome = outputs.and_then(|outputs| {
             self.run_steps(plan, &mut workspace, &inputs, &outputs, clock)?;
             Ok(self.results(plan, &workspace, &inputs, outputs))
         });
-        let mut idle = self.idle();
-        if idle.len() < IDLE_WORKSPACES {
-            idle.push(workspace);
-        } else {
-            self.allocated.fetch_sub(plan.arena_bytes, Ordering::Relaxed);
-        }
+        self.workspaces.give_back(workspace);
         outcome
     }
 
     fn allocated_arena_bytes(&self) -> usize {
-        self.allocated.load(Ordering::Relaxed)
+        self.workspaces.allocated_arena_bytes()
     }
 }

@@ -5,38 +5,17 @@ use super::gpu::Said;
 use super::hazards::{self, Span, Touched};
 use super::library::Wanted;
 use super::product::{Addend, Parameters, Product};
+use crate::places::{Bases, Place, operand, parts};
 use crate::{Error, PlanFault, Result};
 use candle_metal_kernels::metal::{Buffer, ComputePipeline, ConstantValues, Value};
 use candle_metal_kernels::source::Source as CandleSource;
 use metal_candle_compiler::render::{self, Binding, Dialect, Part, Source};
-use metal_candle_compiler::{Operand, Plan, Slot, Step, Work};
+use metal_candle_compiler::{Plan, Slot, Step};
 use objc2::runtime::ProtocolObject;
 use objc2_metal::{MTLBarrierScope, MTLComputeCommandEncoder, MTLSize};
 use smallvec::SmallVec;
 use std::ops::Range;
 use std::ptr::NonNull;
-
-/// Where a buffer starts: so many bytes into one of the run's allocations.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Place {
-    pub(super) base: usize,
-    offset_bytes: usize,
-}
-
-/// The run's allocations, by number.
-pub(super) struct Bases;
-
-impl Bases {
-    pub(super) const ARENA: usize = 0;
-    /// Scratch memory of calls.
-    pub(super) const SCRATCH: usize = 1;
-    pub(super) const STATUS: usize = 2;
-    pub(super) const INPUTS: usize = 3;
-
-    pub(super) fn outputs(plan: &Plan) -> usize {
-        Bases::INPUTS + plan.inputs.len()
-    }
-}
 
 /// One launch or product.
 pub(super) struct Command {
@@ -81,14 +60,10 @@ impl Commands {
     /// [`Error::Render`] for a step that the device cannot run, as one of f64; [`Error::Compile`]; what Metal says.
     pub(super) fn new(gpu: &Gpu, plan: &Plan) -> Result<Commands> {
         let (mut drafts, mut scratch_bytes) = (Vec::new(), 0);
-        for (index, step) in plan.steps.iter().enumerate() {
-            let (parts, bytes) = parts(gpu, step).map_err(|source| Error::Render {
-                step: index,
-                label: step.label.clone(),
-                source,
-            })?;
-            scratch_bytes = scratch_bytes.max(bytes);
-            for part in parts {
+        for index in 0..plan.steps.len() {
+            let call = parts(plan, index, Dialect::METAL, &gpu.limits)?;
+            scratch_bytes = scratch_bytes.max(call.workspace_bytes);
+            for part in call.parts {
                 drafts.extend(draft(gpu, plan, index, part)?);
             }
         }
@@ -123,21 +98,6 @@ impl Commands {
     }
 }
 
-/// What the device does for a step, and the scratch memory that it takes.
-fn parts(gpu: &Gpu, step: &Step) -> std::result::Result<(Vec<Part>, usize), render::RenderError> {
-    let (dialect, limits) = (Dialect::METAL, &gpu.limits);
-    match &step.work {
-        // One name for all: kernels of one text are one kernel, whichever plan they are in.
-        Work::Kernel(kernel) => {
-            Ok((vec![Part::Kernel(render::render(kernel, dialect, limits, "fused")?)], 0))
-        }
-        Work::Call(call) => {
-            let call = render::call(call, &step.args, &step.outs, dialect, limits)?;
-            Ok((call.parts, call.workspace_bytes))
-        }
-    }
-}
-
 /// A part as a command to be; none where there is nothing to do.
 fn draft(gpu: &Gpu, plan: &Plan, index: usize, part: Part) -> Result<Option<Draft>> {
     let step = &plan.steps[index];
@@ -164,7 +124,7 @@ fn draft(gpu: &Gpu, plan: &Plan, index: usize, part: Part) -> Result<Option<Draf
     let mut touched = Touched::default();
     let mut places = SmallVec::new();
     for binding in bindings {
-        let (place, span) = place(plan, step, binding);
+        let place = Place::new(plan, step, binding);
         if !place.offset_bytes.is_multiple_of(align_bytes) {
             let (slot, dtype) = operand(step, binding).map_or_else(
                 || panic!("metal-candle bug: {binding:?} at {}", place.offset_bytes),
@@ -175,42 +135,19 @@ fn draft(gpu: &Gpu, plan: &Plan, index: usize, part: Part) -> Result<Option<Draf
         }
         let reads = matches!(binding, Binding::Arg(_) | Binding::ArgAt { .. });
         let touches = if reads { &mut touched.reads } else { &mut touched.writes };
-        touches.extend(span);
+        touches.extend(span(place, step, binding));
         places.push(place);
     }
     Ok(Some(Draft { step: index, places, touched, work }))
 }
 
-fn operand(step: &Step, binding: Binding) -> Option<&Operand> {
-    match binding {
-        Binding::Arg(i) | Binding::ArgAt { arg: i, .. } => Some(&step.args[i as usize]),
-        Binding::Out(i) | Binding::OutAt { out: i, .. } => Some(&step.outs[i as usize]),
-        Binding::Workspace { .. } | Binding::Status => None,
-    }
-}
-
-/// Where an operand is, and the bytes that it may touch; none of the status, to which all add alike.
-fn place(plan: &Plan, step: &Step, binding: Binding) -> (Place, Option<Span>) {
-    let further = match binding {
-        Binding::ArgAt { offset_bytes, .. }
-        | Binding::OutAt { offset_bytes, .. }
-        | Binding::Workspace { offset_bytes } => offset_bytes,
-        Binding::Arg(_) | Binding::Out(_) | Binding::Status => 0,
+/// The bytes that an operand may touch; none of the status, to which all add alike.
+fn span(place: Place, step: &Step, binding: Binding) -> Option<Span> {
+    let bytes = match operand(step, binding).map(|operand| operand.slot) {
+        Some(Slot::Arena { offset_bytes, len_bytes }) => offset_bytes..offset_bytes + len_bytes,
+        Some(Slot::Input(_) | Slot::Output(_)) | None => 0..usize::MAX,
     };
-    let whole = |base, start, bytes| {
-        (Place { base, offset_bytes: start + further }, Some(Span { base, bytes }))
-    };
-    match operand(step, binding).map(|operand| operand.slot) {
-        Some(Slot::Arena { offset_bytes, len_bytes }) => {
-            whole(Bases::ARENA, offset_bytes, offset_bytes..offset_bytes + len_bytes)
-        }
-        Some(Slot::Input(i)) => whole(Bases::INPUTS + i as usize, 0, 0..usize::MAX),
-        Some(Slot::Output(i)) => whole(Bases::outputs(plan) + i as usize, 0, 0..usize::MAX),
-        None if binding == Binding::Status => {
-            (Place { base: Bases::STATUS, offset_bytes: 0 }, None)
-        }
-        None => whole(Bases::SCRATCH, 0, 0..usize::MAX),
-    }
+    (binding != Binding::Status).then_some(Span { base: place.base, bytes })
 }
 
 fn compile(gpu: &Gpu, plan: &Plan, drafts: Vec<Draft>, barriers: &[bool]) -> Result<Vec<Command>> {

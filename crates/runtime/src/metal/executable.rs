@@ -4,11 +4,13 @@
 //! Metal calls the completion handler, which reads the status and hands the results over: only then is the run over.
 
 use super::Gpu;
-use super::command::{Bases, Commands};
+use super::command::Commands;
 use super::gpu::metal;
 use super::memory::Unified;
 use crate::buffer::{Buffer, DeviceMemory, Memory};
 use crate::executable::{Backend, Clock, Done, Timing, wait};
+use crate::places::Bases;
+use crate::workspaces::Workspaces;
 use crate::{Error, Result};
 use block2::RcBlock;
 use candle_core::backend::BackendStorage;
@@ -24,8 +26,7 @@ use std::any::Any;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// Workspaces that are kept while nothing runs.
 const IDLE_WORKSPACES: usize = 2;
@@ -40,8 +41,7 @@ struct Prepared {
     commands: Commands,
     outputs: Vec<PlanOutput>,
     arena_bytes: usize,
-    idle: Mutex<Vec<Workspace>>,
-    allocated: AtomicUsize,
+    workspaces: Workspaces<Workspace>,
 }
 
 /// The memory of one run.
@@ -68,16 +68,11 @@ impl MetalExecutable {
     /// # Errors
     /// [`Error::Render`], [`Error::Compile`], [`Error::OutOfMemory`]; what Metal says.
     pub(crate) fn new(gpu: Arc<Gpu>, plan: &Plan) -> Result<MetalExecutable> {
-        let prepared = Prepared {
-            commands: Commands::new(&gpu, plan)?,
-            outputs: plan.outputs.clone(),
-            arena_bytes: plan.arena_bytes,
-            idle: Mutex::default(),
-            allocated: AtomicUsize::new(0),
-            gpu,
-        };
-        let workspace = prepared.new_workspace()?;
-        prepared.idle().push(workspace);
+        let (commands, arena_bytes) = (Commands::new(&gpu, plan)?, plan.arena_bytes);
+        let make = || Workspace::new(&gpu, arena_bytes, commands.scratch_bytes);
+        let workspaces = Workspaces::new(IDLE_WORKSPACES, arena_bytes, make)?;
+        let outputs = plan.outputs.clone();
+        let prepared = Prepared { gpu, commands, outputs, arena_bytes, workspaces };
         Ok(MetalExecutable { prepared: Arc::new(prepared) })
     }
 
@@ -86,8 +81,9 @@ impl MetalExecutable {
         let prepared = &self.prepared;
         let outputs = prepared.outputs.iter().map(|output| prepared.fresh(output));
         let outputs = outputs.collect::<Result<Vec<_>>>()?;
-        let idle = prepared.idle().pop();
-        let workspace = idle.map_or_else(|| prepared.new_workspace(), Ok)?;
+        let scratch_bytes = prepared.commands.scratch_bytes;
+        let make = || Workspace::new(&prepared.gpu, prepared.arena_bytes, scratch_bytes);
+        let workspace = prepared.workspaces.take(make)?;
         Ok(Run { prepared: Arc::clone(prepared), workspace, inputs, outputs })
     }
 
@@ -169,39 +165,26 @@ impl Backend for MetalExecutable {
     }
 
     fn allocated_arena_bytes(&self) -> usize {
-        self.prepared.allocated.load(Ordering::Relaxed)
+        self.prepared.workspaces.allocated_arena_bytes()
+    }
+}
+
+impl Workspace {
+    fn new(gpu: &Arc<Gpu>, arena_bytes: usize, scratch_bytes: usize) -> Result<Workspace> {
+        Ok(Workspace {
+            arena: gpu.allocate(arena_bytes, "the arena")?,
+            scratch: gpu.allocate(scratch_bytes, "the calls' scratch memory")?,
+            status: gpu.allocate(size_of::<Status>(), "the status")?,
+        })
     }
 }
 
 impl Prepared {
-    fn idle(&self) -> MutexGuard<'_, Vec<Workspace>> {
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn new_workspace(&self) -> Result<Workspace> {
-        let workspace = Workspace {
-            arena: self.gpu.allocate(self.arena_bytes, "the arena")?,
-            scratch: self.gpu.allocate(self.commands.scratch_bytes, "the calls' scratch memory")?,
-            status: self.gpu.allocate(size_of::<Status>(), "the status")?,
-        };
-        self.allocated.fetch_add(self.arena_bytes, Ordering::Relaxed);
-        Ok(workspace)
-    }
-
     /// Memory for a result that the commands write, all zeros; none for the others.
     fn fresh(&self, output: &PlanOutput) -> Result<Option<Arc<RawBuffer>>> {
         let is_written = output.source == OutputSource::Written;
         let what = || format!("a result {}", output.ty);
         is_written.then(|| self.gpu.allocate(output.ty.size_bytes(), &what())).transpose()
-    }
-
-    fn give_back(&self, workspace: Workspace) {
-        let mut idle = self.idle();
-        if idle.len() < IDLE_WORKSPACES {
-            idle.push(workspace);
-        } else {
-            self.allocated.fetch_sub(self.arena_bytes, Ordering::Relaxed);
-        }
     }
 }
 
@@ -280,7 +263,7 @@ impl Run {
         let status = unsafe { std::slice::from_raw_parts(status, size_of::<Status>()) };
         let checked =
             outcome.and_then(|()| Status::from_bytes(status).check().map_err(Error::Graph));
-        prepared.give_back(workspace);
+        prepared.workspaces.give_back(workspace);
         checked.map(|()| results(&prepared, inputs, outputs))
     }
 }

@@ -16,6 +16,7 @@ use crate::Operand;
 use crate::render::Binding;
 use metal_candle_graph::DType;
 use metal_candle_graph::composite::CrossEntropyAttrs;
+use std::ops::Range;
 
 /// Threads that work on a row of logits.
 const ROW_BLOCK: usize = 2 * BLOCK;
@@ -181,6 +182,12 @@ impl<'a> Linear<'a> {
         (logits, if apart { self.workspace.take(bytes) } else { logits })
     }
 
+    /// The weights of these classes as a factor: where they are, or unpacked to `unpacked`.
+    fn weights(&mut self, classes: Range<usize>, unpacked: usize) -> Place {
+        let (gpu, call, factor) = (self.gpu, self.call, self.factor);
+        self.weight.part(gpu, call, (0, classes), factor, unpacked, &mut self.parts)
+    }
+
     fn done(self) -> Call {
         Call { parts: self.parts, workspace_bytes: self.workspace.bytes() }
     }
@@ -234,14 +241,7 @@ pub(super) fn loss(
         let mut last = None;
         for start in (0..it.classes).step_by(panel) {
             let classes = start..(start + panel).min(it.classes);
-            let w = it.weight.part(
-                gpu,
-                it.call,
-                (0, classes.clone()),
-                it.factor,
-                unpacked,
-                &mut it.parts,
-            );
+            let w = it.weights(classes.clone(), unpacked);
             it.parts.push(product(&x, &w.transposed(), &logits.narrow(1, classes.clone()), false));
             last = Some((classes, w));
         }
@@ -253,14 +253,7 @@ pub(super) fn loss(
             let classes = start..(start + panel).min(it.classes);
             let w = match &last {
                 Some((of, w)) if *of == classes && panel >= it.classes => w.clone(),
-                _ => it.weight.part(
-                    gpu,
-                    it.call,
-                    (0, classes.clone()),
-                    it.factor,
-                    unpacked,
-                    &mut it.parts,
-                ),
+                _ => it.weights(classes.clone(), unpacked),
             };
             it.parts.push(product(&dlogits.narrow(1, classes), &w, &grad, start > 0));
         }
@@ -307,14 +300,7 @@ pub(super) fn grad_weight(
             let classes = start..(start + at_once).min(it.classes);
             let panel = dense(logits, it.acc, [it.n, classes.len()]);
             if !gradient || at_once < it.classes {
-                let w = it.weight.part(
-                    gpu,
-                    it.call,
-                    (0, classes.clone()),
-                    it.factor,
-                    unpacked,
-                    &mut it.parts,
-                );
+                let w = it.weights(classes.clone(), unpacked);
                 it.parts.push(product(&x, &w.transposed(), &panel, false));
             }
             if !gradient {

@@ -91,23 +91,29 @@ impl Result {
 
     /// Dot products of rows of `thick`, whose elements lie side by side, and of `thin`.
     fn inner(&self, thick: Mat<'_, f32>, thin: Mat<'_, f32>, parallel: bool) {
-        let [m, n, k] = self.product.extents;
-        scratch::with(n * k, |packed: &mut [f32]| {
-            let thin = &*thin.packed_rows(packed);
-            parallel::for_each(parallel, m.div_ceil(TASK), |task| {
-                let start = task * TASK;
-                let rows = TASK.min(m - start);
-                let mut sums = [0.0; THIN * TASK];
-                let sums = &mut sums[..n * rows];
-                // SAFETY: this processor has what the loops were compiled for.
-                unsafe { (loops().dots)(thin, thick.row_range(start, rows), sums, rows) };
-                self.store(sums, start, rows);
-            });
+        self.by_rows(thick, thin, parallel, |thin, thick, sums, rows| {
+            // SAFETY: this processor has what the loops were compiled for.
+            unsafe { (loops().dots)(thin, thick, sums, rows) };
         });
     }
 
     /// The same where the elements of a column of `thick` lie side by side: its rows are added up, weighted.
     fn inner_across(&self, thick: Mat<'_, f32>, thin: Mat<'_, f32>, parallel: bool) {
+        let k = self.product.extents[2];
+        self.by_rows(thick, thin, parallel, |thin, thick, sums, _| {
+            // SAFETY: as above.
+            unsafe { (loops().weigh)(thin, k, thick.transposed(), sums) };
+        });
+    }
+
+    /// Some rows of `thick` for each task: `sum` makes `[n, rows]` of the packed `thin` and of them.
+    fn by_rows(
+        &self,
+        thick: Mat<'_, f32>,
+        thin: Mat<'_, f32>,
+        parallel: bool,
+        sum: impl Fn(&[f32], Mat<'_, f32>, &mut [f32], usize) + Sync,
+    ) {
         let [m, n, k] = self.product.extents;
         scratch::with(n * k, |packed: &mut [f32]| {
             let thin = &*thin.packed_rows(packed);
@@ -116,10 +122,7 @@ impl Result {
                 let rows = TASK.min(m - start);
                 let mut sums = [0.0; THIN * TASK];
                 let sums = &mut sums[..n * rows];
-                // SAFETY: as above.
-                unsafe {
-                    (loops().weigh)(thin, k, thick.row_range(start, rows).transposed(), sums)
-                };
+                sum(thin, thick.row_range(start, rows), sums, rows);
                 self.store(sums, start, rows);
             });
         });

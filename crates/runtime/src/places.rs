@@ -1,0 +1,70 @@
+//! Where the commands of a GPU find what they work on, and what a step becomes for them.
+
+use crate::{Error, Result};
+use metal_candle_compiler::render::{self, Binding, Call, Dialect, Limits, Part};
+use metal_candle_compiler::{Operand, Plan, Slot, Step, Work};
+
+/// Where a buffer starts: so many bytes into one of the run's allocations.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Place {
+    pub(crate) base: usize,
+    pub(crate) offset_bytes: usize,
+}
+
+/// The run's allocations, by number.
+pub(crate) struct Bases;
+
+impl Bases {
+    pub(crate) const ARENA: usize = 0;
+    /// Scratch memory of calls.
+    pub(crate) const SCRATCH: usize = 1;
+    pub(crate) const STATUS: usize = 2;
+    pub(crate) const INPUTS: usize = 3;
+
+    pub(crate) fn outputs(plan: &Plan) -> usize {
+        Bases::INPUTS + plan.inputs.len()
+    }
+}
+
+impl Place {
+    pub(crate) fn new(plan: &Plan, step: &Step, binding: Binding) -> Place {
+        let further = match binding {
+            Binding::ArgAt { offset_bytes, .. }
+            | Binding::OutAt { offset_bytes, .. }
+            | Binding::Workspace { offset_bytes } => offset_bytes,
+            Binding::Arg(_) | Binding::Out(_) | Binding::Status => 0,
+        };
+        let (base, start) = match operand(step, binding).map(|operand| operand.slot) {
+            Some(Slot::Arena { offset_bytes, .. }) => (Bases::ARENA, offset_bytes),
+            Some(Slot::Input(i)) => (Bases::INPUTS + i as usize, 0),
+            Some(Slot::Output(i)) => (Bases::outputs(plan) + i as usize, 0),
+            None if binding == Binding::Status => (Bases::STATUS, 0),
+            None => (Bases::SCRATCH, 0),
+        };
+        Place { base, offset_bytes: start + further }
+    }
+}
+
+/// What of the step a binding names, if it is of the step.
+pub(crate) fn operand(step: &Step, binding: Binding) -> Option<&Operand> {
+    match binding {
+        Binding::Arg(i) | Binding::ArgAt { arg: i, .. } => Some(&step.args[i as usize]),
+        Binding::Out(i) | Binding::OutAt { out: i, .. } => Some(&step.outs[i as usize]),
+        Binding::Workspace { .. } | Binding::Status => None,
+    }
+}
+
+/// What a device does for a step of this number.
+///
+/// # Errors
+/// [`Error::Render`]
+pub(crate) fn parts(plan: &Plan, step: usize, dialect: &Dialect, limits: &Limits) -> Result<Call> {
+    let Step { work, args, outs, label, .. } = &plan.steps[step];
+    let rendered = match work {
+        // One name for all: kernels of one text are one kernel, whichever plan they are in.
+        Work::Kernel(kernel) => render::render(kernel, dialect, limits, "fused")
+            .map(|source| Call { parts: vec![Part::Kernel(source)], workspace_bytes: 0 }),
+        Work::Call(call) => render::call(call, args, outs, dialect, limits),
+    };
+    rendered.map_err(|source| Error::Render { step, label: label.clone(), source })
+}
