@@ -19,7 +19,7 @@ mod walk;
 use cases::Case;
 use machine::{Machine, Unit};
 use metal_candle_compiler::kernel::Kernel;
-use metal_candle_compiler::render::{Dialect, Limits, RenderError, Source, render};
+use metal_candle_compiler::render::{Dialect, Limits, RenderError, Source, beside, render};
 use metal_candle_graph::{DType, oracle};
 use plans::{Rendered, Renderer, Task};
 use program::Program;
@@ -130,6 +130,37 @@ const KERNELS: Draw = Draw { calls: false, ..SMALL };
 fn kernels_of_random_graphs_equal_the_walk() {
     let all = all_random_cases();
     DIALECTS.into_iter().for_each(|dialect| check("random", dialect, &all));
+}
+
+/// Up to four neighbours of one block size, and the first of them once more, on memory of its own.
+#[test]
+fn kernels_side_by_side_do_what_they_do_alone() {
+    let (all, dialect) = (real_cases(), Dialect::CUDA);
+    let sources = sources(&all, dialect, &CUDA);
+    let work: Vec<(&Case, &Source)> = all.iter().zip(sources.iter().flatten()).collect();
+    let mut groups: Vec<(Source, Vec<(&Case, &Source)>)> = Vec::new();
+    for work in work.chunk_by(|a, b| a.1.launch.block == b.1.launch.block).flat_map(|c| c.chunks(4))
+    {
+        let members = [work, &work[..1]].concat();
+        let sources: Vec<&Source> = members.iter().map(|(_, source)| *source).collect();
+        groups.push((beside(&sources, dialect).expect("several of CUDA's"), members));
+    }
+    let machine = Machine::build(dialect, "beside", &units(groups.iter().map(|g| &g.0), dialect));
+    let programs: Vec<Program> = groups
+        .iter()
+        .map(|(joined, members)| {
+            let alone = members.iter().map(|(case, source)| case.program(source));
+            Program::beside(alone.collect(), &joined.name, joined.launch)
+        })
+        .collect();
+    for ((joined, members), result) in groups.iter().zip(machine.run(&programs)) {
+        let mut buffers = &result.unwrap_or_else(|fault| panic!("{fault}\n{}", joined.text))[..];
+        for (case, _) in members {
+            case.check(buffers, joined);
+            buffers = &buffers[case.buffers()..];
+        }
+    }
+    assert!(groups.len() > 10, "{} groups", groups.len());
 }
 
 /// What a kernel may do wrong, as a change of its text or of its headers, and what the machine says of it.

@@ -23,6 +23,29 @@ impl Address {
     }
 }
 
+impl Program {
+    /// The launches of all, as one of `kernel`; their buffers and operands follow each other.
+    pub(crate) fn beside(all: Vec<Program>, kernel: &str, launch: Launch) -> Program {
+        let mut joined = Program::default();
+        let (mut every_region, mut every_operand) = (Vec::new(), Vec::new());
+        for Program { buffers, parts } in all {
+            let further = joined.buffers.len();
+            let moved = |at: Address| Address { buffer: at.buffer + further, ..at };
+            joined.buffers.extend(buffers);
+            for part in parts {
+                let Part::Launch { regions, operands, .. } = part else { panic!("a product") };
+                every_operand.extend(operands.into_iter().map(moved));
+                let moved = |r: Region| Region { start: moved(r.start), ..r };
+                every_region.extend(regions.into_iter().map(moved));
+            }
+        }
+        let kernel = kernel.to_owned();
+        let (regions, operands) = (every_region, every_operand);
+        joined.parts.push(Part::Launch { kernel, launch, regions, operands });
+        joined
+    }
+}
+
 #[derive(Clone)]
 pub(crate) enum Part {
     Launch {

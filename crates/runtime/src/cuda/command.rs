@@ -1,10 +1,12 @@
-//! What a step asks of the device: launches of kernels, and products.
+//! What the steps ask of the device: launches of kernels, and products. Small kernels that need not wait for each other are
+//! launched as one.
 
 use super::Gpu;
 use super::compile::Function;
 use super::gpu::Said;
 use super::product::Product;
 use crate::Result;
+use crate::hazards::{Room, Touched, side_by_side};
 use crate::places::{Place, parts};
 use cudarc::driver::DriverError;
 use cudarc::driver::sys::{self, CUdeviceptr, CUstream};
@@ -15,7 +17,8 @@ use std::ffi::c_void;
 
 /// One launch or product.
 pub(super) struct Command {
-    pub(super) step: usize,
+    /// The steps that it is of, in order; mostly one.
+    pub(super) steps: SmallVec<[usize; 1]>,
     pub(super) places: SmallVec<[Place; 4]>,
     action: Action,
 }
@@ -32,7 +35,13 @@ pub(super) struct Commands {
 }
 
 /// A command whose kernel is not compiled yet.
-enum Draft {
+struct Draft {
+    steps: SmallVec<[usize; 1]>,
+    places: SmallVec<[Place; 4]>,
+    work: Work,
+}
+
+enum Work {
     Kernel(Source),
     Product(Product),
 }
@@ -41,66 +50,107 @@ impl Commands {
     /// # Errors
     /// [`crate::Error::Render`] for a step that the device cannot run; [`crate::Error::Compile`]; what the driver says.
     pub(super) fn new(gpu: &Gpu, plan: &Plan) -> Result<Commands> {
-        let mut drafts: Vec<(usize, SmallVec<[Place; 4]>, Draft)> = Vec::new();
+        let (mut drafts, mut wishes) = (Vec::new(), Vec::new());
         let mut scratch_bytes = 0;
         for (index, step) in plan.steps.iter().enumerate() {
             let call = parts(plan, index, Dialect::CUDA, &gpu.limits)?;
             scratch_bytes = scratch_bytes.max(call.workspace_bytes);
             for part in call.parts {
-                let (bindings, draft) = draft(gpu, part)?;
-                let Some(draft) = draft else { continue };
+                let (bindings, work) = work(gpu, part)?;
+                if matches!(&work, Work::Kernel(source) if source.launch.grid == 0) {
+                    continue;
+                }
                 let places = bindings.iter().map(|b| Place::new(plan, step, *b)).collect();
-                drafts.push((index, places, draft));
+                wishes.push((Touched::new(plan, step, &bindings), room(&work)));
+                drafts.push(Draft { steps: SmallVec::from_elem(index, 1), places, work });
             }
         }
-        let list = compile(gpu, drafts)?;
+        let most_threads = FULL * gpu.limits.resident_threads;
+        let groups = side_by_side(&wishes, most_threads, gpu.limits.max_operands);
+        let list = compile(gpu, join(drafts, groups))?;
         Ok(Commands { list, scratch_bytes })
     }
 }
 
-/// A part as a command to be, and what it is bound to; none where there is nothing to do.
-fn draft(gpu: &Gpu, part: Part) -> Result<(Vec<Binding>, Option<Draft>)> {
+/// How often the kernels of one launch fill the device at most: what is larger than that takes its own time.
+const FULL: usize = 4;
+/// A kernel whose blocks share more keeps others from running beside them.
+const SHARED_BYTES: usize = 16 << 10;
+
+/// A part as a command to be, and what it is bound to.
+fn work(gpu: &Gpu, part: Part) -> Result<(Vec<Binding>, Work)> {
     Ok(match part {
-        Part::Kernel(source) => {
-            let bindings = source.bindings.clone();
-            (bindings, (source.launch.grid > 0).then_some(Draft::Kernel(source)))
-        }
+        Part::Kernel(source) => (source.bindings.clone(), Work::Kernel(source)),
         Part::Product { alpha, accumulate, a, b, out } => {
             let bindings = vec![a.binding, b.binding, out.binding];
             let places = [&a, &b, &out];
-            let draft = match gpu.library.product(places, alpha, accumulate)? {
-                Some(product) => Draft::Product(product),
+            let work = match gpu.library.product(places, alpha, accumulate)? {
+                Some(product) => Work::Product(product),
                 None => {
                     let (dialect, limits) = (Dialect::CUDA, &gpu.limits);
-                    Draft::Kernel(render::product(places, alpha, accumulate, dialect, limits))
+                    Work::Kernel(render::product(places, alpha, accumulate, dialect, limits))
                 }
             };
-            let something = !matches!(&draft, Draft::Kernel(source) if source.launch.grid == 0);
-            (bindings, something.then_some(draft))
+            (bindings, work)
         }
     })
 }
 
-fn compile(gpu: &Gpu, drafts: Vec<(usize, SmallVec<[Place; 4]>, Draft)>) -> Result<Vec<Command>> {
+/// What a kernel wants of a launch that it shares; none where it must be alone.
+fn room(work: &Work) -> Option<Room> {
+    let Work::Kernel(Source { launch, bindings, .. }) = work else { return None };
+    let room =
+        Room { block: launch.block, threads: launch.grid * launch.block, operands: bindings.len() };
+    (launch.shared_bytes <= SHARED_BYTES).then_some(room)
+}
+
+/// The drafts of each group as one.
+fn join(drafts: Vec<Draft>, groups: Vec<Vec<usize>>) -> Vec<Draft> {
+    let mut drafts: Vec<Option<Draft>> = drafts.into_iter().map(Some).collect();
+    let mut take =
+        |at: usize| drafts[at].take().expect("metal-candle bug: a command of two groups");
+    let mut joined = Vec::with_capacity(groups.len());
+    for group in groups {
+        let mut members: Vec<Draft> = group.into_iter().map(&mut take).collect();
+        let sources: Vec<&Source> = members
+            .iter()
+            .filter_map(|member| match &member.work {
+                Work::Kernel(source) => Some(source),
+                Work::Product(_) => None,
+            })
+            .collect();
+        match render::beside(&sources, Dialect::CUDA) {
+            Some(source) => joined.push(Draft {
+                steps: members.iter().flat_map(|member| member.steps.iter().copied()).collect(),
+                places: members.iter().flat_map(|member| member.places.iter().copied()).collect(),
+                work: Work::Kernel(source),
+            }),
+            None => joined.append(&mut members),
+        }
+    }
+    joined
+}
+
+fn compile(gpu: &Gpu, drafts: Vec<Draft>) -> Result<Vec<Command>> {
     let sources: Vec<&Source> = drafts
         .iter()
-        .filter_map(|(_, _, draft)| match draft {
-            Draft::Kernel(source) => Some(source),
-            Draft::Product(_) => None,
+        .filter_map(|draft| match &draft.work {
+            Work::Kernel(source) => Some(source),
+            Work::Product(_) => None,
         })
         .collect();
     let mut functions = gpu.kernels.get(gpu, &sources)?.into_iter();
-    let command = |(step, places, draft)| {
-        let action = match draft {
-            Draft::Product(product) => Action::Product(product),
-            Draft::Kernel(source) => Action::Launch {
+    let command = |Draft { steps, places, work }| {
+        let action = match work {
+            Work::Product(product) => Action::Product(product),
+            Work::Kernel(source) => Action::Launch {
                 function: functions.next().expect("metal-candle bug: a kernel is missing"),
                 grid: source.launch.grid as u32,
                 block: source.launch.block as u32,
                 shared_bytes: source.launch.shared_bytes as u32,
             },
         };
-        Command { step, places, action }
+        Command { steps, places, action }
     };
     Ok(drafts.into_iter().map(command).collect())
 }
@@ -127,7 +177,7 @@ impl Command {
                 // SAFETY: the function takes as many addresses; the caller's promise for what lies there. It waits
                 // for the kernel before it by itself, if it is launched early.
                 unsafe { launch(gpu, config, *function, &mut parameters) }
-                    .said(|| format!("launching step {}", self.step))
+                    .said(|| format!("launching step {}", self.steps[0]))
             }
             Action::Product(product) => {
                 let addresses = [0, 1, 2].map(|i| at(&self.places[i]));
