@@ -13,7 +13,7 @@ FN void times_columns(DEVICE const T* x, DEVICE const T* w, DEVICE T* out, Threa
     typedef typename K::A A;
     const I groups = K::BLOCK / 32;
     // The weight is the same whatever the kernel before this one writes.
-    for (I col = I(t.block) * groups + t.tid / 32, k = t.tid % 32 * 64; k < K::INNER && k < 4096; k += 32 * 64) {
+    for (I col = I(t.block) * groups + t.tid / 32, k = t.tid % 32 * 64; k < K::INNER && k < 1024; k += 32 * 64) {
         if (col < K::COLS) prefetch(w + (K::weight(col) + k));
     }
     after_predecessor();
