@@ -27,7 +27,7 @@ mod product;
 mod scalar;
 mod text;
 
-pub use beside::beside;
+pub use beside::{Ahead, beside};
 pub use call::{Call, Part, Place, Status, call};
 pub use dialect::Dialect;
 pub use launch::{Launch, Limits, Team, launch};

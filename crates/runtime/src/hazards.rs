@@ -21,7 +21,7 @@ pub(crate) struct Touched {
 }
 
 impl Span {
-    fn meets(&self, other: &Span) -> bool {
+    pub(crate) fn meets(&self, other: &Span) -> bool {
         self.base == other.base
             && self.bytes.start < other.bytes.end
             && other.bytes.start < self.bytes.end
@@ -30,7 +30,7 @@ impl Span {
 
 impl Touched {
     /// Whether one of them writes what the other touches.
-    fn conflicts(&self, other: &Touched) -> bool {
+    pub(crate) fn conflicts(&self, other: &Touched) -> bool {
         let meet = |a: &[Span], b: &[Span]| a.iter().any(|a| b.iter().any(|b| a.meets(b)));
         meet(&self.writes, &other.writes)
             || meet(&self.writes, &other.reads)

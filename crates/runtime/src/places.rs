@@ -6,7 +6,7 @@ use metal_candle_compiler::render::{self, Binding, Call, Dialect, Limits, Part};
 use metal_candle_compiler::{Operand, Plan, Slot, Step, Work};
 
 /// Where a buffer starts: so many bytes into one of the run's allocations.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Place {
     pub(crate) base: usize,
     pub(crate) offset_bytes: usize,

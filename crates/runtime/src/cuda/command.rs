@@ -1,12 +1,12 @@
-//! What the steps ask of the device: launches of kernels, and products. Small kernels that need not wait for each other are
-//! launched as one.
+//! What the steps ask of the device: launches of kernels, and products.
 
 use super::Gpu;
 use super::compile::Function;
 use super::gpu::Said;
+use super::join::join;
 use super::product::Product;
 use crate::Result;
-use crate::hazards::{Room, Touched, side_by_side};
+use crate::hazards::Touched;
 use crate::places::{Place, parts};
 use cudarc::driver::DriverError;
 use cudarc::driver::sys::{self, CUdeviceptr, CUstream};
@@ -35,23 +35,34 @@ pub(super) struct Commands {
 }
 
 /// A command whose kernel is not compiled yet.
-struct Draft {
-    steps: SmallVec<[usize; 1]>,
-    places: SmallVec<[Place; 4]>,
-    work: Work,
+pub(super) struct Draft {
+    pub(super) steps: SmallVec<[usize; 1]>,
+    pub(super) bindings: Vec<Binding>,
+    /// Of each binding.
+    pub(super) places: SmallVec<[Place; 4]>,
+    pub(super) touched: Touched,
+    pub(super) work: Work,
 }
 
-enum Work {
+pub(super) enum Work {
     Kernel(Source),
     Product(Product),
+}
+
+impl Work {
+    pub(super) fn kernel(&self) -> Option<&Source> {
+        match self {
+            Work::Kernel(source) => Some(source),
+            Work::Product(_) => None,
+        }
+    }
 }
 
 impl Commands {
     /// # Errors
     /// [`crate::Error::Render`] for a step that the device cannot run; [`crate::Error::Compile`]; what the driver says.
     pub(super) fn new(gpu: &Gpu, plan: &Plan) -> Result<Commands> {
-        let (mut drafts, mut wishes) = (Vec::new(), Vec::new());
-        let mut scratch_bytes = 0;
+        let (mut drafts, mut scratch_bytes) = (Vec::new(), 0);
         for (index, step) in plan.steps.iter().enumerate() {
             let call = parts(plan, index, Dialect::CUDA, &gpu.limits)?;
             scratch_bytes = scratch_bytes.max(call.workspace_bytes);
@@ -61,21 +72,15 @@ impl Commands {
                     continue;
                 }
                 let places = bindings.iter().map(|b| Place::new(plan, step, *b)).collect();
-                wishes.push((Touched::new(plan, step, &bindings), room(&work)));
-                drafts.push(Draft { steps: SmallVec::from_elem(index, 1), places, work });
+                let (steps, touched) =
+                    (SmallVec::from_elem(index, 1), Touched::new(plan, step, &bindings));
+                drafts.push(Draft { steps, bindings, places, touched, work });
             }
         }
-        let most_threads = FULL * gpu.limits.resident_threads;
-        let groups = side_by_side(&wishes, most_threads, gpu.limits.max_operands);
-        let list = compile(gpu, join(drafts, groups))?;
+        let list = compile(gpu, join(drafts, plan, &gpu.limits))?;
         Ok(Commands { list, scratch_bytes })
     }
 }
-
-/// How often the kernels of one launch fill the device at most: what is larger than that takes its own time.
-const FULL: usize = 4;
-/// A kernel whose blocks share more keeps others from running beside them.
-const SHARED_BYTES: usize = 16 << 10;
 
 /// A part as a command to be, and what it is bound to.
 fn work(gpu: &Gpu, part: Part) -> Result<(Vec<Binding>, Work)> {
@@ -96,51 +101,10 @@ fn work(gpu: &Gpu, part: Part) -> Result<(Vec<Binding>, Work)> {
     })
 }
 
-/// What a kernel wants of a launch that it shares; none where it must be alone.
-fn room(work: &Work) -> Option<Room> {
-    let Work::Kernel(Source { launch, bindings, .. }) = work else { return None };
-    let room =
-        Room { block: launch.block, threads: launch.grid * launch.block, operands: bindings.len() };
-    (launch.shared_bytes <= SHARED_BYTES).then_some(room)
-}
-
-/// The drafts of each group as one.
-fn join(drafts: Vec<Draft>, groups: Vec<Vec<usize>>) -> Vec<Draft> {
-    let mut drafts: Vec<Option<Draft>> = drafts.into_iter().map(Some).collect();
-    let mut take =
-        |at: usize| drafts[at].take().expect("metal-candle bug: a command of two groups");
-    let mut joined = Vec::with_capacity(groups.len());
-    for group in groups {
-        let mut members: Vec<Draft> = group.into_iter().map(&mut take).collect();
-        let sources: Vec<&Source> = members
-            .iter()
-            .filter_map(|member| match &member.work {
-                Work::Kernel(source) => Some(source),
-                Work::Product(_) => None,
-            })
-            .collect();
-        match render::beside(&sources, Dialect::CUDA) {
-            Some(source) => joined.push(Draft {
-                steps: members.iter().flat_map(|member| member.steps.iter().copied()).collect(),
-                places: members.iter().flat_map(|member| member.places.iter().copied()).collect(),
-                work: Work::Kernel(source),
-            }),
-            None => joined.append(&mut members),
-        }
-    }
-    joined
-}
-
 fn compile(gpu: &Gpu, drafts: Vec<Draft>) -> Result<Vec<Command>> {
-    let sources: Vec<&Source> = drafts
-        .iter()
-        .filter_map(|draft| match &draft.work {
-            Work::Kernel(source) => Some(source),
-            Work::Product(_) => None,
-        })
-        .collect();
+    let sources: Vec<&Source> = drafts.iter().filter_map(|draft| draft.work.kernel()).collect();
     let mut functions = gpu.kernels.get(gpu, &sources)?.into_iter();
-    let command = |Draft { steps, places, work }| {
+    let command = |Draft { steps, places, work, .. }| {
         let action = match work {
             Work::Product(product) => Action::Product(product),
             Work::Kernel(source) => Action::Launch {
