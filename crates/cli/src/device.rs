@@ -9,6 +9,9 @@ pub(crate) struct DeviceArgs {
     /// this build have
     #[arg(long, default_value = "auto", value_name = "DEVICE", value_parser = parse)]
     device: Choice,
+    /// Let products of f32 numbers round them to TF32, on NVIDIA GPUs that have it
+    #[arg(long)]
+    tf32: bool,
 }
 
 /// `None` is the best one.
@@ -38,6 +41,7 @@ impl DeviceArgs {
     pub(crate) fn present(&self) -> Result<Device> {
         let device = self.named();
         device.check()?;
+        metal_candle::allow_tf32(self.tf32);
         Ok(device)
     }
 }

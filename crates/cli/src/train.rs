@@ -10,8 +10,8 @@ use crate::model::ModelArgs;
 use crate::ui::{is_quiet, note, progress};
 use crate::units::Bytes;
 use anyhow::Result;
-use events::Memory;
 use indicatif::ProgressBar;
+use metal_candle::Device;
 use metal_candle::io::data::{
     Batcher, Dataset, Example, Examples, Rows, TokenizeOptions, tokenize,
 };
@@ -297,8 +297,9 @@ fn show(bar: &ProgressBar, args: &Args, report: Report) {
     let line = match report {
         Report::Train { step, loss, rate, gradient_norm, tokens_per_second, .. } => {
             bar.set_position(step as u64);
-            let memory = Memory::now()
-                .map_or_else(String::new, |memory| format!(", {}", Bytes(memory.resident)));
+            let memory = Device::Cpu.memory().map_or_else(String::new, |memory| {
+                format!(", {}", Bytes(memory.used_bytes as u64))
+            });
             bar.set_message(format!(
                 "loss {loss:.3}, {tokens_per_second:.0} tok/s, rate {rate:.1e}{memory},"
             ));

@@ -32,6 +32,7 @@ struct Context {
 struct Row {
     name: String,
     /// What a peer has to do for the same.
+    /// What it is, for peers to do the same; null where there is nothing to compare.
     work: Value,
     measure: Measure,
 }
@@ -71,7 +72,9 @@ fn main() -> Result<(), Failure> {
     let wanted = |row: &Row| filters.is_empty() || filters.iter().any(|f| row.name.contains(f));
     let rows: Vec<Row> = ops::rows().into_iter().chain(model::rows()).filter(wanted).collect();
     if list {
-        rows.iter().for_each(|row| println!("{}", json!({"row": row.name, "work": row.work})));
+        for row in rows.iter().filter(|row| !row.work.is_null()) {
+            println!("{}", json!({"row": row.name, "work": row.work}));
+        }
         return Ok(());
     }
     let ceilings = Ceilings::measure(&context)?;

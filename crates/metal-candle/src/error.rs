@@ -66,6 +66,19 @@ pub enum ErrorKind {
          in {culprit}): look at the rows, or take a lower learning rate"
     )]
     NoUpdate { skipped: usize, culprit: String },
+    #[error(
+        "a step of {} x {} tokens wants {} beside what is loaded, and {device} has {} free: {}", of[0], of[1],
+        size(*wanted_bytes), size(*free_bytes), smaller(*fits)
+    )]
+    StepMemory {
+        device: Device,
+        /// Rows and tokens of each.
+        of: [usize; 2],
+        wanted_bytes: usize,
+        free_bytes: usize,
+        /// A smaller step for which the memory suffices.
+        fits: Option<[usize; 2]>,
+    },
     #[error("expected {expected} parameters, got {got}")]
     Parameters { expected: usize, got: usize },
     #[error(
@@ -185,5 +198,19 @@ impl fmt::Debug for Error {
 impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         std::error::Error::source(&*self.kind)
+    }
+}
+
+fn size(bytes: usize) -> String {
+    match bytes {
+        1_073_741_824.. => format!("{:.1} GiB", bytes as f64 / f64::from(1 << 30)),
+        _ => format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20)),
+    }
+}
+
+fn smaller(fits: Option<[usize; 2]>) -> String {
+    match fits {
+        Some([batch, seq]) => format!("{batch} x {seq} would fit (batch size, length of the rows)"),
+        None => "not even one short row fits; take a smaller model, or one in blocks".into(),
     }
 }

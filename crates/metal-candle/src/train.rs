@@ -1,6 +1,7 @@
 //! Training: one step is one plan (forward, loss, backward, clipping, optimizer).
 
 pub mod checkpoint;
+mod fit;
 mod optimizer;
 mod report;
 mod schedule;

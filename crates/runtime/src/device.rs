@@ -4,6 +4,7 @@ use crate::{Error, Result};
 use metal_candle_compiler::Target;
 use std::fmt;
 use std::str::FromStr;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// A device that runs plans. In text it is `cpu`, `cuda:0`, `metal:0`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -15,6 +16,18 @@ pub enum Device {
     Cuda(u32),
     /// The GPU of this number of an Apple computer.
     Metal(u32),
+}
+
+/// A device's memory, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Memory {
+    /// What can still be allocated.
+    pub free_bytes: usize,
+    /// What this process uses now: on a GPU its tensors and plans, and not the driver's and the libraries' own; on the CPU
+    /// all that is resident.
+    pub used_bytes: usize,
+    /// The most that it ever used.
+    pub peak_bytes: usize,
 }
 
 impl Device {
@@ -81,6 +94,16 @@ impl Device {
         }
     }
 
+    /// How much of its memory is used; `None` where the system does not say.
+    pub fn memory(&self) -> Option<Memory> {
+        match self {
+            Device::Cpu => crate::pages::memory(),
+            #[cfg(feature = "cuda")]
+            Device::Cuda(number) => crate::cuda::Gpu::get(*number).ok()?.memory(),
+            _ => None,
+        }
+    }
+
     /// The part of a build that it takes.
     pub(crate) const fn feature(&self) -> &'static str {
         match self {
@@ -118,6 +141,20 @@ impl Device {
     pub(crate) fn missing(&self) -> Error {
         self.check().err().unwrap_or_else(|| Error::Device { got: self.to_string() })
     }
+}
+
+static TF32: AtomicBool = AtomicBool::new(false);
+
+/// Whether products of f32 factors may take them as TF32, with 10 bits of fraction instead of 23, on GPUs that multiply
+/// those faster (NVIDIA's, from compute capability 8.0 on). They may not unless this is called; it is for what is planned
+/// from then on.
+pub fn allow_tf32(allow: bool) {
+    TF32.store(allow, Ordering::Relaxed);
+}
+
+#[cfg(feature = "cuda")]
+pub(crate) fn tf32_is_allowed() -> bool {
+    TF32.load(Ordering::Relaxed)
 }
 
 /// The NVIDIA GPUs of this machine, by number; `None` where this build has no kernels for them.

@@ -38,7 +38,7 @@ mod workspaces;
 pub use buffer::Buffer;
 pub use cache::PlanCache;
 pub use candle::{dtype_from_candle, dtype_to_candle};
-pub use device::Device;
+pub use device::{Device, Memory, allow_tf32};
 pub use element::Element;
 pub use error::{Error, PlanFault, Result};
 pub use executable::{Executable, Timing};

@@ -1,6 +1,7 @@
 //! What happened in a run, as JSON objects: for the log, and for the page that is drawn from them.
 
 use anyhow::{Context, Result};
+use metal_candle::Device;
 use metal_candle::io::file;
 use metal_candle::train::Report;
 use serde_json::{Value, json};
@@ -52,9 +53,9 @@ impl Clock {
             Report::Stale { step } => json!({ "event": "stale", "step": step }),
         };
         event["seconds"] = ((self.0.elapsed().as_secs_f64() * 1e3).round() / 1e3).into();
-        if let Some(memory) = Memory::now() {
-            event["resident_bytes"] = memory.resident.into();
-            event["peak_resident_bytes"] = memory.peak.into();
+        if let Some(memory) = Device::Cpu.memory() {
+            event["resident_bytes"] = memory.used_bytes.into();
+            event["peak_resident_bytes"] = memory.peak_bytes.into();
         }
         event
     }
@@ -117,27 +118,6 @@ fn read(path: &Path) -> Result<Vec<Value>> {
     let bytes = file::read(path)?;
     let lines = bytes.split(|byte| *byte == b'\n');
     Ok(lines.filter_map(|line| serde_json::from_slice(line).ok()).collect())
-}
-
-/// The memory of this process, as the system counts it.
-#[derive(Clone, Copy)]
-pub(crate) struct Memory {
-    /// Bytes in memory now.
-    pub(crate) resident: u64,
-    /// The most that there were.
-    pub(crate) peak: u64,
-}
-
-impl Memory {
-    /// Known on Linux only.
-    pub(crate) fn now() -> Option<Memory> {
-        let status = std::fs::read_to_string("/proc/self/status").ok()?;
-        let kib = |name: &str| {
-            let line = status.lines().find_map(|line| line.strip_prefix(name))?;
-            line.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok()
-        };
-        Some(Memory { resident: kib("VmRSS:")? * 1024, peak: kib("VmHWM:")? * 1024 })
-    }
 }
 
 #[cfg(test)]

@@ -98,6 +98,11 @@ pub(crate) fn rows() -> Vec<Row> {
             measure: Box::new(move |c, ceilings| decode(c, ceilings, size)),
         });
     }
+    rows.push(Row {
+        name: "memory of 1000 steps, 135M 4x256".into(),
+        work: Value::Null,
+        measure: Box::new(thousand_steps),
+    });
     rows
 }
 
@@ -182,6 +187,43 @@ fn train(
         "floor_seconds": floor,
         "ceiling": "bf16 products",
         "peak_bytes": plan.peak_bytes(),
+    }))
+}
+
+/// The device's memory over a thousand steps of one size, against what the plan says.
+fn thousand_steps(context: &Context, _: &Ceilings) -> Result<Value, Failure> {
+    let [batch, seq] = [4, 256];
+    let decoder = decoder(context, SMALL)?;
+    let config = LoraConfig {
+        r: RANK,
+        lora_alpha: 16.0,
+        target_modules: TargetModules::AllLinear,
+        ..LoraConfig::default()
+    };
+    let adapter = LoRAAdapter::new(config, decoder.modules(), 0, &context.device)?;
+    let mut step = TrainStep::new(Arc::new(decoder), adapter, AdamWConfig::default(), 1.0, 0)?;
+    let plan = step.plan(StepShape { batch, seq, accumulated: 1, packed: false })?;
+    let used = || context.device.memory().ok_or("the device does not tell its memory");
+    let (mut early, start) = (used()?, Instant::now());
+    for round in 0..1000 {
+        let ids: Vec<u32> = (0..batch * seq)
+            .map(|i| ((i * 7919 + round * 104_729) % SMALL.vocabulary) as u32)
+            .collect();
+        let labels = ids.iter().map(|id| i64::from(*id)).collect();
+        step.run(&Batch { ids, labels, batch, seq, trained: batch * seq, documents: None }, 1e-4)?;
+        if round == 9 {
+            early = used()?;
+        }
+    }
+    let (late, seconds) = (used()?, start.elapsed().as_secs_f64());
+    Ok(json!({
+        "steps": 1000,
+        "seconds": seconds,
+        "used_bytes_after_10": early.used_bytes,
+        "used_bytes_after_1000": late.used_bytes,
+        "peak_bytes": late.peak_bytes,
+        "planned_peak_bytes": plan.peak_bytes(),
+        "beyond_the_plan_mib": rounded((late.peak_bytes as f64 - plan.peak_bytes() as f64) / f64::from(1 << 20), 1),
     }))
 }
 

@@ -2,7 +2,7 @@
 
 use super::checkpoint::{self, Progress};
 use super::report::{Report, Window};
-use super::{AdamWConfig, LRScheduler, StepShape, TrainStep};
+use super::{AdamWConfig, LRScheduler, StepShape, TrainStep, fit};
 use crate::error::ErrorKind;
 use crate::fnv::Fnv;
 use crate::io::data::{Batch, BatchOptions, Batcher, Example, Order};
@@ -137,7 +137,7 @@ impl Trainer {
     ///
     /// # Errors
     /// Where there is nothing to train on, a step fails, the checkpoint to resume from is another run's, the
-    /// adapter cannot be written, the base holds a weight that is not finite, or 20 updates in a row are skipped.
+    /// adapter cannot be written, a step does not fit into memory, the base holds a weight that is not finite, or 20 updates in a row are skipped.
     pub fn train(
         &mut self,
         train: &[Example],
@@ -151,6 +151,7 @@ impl Trainer {
             // Said now, and not after the first hundred steps.
             file::check_writable(folder)?;
         }
+        fit::check(self.decoder.device(), c.shape(Some(train))?, |shape| self.step.plan(shape))?;
         let mut progress = self.start(&mut batches, &settings, &mut report)?;
         if !valid.is_empty() && progress.iteration == 0 {
             self.validate(valid, &mut progress, &mut report)?;

@@ -3,6 +3,7 @@
 use super::compile::Kernels;
 use super::memory::{Allocation, Resident};
 use super::product::Library;
+use crate::device::Memory;
 use crate::{Device, Error, Result};
 use candle_core::CudaDevice;
 use cudarc::driver::sys::{CUdevice_attribute as Attribute, CUmemPool_attribute as PoolAttribute};
@@ -101,6 +102,28 @@ impl Gpu {
 
     pub(super) fn raw_stream(&self) -> sys::CUstream {
         self.stream.cu_stream()
+    }
+
+    /// What the device's pool has given out, and what the driver and the pool still have.
+    pub(crate) fn memory(&self) -> Option<Memory> {
+        self.bind().ok()?;
+        let pool = |attribute| {
+            let mut bytes = 0u64;
+            // SAFETY: the context's device, its own pool, and a place for the attribute's value.
+            unsafe {
+                let pool = result::device::get_default_mem_pool(self.stream.context().cu_device());
+                let at = (&raw mut bytes).cast();
+                result::mem_pool::get_attribute(pool.ok()?, attribute, at).ok()?;
+            }
+            usize::try_from(bytes).ok()
+        };
+        let used_bytes = pool(PoolAttribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?;
+        let kept = pool(PoolAttribute::CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT)?;
+        Some(Memory {
+            free_bytes: result::mem_get_info().ok()?.0 + kept.saturating_sub(used_bytes),
+            used_bytes,
+            peak_bytes: pool(PoolAttribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH)?,
+        })
     }
 
     /// Makes the context that of this thread, as every call of the driver wants.

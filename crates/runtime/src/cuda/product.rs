@@ -2,6 +2,7 @@
 
 use super::gpu::Said;
 use crate::blas::{Blas, Matrix};
+use crate::device::tf32_is_allowed;
 use crate::{Error, Result};
 use cudarc::cublaslt::{result as lt, sys};
 use cudarc::driver::sys::{CUdeviceptr, CUstream};
@@ -39,6 +40,8 @@ struct Shape {
     matrices: [Matrix; 3],
     batch: usize,
     accumulate: bool,
+    /// Whether f32 factors may be rounded to TF32.
+    tf32: bool,
     /// What the addresses are multiples of, in bytes.
     aligned: [u32; 3],
 }
@@ -106,6 +109,7 @@ impl Library {
             matrices: [blas.a, blas.b, blas.out],
             batch: blas.batch,
             accumulate,
+            tf32: a.dtype == DType::F32 && tf32_is_allowed(),
             aligned: [aligned(first, 0), aligned(second, 1), aligned(2, 2)],
         };
         let Some(plan) = self.plan(&shape)? else { return Ok(None) };
@@ -209,6 +213,10 @@ impl Plan {
             DType::F64 => {
                 (sys::cublasComputeType_t::CUBLAS_COMPUTE_64F, sys::cudaDataType::CUDA_R_64F)
             }
+            _ if shape.tf32 => (
+                sys::cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_TF32,
+                sys::cudaDataType::CUDA_R_32F,
+            ),
             _ => (sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, sys::cudaDataType::CUDA_R_32F),
         };
         let operation = lt::create_matmul_desc(compute, scale)?;
