@@ -15,67 +15,86 @@ template <typename T> FN Eight eight(const T* at, bool inside) {
 //
 // A block has ROW_GROUPS times 16 rows, and PARTS of the sums' terms. The order of the terms is free: of 32 neighbours in a row, lane l has the
 // 8 from 8 (l % 4) on, the first four of which are of one step of the tensor core, and the others of the next. Of the few columns, DEPTH terms
-// lie in shared memory, column after column.
+// lie in shared memory, in the order in which they are read from there; while they are worked on, the next ones are on their way.
 
-constexpr i32 DEPTH = 128, PITCH = DEPTH + 32;
+constexpr i32 DEPTH = 128, STEPS = DEPTH / 32, PITCH = 2 * DEPTH + 64;
 
-template <typename K, typename T> FN void copy_few(T* to, const T* w, typename K::I start, i32 tid) {
-    constexpr i32 THREADS = 32 * K::ROW_GROUPS, N = K::COLS, PIECES = N / 8;
-    if (K::TERMS_SIDE_BY_SIDE) {
-        for (i32 at = tid; at < N * DEPTH / 8; at += THREADS) {
-            const i32 y = at / (DEPTH / 8), x = at % (DEPTH / 8) * 8;
-            *(Eight*)(to + y * PITCH + x) = eight(w + (y * K::W_STEP + start + x), start + x < K::INNER);
-        }
-        return;
+// Where a row of 8 K columns begins: the rows 0, 1, 8, 9, 16, 17, 24 and 25 in different banks.
+template <typename K> FN u32 term_row(i32 y) { return y * (2 * K::COLS + 16) + (y >> 3) * 32; }
+
+template <typename K, typename T> FN void copy_few(u32 to, const T* w, typename K::I start, i32 tid) {
+    constexpr i32 THREADS = 32 * K::ROW_GROUPS, N = K::COLS, PIECES = K::TERMS_SIDE_BY_SIDE ? DEPTH / 8 : N / 8;
+    for (i32 at = tid; at < N * DEPTH / 8; at += THREADS) {
+        const i32 y = at / PIECES, x = at % PIECES;
+        const bool inside = start + (K::TERMS_SIDE_BY_SIDE ? 8 * x : y) < K::INNER;
+        const T* const from = K::TERMS_SIDE_BY_SIDE ? w + (y * K::W_STEP + start + 8 * x) : w + ((start + y) * K::W_STEP + 8 * x);
+        copy_async(to + (K::TERMS_SIDE_BY_SIDE ? y * PITCH : term_row<K>(y)) + 16 * x, inside ? from : w, inside);
     }
-    // Two terms of eight columns.
-    for (i32 at = tid; at < PIECES * DEPTH / 2; at += THREADS) {
-        const i32 y = at / PIECES * 2, x = at % PIECES * 8;
-        const T* const from = w + ((start + y) * K::W_STEP + x);
-        const Eight a = eight(from, start + y < K::INNER), b = eight(from + K::W_STEP, start + y + 1 < K::INNER);
-        for (i32 j = 0; j < 4; ++j) {
-            *(u32*)(to + (x + 2 * j) * PITCH + y) = (a.pair[j] & 0xffff) | b.pair[j] << 16;
-            *(u32*)(to + (x + 2 * j + 1) * PITCH + y) = a.pair[j] >> 16 | (b.pair[j] & 0xffff0000);
-        }
+}
+
+// Of 32 terms of 8 columns, what this lane multiplies: a pair for each half of two steps.
+template <typename K> FN void few_pairs(u32 (&pair)[4], const u64* shared, u32 at, i32 step, i32 tile, i32 lane) {
+    if (K::TERMS_SIDE_BY_SIDE) {
+        const Eight all = *(const Eight*)((const u8*)shared + at + (8 * tile + lane / 4) * PITCH + 64 * step + lane % 4 * 16);
+        for (i32 j = 0; j < 4; ++j) pair[j] = all.pair[j];
+    } else {
+        const i32 row = 32 * step + lane % 8 / 2 * 8 + lane % 2 + lane / 8 * 2;
+        load_transposed(pair, shared_place(shared) + at + term_row<K>(row) + 16 * tile);
+    }
+}
+
+template <typename K, typename T> FN void load_rows(Eight (&a)[STEPS][2], const T* x, typename K::I row, typename K::I start, i32 lane) {
+#pragma unroll
+    for (i32 i = 0; i < 2 * STEPS; ++i) {
+        const typename K::I y = row + i % 2 * 8, k = start + i / 2 * 32 + lane % 4 * 8;
+        a[i / 2][i % 2] = eight(x + (y * K::X_STEP + k), y < K::ROWS && k < K::INNER);
     }
 }
 
 template <typename K, typename T, typename OUT>
 FN void rows_by_few(const T* x, const T* w, OUT* out, Thread t, u64* shared) {
     typedef typename K::I I;
-    constexpr i32 N = K::COLS, TILES = N / 8, STEPS = DEPTH / 32, PARTS = K::PARTS, GROUPS = K::ROW_GROUPS;
-    const i32 lane = t.tid % 32, group = t.tid / 32 % K::ROW_GROUPS, part = t.tid / 32 / K::ROW_GROUPS;
-    T* const few = (T*)shared + part * (N * PITCH);
+    constexpr i32 N = K::COLS, TILES = N / 8, PARTS = K::PARTS, GROUPS = K::ROW_GROUPS, FEW = K::FEW_BYTES;
+    const i32 lane = t.tid % 32, group = t.tid / 32 % GROUPS, part = t.tid / 32 / GROUPS, tid = t.tid % (32 * GROUPS);
     f32* const joined = (f32*)shared;
+    const u32 place = shared_place(shared);
     after_predecessor();
     for (I block = t.block; block < K::BLOCKS; block += t.blocks) {
         const I row = (block * GROUPS + group) * 16 + lane / 4;
         f32 sum[TILES][4];
 #pragma unroll
         for (i32 i = 0; i < TILES * 4; ++i) sum[i / 4][i % 4] = 0.0f;
-        for (I base = 0; base < K::INNER; base += PARTS * DEPTH) {
-            const I start = base + part * DEPTH;
-            Eight a[STEPS][2];
-#pragma unroll
-            for (i32 i = 0; i < 2 * STEPS; ++i) {
-                const I y = row + i % 2 * 8, k = start + i / 2 * 32 + lane % 4 * 8;
-                a[i / 2][i % 2] = eight(x + (y * K::X_STEP + k), y < K::ROWS && k < K::INNER);
+        Eight a[STEPS][2], next[STEPS][2];
+        u32 now = part * FEW;
+        copy_few<K>(place + now, w, part * DEPTH, tid);
+        load_rows<K>(a, x, row, part * DEPTH, lane);
+        await_copies();
+        barrier();
+        for (I start = part * DEPTH, base = 0; base < K::INNER; base += PARTS * DEPTH) {
+            start += PARTS * DEPTH;
+            const u32 after = now < PARTS * FEW ? now + PARTS * FEW : now - PARTS * FEW;
+            if (base + PARTS * DEPTH < K::INNER) {
+                copy_few<K>(place + after, w, start, tid);
+                load_rows<K>(next, x, row, start, lane);
             }
-            copy_few<K>(few, w, start, t.tid % (32 * K::ROW_GROUPS));
-            barrier();
 #pragma unroll
             for (i32 s = 0; s < STEPS; ++s) {
 #pragma unroll
                 for (i32 n = 0; n < TILES; ++n) {
-                    const Eight b = *(const Eight*)(few + (8 * n + lane / 4) * PITCH + 32 * s + lane % 4 * 8);
+                    u32 b[4];
+                    few_pairs<K>(b, shared, now, s, n, lane);
 #pragma unroll
                     for (i32 j = 0; j < 4; j += 2) {
                         const u32 left[4] = {a[s][0].pair[j], a[s][1].pair[j], a[s][0].pair[j + 1], a[s][1].pair[j + 1]};
-                        multiply_add(sum[n], left, b.pair[j], b.pair[j + 1], T());
+                        multiply_add(sum[n], left, b[j], b[j + 1], T());
                     }
                 }
             }
+            await_copies();
             barrier();
+            now = after;
+#pragma unroll
+            for (i32 i = 0; i < 2 * STEPS; ++i) a[i / 2][i % 2] = next[i / 2][i % 2];
         }
         if (PARTS > 1) {
             f32* const own = joined + (part * GROUPS + group) * (TILES * 128) + lane;
@@ -100,15 +119,16 @@ FN void rows_by_few(const T* x, const T* w, OUT* out, Thread t, u64* shared) {
 
 // ---- a few columns of sums over many rows: [M, W] transposed times [M, N] ----
 //
-// A block has 64 columns of the wide factor, 16 for each of its SIMD groups, and a share of the rows, of which 64 lie in shared memory while
-// the next ones are on their way. A second kernel adds the shares' sums, in order.
+// A block has 64 columns of the wide factor, 16 for each of its SIMD groups, and a share of the rows, of which 128 lie in shared memory: many
+// blocks on a multiprocessor wait for each other's copies. A second kernel adds the shares' sums, in an order of its own that is always the same.
 
-constexpr i32 WIDE = 64, ROWS = 64, WIDE_BYTES = 2 * WIDE;
+constexpr i32 WIDE = 64, ROWS = 128, WIDE_BYTES = 2 * WIDE;
 
 template <typename K, typename T>
 FN void copy_rows(u32 to, const T* x, const T* few, typename K::I first, typename K::I end, typename K::I column, i32 tid) {
     typedef typename K::I I;
     constexpr i32 N = K::COLS, FEW_BYTES = 2 * N + 16, PIECES = N / 8;
+#pragma unroll
     for (i32 at = tid; at < ROWS * 8; at += 128) {
         const i32 y = at / 8, piece = at % 8;
         const bool inside = first + y < end && column + piece * 8 < K::WIDE_COLS;
@@ -126,10 +146,11 @@ FN void copy_rows(u32 to, const T* x, const T* few, typename K::I first, typenam
 template <typename K, typename T>
 FN void columns_by_few(const T* x, const T* few, f32* shares, Thread t, u64* shared) {
     typedef typename K::I I;
-    constexpr i32 N = K::COLS, TILES = N / 8, FEW_BYTES = 2 * N + 16, STAGE = ROWS * (WIDE_BYTES + FEW_BYTES);
+    constexpr i32 N = K::COLS, TILES = N / 8, FEW_BYTES = 2 * N + 16;
     const i32 lane = t.tid % 32, simd = t.tid / 32;
     // The rows of the matrices that this lane names.
     const i32 turned = lane % 8 + lane / 16 * 8, piece = simd * 2 + lane / 8 % 2;
+    const u32 place = shared_place(shared);
     after_predecessor();
     for (I block = t.block; block < K::BLOCKS; block += t.blocks) {
         const I column = block % K::ACROSS * WIDE, share = block / K::ACROSS;
@@ -137,29 +158,23 @@ FN void columns_by_few(const T* x, const T* few, f32* shares, Thread t, u64* sha
         f32 sum[TILES][4];
 #pragma unroll
         for (i32 i = 0; i < TILES * 4; ++i) sum[i / 4][i % 4] = 0.0f;
-        u32 now = shared_place(shared), next = now + STAGE;
-        copy_rows<K>(now, x, few, start, end, column, t.tid);
-        await_copies();
-        barrier();
         for (I first = start; first < end; first += ROWS) {
-            if (first + ROWS < end) copy_rows<K>(next, x, few, first + ROWS, end, column, t.tid);
+            copy_rows<K>(place, x, few, first, end, column, t.tid);
+            await_copies();
+            barrier();
 #pragma unroll
             for (i32 k = 0; k < ROWS; k += 16) {
                 u32 left[4];
-                load_transposed(left, now + (k + turned) * WIDE_BYTES + ((piece ^ (turned & 7)) << 4));
+                load_transposed(left, place + (k + turned) * WIDE_BYTES + ((piece ^ (turned & 7)) << 4));
 #pragma unroll
                 for (i32 n = 0; n < TILES; n += 2) {
                     u32 right[4];
-                    load_transposed(right, now + ROWS * WIDE_BYTES + (k + lane % 16) * FEW_BYTES + (n + lane / 16) * 16);
+                    load_transposed(right, place + ROWS * WIDE_BYTES + (k + lane % 16) * FEW_BYTES + (n + lane / 16) * 16);
                     multiply_add(sum[n], left, right[0], right[1], T());
                     multiply_add(sum[n + 1], left, right[2], right[3], T());
                 }
             }
-            await_copies();
             barrier();
-            const u32 done = now;
-            now = next;
-            next = done;
         }
         for (i32 i = 0; i < TILES * 2; ++i) {
             const I wide = column + simd * 16 + i % 2 * 8 + lane / 4;
@@ -169,12 +184,18 @@ FN void columns_by_few(const T* x, const T* few, f32* shares, Thread t, u64* sha
     }
 }
 
+// Eight elements for a SIMD group, and four parts of their shares.
 template <typename K, typename OUT> FN void add_shares(const f32* shares, OUT* out, Thread t) {
     typedef typename K::I I;
-    EACH(i, K::ELEMENTS) {
+    const I lane = t.tid % 32;
+    for (I first = (I(t.block) * K::BLOCK + t.tid) / 32 * 8; first < K::ELEMENTS; first += I(t.blocks) * (K::BLOCK / 4)) {
+        const I i = first + lane % 8;
         f32 sum = 0.0f;
-        for (I share = 0; share < K::SHARES; ++share) sum += shares[share * K::ELEMENTS + i];
-        put_product<K>(out + (i / K::COLS * K::OUT_WIDE_STEP + i % K::COLS * K::OUT_STEP), sum);
+#pragma unroll 8
+        for (I share = lane / 8; share < K::SHARES; share += 4) sum += shares[share * K::ELEMENTS + i];
+        sum += shuffle_xor(sum, 8);
+        sum += shuffle_xor(sum, 16);
+        if (lane < 8) put_product<K>(out + (i / K::COLS * K::OUT_WIDE_STEP + i % K::COLS * K::OUT_STEP), sum);
     }
 }
 }

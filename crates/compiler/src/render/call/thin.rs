@@ -12,10 +12,10 @@ const MOST_COLUMNS: usize = 64;
 /// Fewer rows than these leave most of a device idle.
 const LEAST_ROWS: usize = 512;
 const LEAST_WIDE: usize = 64;
-/// As the header has them: terms of a part at once, and with what lies between columns; rows and columns of a stage.
+/// As the header has them: terms of a part at once; rows and columns of the wide factor that a block has at once.
 const DEPTH: usize = 128;
-const PITCH: usize = DEPTH + 32;
-const STAGE: usize = 64;
+const ROWS: usize = 128;
+const WIDE: usize = 64;
 
 /// `args = [a: [m, k], b: [k, n]]`
 struct Thin<'a> {
@@ -68,7 +68,11 @@ impl Thin<'_> {
         let groups = row_groups(gpu, x.rows);
         let parts = BLOCK / 32 / groups;
         let blocks = x.rows.div_ceil(16 * groups);
-        let staged = parts * w.cols * PITCH * 2;
+        let few_bytes = match side_by_side {
+            true => w.cols * (2 * DEPTH + 64),
+            false => DEPTH * (2 * w.cols + 16) + DEPTH / 8 * 32,
+        };
+        let staged = 2 * parts * few_bytes;
         let joined = if parts > 1 { BLOCK * w.cols / 2 * size_of::<f32>() } else { 0 };
         let launch = gpu.block_rows(blocks, BLOCK, staged.max(joined));
         let reach = x.rows * x.down.unsigned_abs() + x.cols + w.cols * step.unsigned_abs();
@@ -83,6 +87,7 @@ impl Thin<'_> {
             .constant("COLS", w.cols as i64)
             .constant("ROW_GROUPS", groups as i64)
             .constant("PARTS", parts as i64)
+            .constant("FEW_BYTES", few_bytes as i64)
             .constant("BLOCKS", blocks as i64)
             .constant("TERMS_SIDE_BY_SIDE", i64::from(side_by_side))
             .constant("X_STEP", x.down as i64)
@@ -112,13 +117,13 @@ impl Thin<'_> {
             return None;
         }
         let steps = if wide_first { [out.down, out.across] } else { [out.across, out.down] };
-        let across = x.cols.div_ceil(STAGE);
-        // Some blocks for each multiprocessor, each with several stages.
-        let wanted = gpu.limits.resident_threads / 512;
-        let shares = (wanted / across).clamp(1, x.rows.div_ceil(4 * STAGE));
-        let share = x.rows.div_ceil(shares).next_multiple_of(STAGE);
+        let across = x.cols.div_ceil(WIDE);
+        // About as many blocks as the device has at once.
+        let wanted = gpu.limits.resident_threads / 256;
+        let shares = (wanted / across).clamp(1, x.rows.div_ceil(ROWS));
+        let share = x.rows.div_ceil(shares).next_multiple_of(ROWS);
         let shares = x.rows.div_ceil(share);
-        let shared_bytes = 2 * STAGE * (2 * STAGE + 2 * few.cols + 16);
+        let shared_bytes = ROWS * (2 * WIDE + 2 * few.cols + 16);
         let launch = gpu.block_rows(across * shares, 128, shared_bytes);
         let reach = x.rows * (x.down.unsigned_abs() + few.down.unsigned_abs());
         let elements = x.cols * few.cols;
@@ -145,7 +150,7 @@ impl Thin<'_> {
             .constant("SHARES", shares as i64)
             .constant("OUT_WIDE_STEP", steps[0] as i64)
             .constant("OUT_STEP", steps[1] as i64);
-        let parts = vec![sums.waits().finish(launch), all.finish(gpu.elements(elements))];
+        let parts = vec![sums.waits().finish(launch), all.finish(gpu.elements(4 * elements))];
         Some(Call { parts, workspace_bytes: shares * elements * size_of::<f32>() })
     }
 
