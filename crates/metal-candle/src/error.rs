@@ -66,6 +66,13 @@ pub enum ErrorKind {
          in {culprit}): look at the rows, or take a lower learning rate"
     )]
     NoUpdate { skipped: usize, culprit: String },
+    #[error("a batch of {rows} rows cannot be dealt evenly to {ranks} ranks")]
+    UnevenRows { rows: usize, ranks: usize },
+    #[error(
+        "rank {rank} does not train what the others do: start all with the same flags, data and model, and to go on, \
+         from the same checkpoint"
+    )]
+    RanksDiffer { rank: usize },
     #[error("expected {expected} parameters, got {got}")]
     Parameters { expected: usize, got: usize },
     #[error(

@@ -24,7 +24,9 @@ pub use error::{Error, ErrorKind, Result};
 pub use lazy::{Attention, CrossEntropy, Dim, LazyTensor};
 pub use metal_candle_compiler::{self as plan, Plan};
 pub use metal_candle_graph::{self as graph, BlockFormat, ComputationGraph, DType, Operation};
-pub use metal_candle_runtime::{AsyncGraphExecutor, Device, Element, Pending, Timing};
+pub use metal_candle_runtime::{
+    AsyncGraphExecutor, Device, Element, Pending, Rendezvous, Timing, World, WorldError,
+};
 pub use transform::{Compiled, InputSource, Outline, compile, grad, value_and_grad};
 
 #[cfg(doctest)]

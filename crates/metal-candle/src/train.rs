@@ -2,6 +2,7 @@
 
 pub mod checkpoint;
 mod optimizer;
+mod ranks;
 mod report;
 mod schedule;
 mod step;

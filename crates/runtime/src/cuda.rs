@@ -10,6 +10,7 @@
 //! compile ──── rendered text to machine code, kept on disk
 //! marks ────── what a step takes
 //! memory ───── device memory, and host memory that the device reads
+//! nccl ─────── sums over ranks
 //! gpu ──────── a device: context, stream, libraries
 //! ```
 //!
@@ -23,8 +24,10 @@ mod gpu;
 mod graph;
 mod marks;
 mod memory;
+mod nccl;
 mod product;
 mod staging;
 
 pub(crate) use executable::CudaExecutable;
 pub(crate) use gpu::Gpu;
+pub(crate) use nccl::Nccl;

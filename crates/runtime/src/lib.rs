@@ -32,6 +32,7 @@ mod pending;
 mod places;
 mod verify;
 mod workspaces;
+mod world;
 
 pub use buffer::Buffer;
 pub use cache::PlanCache;
@@ -43,3 +44,4 @@ pub use executable::{Executable, Timing};
 pub use executor::AsyncGraphExecutor;
 pub use mapped::MappedBytes;
 pub use pending::Pending;
+pub use world::{Rendezvous, World, WorldError};

@@ -3,15 +3,17 @@
 use super::Gpu;
 use super::compile::Function;
 use super::gpu::Said;
+use super::nccl::Sum;
 use super::product::Product;
-use crate::Result;
 use crate::places::{Place, parts};
+use crate::{Result, World};
 use cudarc::driver::DriverError;
 use cudarc::driver::sys::{self, CUdeviceptr, CUstream};
-use metal_candle_compiler::Plan;
 use metal_candle_compiler::render::{self, Binding, Dialect, Part, Source};
+use metal_candle_compiler::{LibraryCall, Plan, Work};
 use smallvec::SmallVec;
 use std::ffi::c_void;
+use std::sync::Arc;
 
 /// One launch or product.
 pub(super) struct Command {
@@ -23,6 +25,7 @@ pub(super) struct Command {
 enum Action {
     Launch { function: Function, grid: u32, block: u32, shared_bytes: u32 },
     Product(Product),
+    Sum(Sum),
 }
 
 /// The commands of a plan, and the scratch memory that the greediest of its calls wants.
@@ -35,15 +38,25 @@ pub(super) struct Commands {
 enum Draft {
     Kernel(Source),
     Product(Product),
+    Sum(Sum),
 }
 
 impl Commands {
     /// # Errors
     /// [`crate::Error::Render`] for a step that the device cannot run; [`crate::Error::Compile`]; what the driver says.
-    pub(super) fn new(gpu: &Gpu, plan: &Plan) -> Result<Commands> {
+    pub(super) fn new(gpu: &Gpu, plan: &Plan, world: Option<&Arc<World>>) -> Result<Commands> {
         let mut drafts: Vec<(usize, SmallVec<[Place; 4]>, Draft)> = Vec::new();
         let mut scratch_bytes = 0;
         for (index, step) in plan.steps.iter().enumerate() {
+            if let (Work::Call(LibraryCall::AllReduce), Some(world)) = (&step.work, world) {
+                let place = Place::new(plan, step, Binding::Out(0));
+                drafts.push((
+                    index,
+                    [place].into_iter().collect(),
+                    Draft::Sum(Sum::new(world, step)),
+                ));
+                continue;
+            }
             let call = parts(plan, index, Dialect::CUDA, &gpu.limits)?;
             scratch_bytes = scratch_bytes.max(call.workspace_bytes);
             for part in call.parts {
@@ -86,13 +99,14 @@ fn compile(gpu: &Gpu, drafts: Vec<(usize, SmallVec<[Place; 4]>, Draft)>) -> Resu
         .iter()
         .filter_map(|(_, _, draft)| match draft {
             Draft::Kernel(source) => Some(source),
-            Draft::Product(_) => None,
+            Draft::Product(_) | Draft::Sum(_) => None,
         })
         .collect();
     let mut functions = gpu.kernels.get(gpu, &sources)?.into_iter();
     let command = |(step, places, draft)| {
         let action = match draft {
             Draft::Product(product) => Action::Product(product),
+            Draft::Sum(sum) => Action::Sum(sum),
             Draft::Kernel(source) => Action::Launch {
                 function: functions.next().expect("metal-candle bug: a kernel is missing"),
                 grid: source.launch.grid as u32,
@@ -134,6 +148,8 @@ impl Command {
                 // SAFETY: the caller's promise.
                 unsafe { gpu.library.enqueue(product, addresses, stream) }
             }
+            // SAFETY: the caller's promise.
+            Action::Sum(sum) => unsafe { sum.enqueue(at(&self.places[0]), stream) },
         }
     }
 }
