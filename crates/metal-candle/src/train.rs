@@ -6,6 +6,7 @@ mod ranks;
 mod report;
 mod schedule;
 mod step;
+mod traced;
 mod trainer;
 
 pub use checkpoint::Progress;

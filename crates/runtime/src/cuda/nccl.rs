@@ -15,7 +15,7 @@ use metal_candle_graph::DType;
 use std::ffi::{c_int, c_void};
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::{self, sleep};
 use std::time::Duration;
@@ -122,9 +122,12 @@ impl Nccl {
     /// # Errors
     /// [`WorldError::Lost`], if one is already.
     pub(crate) fn watch(&self) -> Result<Watch<'_>> {
-        self.shared.is_whole()?;
+        // First begun, then looked: either this run sees the loss, or whoever notes it sees this run.
         self.shared.begun.fetch_add(1, Ordering::SeqCst);
-        Ok(Watch { shared: &self.shared })
+        let watch = Watch { shared: &self.shared };
+        fence(Ordering::SeqCst);
+        self.shared.is_whole()?;
+        Ok(watch)
     }
 }
 
@@ -201,6 +204,7 @@ impl Shared {
         if self.closing.load(Ordering::SeqCst) || self.lost.set(lost).is_err() {
             return;
         }
+        fence(Ordering::SeqCst);
         if rank == 0 {
             tell(&mut self.links.lock().unwrap_or_else(PoisonError::into_inner), lost);
         }
