@@ -34,6 +34,11 @@ impl DeviceArgs {
         self.device.0.unwrap_or_else(Device::best)
     }
 
+    /// Whether one was asked for, and not the best.
+    pub(crate) fn is_chosen(&self) -> bool {
+        self.device.0.is_some()
+    }
+
     /// The device to compute on.
     ///
     /// # Errors

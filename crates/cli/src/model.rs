@@ -85,12 +85,16 @@ impl ModelSource {
 impl ModelArgs {
     pub(crate) fn load(&self) -> Result<LoadedModel> {
         // Before the model is fetched: a device that is not here should not take its time.
-        let device = self.device.present()?;
+        self.load_on(&self.device.present()?)
+    }
+
+    /// [`ModelArgs::load`] on this device, whatever was asked for.
+    pub(crate) fn load_on(&self, device: &Device) -> Result<LoadedModel> {
         let name = device.describe()?;
         let path = self.source.path()?;
-        let mut loaded = load(&path, self.base(), &device)
+        let mut loaded = load(&path, self.base(), device)
             .with_context(|| format!("cannot load {}", self.source.model))?;
-        loaded.decoder = loaded.decoder.with_activations(self.activations(&device));
+        loaded.decoder = loaded.decoder.with_activations(self.activations(device));
         note!("device: {name}");
         Ok(loaded)
     }

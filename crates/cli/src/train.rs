@@ -4,6 +4,7 @@ mod chart;
 mod events;
 mod observer;
 mod page;
+mod ranks;
 
 use crate::columns::DataArgs;
 use crate::model::ModelArgs;
@@ -21,6 +22,7 @@ use metal_candle::io::{GgufFile, LoraConfig};
 use metal_candle::nn::LoRAAdapter;
 use metal_candle::train::{AdamWConfig, LRScheduler, Report, Trainer, TrainingConfig};
 use observer::Observer;
+use ranks::Ranks;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -32,6 +34,11 @@ pub(crate) struct Args {
     model: ModelArgs,
     #[command(flatten)]
     data: DataArgs,
+    /// Train on so many GPUs of this machine, one process each; --batch-size is of each. Launchers
+    /// that start the processes by themselves (torchrun) set RANK, WORLD_SIZE and LOCAL_RANK
+    /// instead, also with --device cpu
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    gpus: Option<u16>,
     /// Updates
     #[arg(long, default_value_t = 1000)]
     iters: usize,
@@ -170,9 +177,15 @@ pub(crate) enum End {
 }
 
 pub(crate) fn run(args: &Args) -> Result<End> {
+    let ranks = Ranks::meet(args)?;
+    let outcome = train(args, &ranks);
+    ranks.blame(outcome)
+}
+
+fn train(args: &Args, ranks: &Ranks) -> Result<End> {
     // What cannot be written is said before anything is loaded.
-    let mut observer = Observer::open(args)?;
-    let loaded = args.model.load()?;
+    let mut observer = Observer::open(args, ranks.is_first())?;
+    let loaded = args.model.load_on(&ranks.device)?;
     let data = Dataset::open_with(args.data.path()?, &args.data.columns())?;
     let train = examples("training", &data.train, &loaded.tokenizer, args)?;
     let valid = match &data.valid {
@@ -184,13 +197,17 @@ pub(crate) fn run(args: &Args) -> Result<End> {
     let trainable = adapter.num_trainable_parameters();
     note!("adapter: {} layers, {trainable} trainable parameters", adapter.layers().len());
     let stop = on_interrupt()?;
-    let trainer = Trainer::new(decoder, adapter, config(args))?;
+    let mut trainer = Trainer::new(decoder, adapter, config(args))?;
+    if let Some(world) = &ranks.world {
+        trainer = trainer.within(Arc::clone(world))?;
+    }
     let mut trainer = trainer.stop_when(Arc::clone(&stop));
     let batches = trainer.batches(&train.examples)?;
     note!("{}", described(&batches));
-    if args.show_plan || observer.draws() {
+    let show_plan = args.show_plan && ranks.is_first();
+    if show_plan || observer.draws() {
         let plan = trainer.plan(&train.examples)?;
-        if args.show_plan {
+        if show_plan {
             println!("{plan}");
         }
         let examples = [Some(&train), valid.as_ref()];

@@ -3,6 +3,7 @@
 use indicatif::{ProgressBar, ProgressStyle};
 use std::io::IsTerminal;
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Where help lists the flags of every command.
 pub(crate) const EVERYWHERE: &str = "Options of every command";
@@ -27,14 +28,20 @@ pub(crate) enum Color {
 }
 
 static UI: OnceLock<UiArgs> = OnceLock::new();
+static SILENCED: AtomicBool = AtomicBool::new(false);
 
 /// To be called once, before anything is said.
 pub(crate) fn init(args: UiArgs) {
     UI.get_or_init(|| args);
 }
 
+/// As if told to be quiet: another process speaks for this one.
+pub(crate) fn silence() {
+    SILENCED.store(true, Ordering::Relaxed);
+}
+
 pub(crate) fn is_quiet() -> bool {
-    UI.get().is_some_and(|ui| ui.quiet)
+    SILENCED.load(Ordering::Relaxed) || UI.get().is_some_and(|ui| ui.quiet)
 }
 
 /// Whether standard output is coloured (<https://no-color.org>).

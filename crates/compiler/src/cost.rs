@@ -56,6 +56,7 @@ fn call_flops(call: &LibraryCall, args: &[Operand], outs: &[Operand]) -> u64 {
         LibraryCall::Dequantize { .. } => 2 * out,
         LibraryCall::CumSum { .. } | LibraryCall::ArgReduce { .. } => len(&args[0]),
         LibraryCall::ScatterAdd { .. } | LibraryCall::IndexAdd { .. } => len(&args[1]),
+        LibraryCall::AllReduce => out,
         LibraryCall::Gather { .. }
         | LibraryCall::IndexSelect { .. }
         | LibraryCall::SliceUpdate { .. }

@@ -43,6 +43,8 @@ pub enum LibraryCall {
     CumSum { dim: usize, reverse: bool },
     /// `args = [x]`; the output keeps `dim` with extent 1, u32
     ArgReduce { op: ArgReduceOp, dim: usize },
+    /// In place on the output, which holds this rank's part of the sum; nothing where a plan runs alone. `args = []`
+    AllReduce,
 }
 
 impl LibraryCall {
@@ -64,6 +66,7 @@ impl LibraryCall {
             LibraryCall::DynamicSlice { .. } => "dynamic_slice",
             LibraryCall::CumSum { .. } => "cumsum",
             LibraryCall::ArgReduce { .. } => "arg_reduce",
+            LibraryCall::AllReduce => "all_reduce",
         }
     }
 }

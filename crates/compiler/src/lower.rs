@@ -184,7 +184,8 @@ fn copied_operands(op: &Operation) -> std::ops::Range<usize> {
         Operation::Concat { .. } | Operation::Pad { .. } | Operation::Reshape(_) => 0..usize::MAX,
         Operation::ScatterAdd { .. }
         | Operation::IndexAdd { .. }
-        | Operation::SliceUpdate { .. } => 0..1,
+        | Operation::SliceUpdate { .. }
+        | Operation::AllReduce => 0..1,
         _ => 0..0,
     }
 }
@@ -314,7 +315,8 @@ fn draft_call(a: &Analysis, stored: &Stored, ids: &[NodeId]) -> Drafts {
         }
         Operation::ScatterAdd { .. }
         | Operation::IndexAdd { .. }
-        | Operation::SliceUpdate { .. } => {
+        | Operation::SliceUpdate { .. }
+        | Operation::AllReduce => {
             let call = library_call(a, ids);
             let steps =
                 vec![copy(operands[0], own(id).layout), plain(call, operands[1..].to_vec())];
@@ -350,6 +352,7 @@ fn library_call(a: &Analysis, ids: &[NodeId]) -> LibraryCall {
         Operation::Dequantize { format, rows, cols } => {
             LibraryCall::Dequantize { format, rows, cols }
         }
+        Operation::AllReduce => LibraryCall::AllReduce,
         Operation::Composite(c) => composite_call(a, c, ids),
         op => panic!("metal-candle bug: {} is no library call", op.name()),
     }

@@ -94,6 +94,12 @@ pub fn infer(op: &Operation, inputs: &[TensorType]) -> Result<TensorType> {
             check_blocks(name, format, [rows, cols], &inputs[0])?;
             out(DType::F32, Shape::new(&[rows, cols])?)
         }
+        Operation::AllReduce => {
+            let dtype = inputs[0].dtype;
+            let sums = matches!(dtype, DType::F32 | DType::F64);
+            require(sums, || dtype_error(name, "f32 or f64", dtype))?;
+            Ok(inputs[0])
+        }
         Operation::Composite(c) => composite::infer(&c, inputs),
     }
 }

@@ -284,6 +284,10 @@ pub enum Operation {
     /// `f32[rows, cols]` from blocks. `inputs = [w: u8[bytes]]`
     Dequantize { format: BlockFormat, rows: usize, cols: usize },
 
+    /// The sum over the ranks of the world that the plan runs in, on each of them; `x` where it runs alone. Every rank
+    /// computes the same operations of this kind in the same order. F32 or F64. `inputs = [x]`
+    AllReduce,
+
     /// An op with a decomposition. See [`Composite`].
     Composite(Composite),
 }
@@ -319,6 +323,7 @@ impl Operation {
             Operation::Dot => "matmul",
             Operation::QuantDot { .. } => "quant_matmul",
             Operation::Dequantize { .. } => "dequantize",
+            Operation::AllReduce => "all_reduce",
             Operation::Composite(c) => c.as_str(),
         }
     }

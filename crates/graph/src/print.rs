@@ -68,6 +68,7 @@ impl fmt::Display for Operation {
             | Operation::Select
             | Operation::Reshape(_)
             | Operation::Broadcast(_)
+            | Operation::AllReduce
             | Operation::Dot => Ok(()),
         }
     }

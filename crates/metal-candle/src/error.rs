@@ -79,6 +79,13 @@ pub enum ErrorKind {
         /// A smaller step for which the memory suffices.
         fits: Option<[usize; 2]>,
     },
+    #[error("a batch of {rows} rows cannot be dealt evenly to {ranks} ranks")]
+    UnevenRows { rows: usize, ranks: usize },
+    #[error(
+        "rank {rank} does not train what the others do: start all with the same flags, data and model, and to go on, \
+         from the same checkpoint"
+    )]
+    RanksDiffer { rank: usize },
     #[error("expected {expected} parameters, got {got}")]
     Parameters { expected: usize, got: usize },
     #[error(

@@ -3,9 +3,11 @@
 pub mod checkpoint;
 mod fit;
 mod optimizer;
+mod ranks;
 mod report;
 mod schedule;
 mod step;
+mod traced;
 mod trainer;
 
 pub use checkpoint::Progress;

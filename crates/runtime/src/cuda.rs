@@ -11,6 +11,7 @@
 //! compile ──── rendered text to machine code, kept on disk
 //! marks ────── what a step takes
 //! memory ───── device memory, and host memory that the device reads
+//! nccl ─────── sums over ranks
 //! gpu ──────── a device: context, stream, libraries
 //! ```
 //!
@@ -25,8 +26,10 @@ mod graph;
 mod join;
 mod marks;
 mod memory;
+mod nccl;
 mod product;
 mod staging;
 
 pub(crate) use executable::CudaExecutable;
 pub(crate) use gpu::Gpu;
+pub(crate) use nccl::Nccl;

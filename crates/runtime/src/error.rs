@@ -1,6 +1,6 @@
 //! What can go wrong between a plan and its results.
 
-use crate::Device;
+use crate::{Device, WorldError};
 use metal_candle_compiler::Slot;
 use metal_candle_compiler::render::RenderError;
 use metal_candle_graph::{DType, TensorType};
@@ -59,6 +59,9 @@ pub enum Error {
     /// What Metal said.
     #[error("Metal, {doing}: {message}")]
     Metal { doing: String, message: String },
+    /// What went wrong between ranks.
+    #[error(transparent)]
+    World(#[from] WorldError),
     #[error("a run was given up before its end")]
     Lost,
     /// A kernel whose text the device's compiler refuses.
@@ -107,6 +110,8 @@ pub enum PlanFault {
     Rank { expected: usize, got: usize },
     #[error("the kernel takes {got} where the operand holds {expected}")]
     AccessDType { expected: DType, got: DType },
+    #[error("a sum over ranks is not in place on one dense operand of f32 or f64")]
+    AllReduce,
     #[error("a result does not have the type, or comes from a place, that the plan says")]
     Output,
 }

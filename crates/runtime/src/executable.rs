@@ -6,11 +6,12 @@ use crate::cpu::CpuExecutable;
 use crate::cuda::CudaExecutable;
 #[cfg(feature = "metal")]
 use crate::metal::MetalExecutable;
-use crate::{Device, Error, Result, verify};
-use metal_candle_compiler::{OutputSource, Plan, Slot};
+use crate::{Device, Error, Result, World, WorldError, verify};
+use metal_candle_compiler::{LibraryCall, OutputSource, Plan, Slot, Work};
 use rayon::ThreadPool;
 use std::any::Any;
 use std::fmt;
+use std::sync::Arc;
 
 /// A [`Plan`] made ready to run: its kernels compiled, its memory kept from run to run.
 ///
@@ -87,12 +88,25 @@ impl Executable {
     /// [`Error::Plan`] if a step would touch memory that is not its own; [`Error::OutOfMemory`] for the arena;
     /// [`Error::NotInBuild`] and [`Error::NotInMachine`], and what its driver says.
     pub fn new(plan: Plan, device: &Device) -> Result<Executable> {
+        Executable::within(plan, device, None)
+    }
+
+    /// [`Executable::new`]; where the plan sums over ranks, over those of this world.
+    ///
+    /// # Errors
+    /// As [`Executable::new`]; [`WorldError::OtherDevice`].
+    pub fn within(plan: Plan, device: &Device, world: Option<&Arc<World>>) -> Result<Executable> {
         verify::verify(&plan)?;
+        let world = world.filter(|_| sums_over_ranks(&plan)).cloned();
+        if let Some(world) = world.as_ref().filter(|world| world.device() != device) {
+            let (plan, world) = (*device, *world.device());
+            return Err(WorldError::OtherDevice { plan, world }.into());
+        }
         let backend: Box<dyn Backend> = match device {
-            Device::Cpu => Box::new(CpuExecutable::new(&plan)?),
+            Device::Cpu => Box::new(CpuExecutable::new(&plan, world)?),
             #[cfg(feature = "cuda")]
             Device::Cuda(number) => {
-                Box::new(CudaExecutable::new(crate::cuda::Gpu::get(*number)?, &plan)?)
+                Box::new(CudaExecutable::new(crate::cuda::Gpu::get(*number)?, &plan, world)?)
             }
             #[cfg(feature = "metal")]
             Device::Metal(number) => {
@@ -184,6 +198,10 @@ impl fmt::Debug for Executable {
             .field("arena_bytes", &self.plan.arena_bytes)
             .finish_non_exhaustive()
     }
+}
+
+fn sums_over_ranks(plan: &Plan) -> bool {
+    plan.steps.iter().any(|step| matches!(step.work, Work::Call(LibraryCall::AllReduce)))
 }
 
 fn used_inputs(plan: &Plan) -> Vec<bool> {

@@ -34,6 +34,7 @@ mod pending;
 mod places;
 mod verify;
 mod workspaces;
+mod world;
 
 pub use buffer::Buffer;
 pub use cache::PlanCache;
@@ -45,3 +46,4 @@ pub use executable::{Executable, Timing};
 pub use executor::AsyncGraphExecutor;
 pub use mapped::MappedBytes;
 pub use pending::Pending;
+pub use world::{Rendezvous, World, WorldError};

@@ -15,6 +15,7 @@ pub(crate) fn verify(plan: &Plan) -> Result<()> {
         check_operands(plan, step).map_err(fault)?;
         match &step.work {
             Work::Kernel(kernel) => check_kernel(plan, kernel, step),
+            Work::Call(LibraryCall::AllReduce) => check_all_reduce(step),
             Work::Call(_) => check_call(step),
         }
         .map_err(fault)?;
@@ -112,6 +113,16 @@ fn check_operands(plan: &Plan, step: &Step) -> std::result::Result<(), PlanFault
         }
     }
     Ok(())
+}
+
+/// Whoever adds takes the output as so many numbers in a row.
+fn check_all_reduce(step: &Step) -> std::result::Result<(), PlanFault> {
+    let sums =
+        |out: &Operand| matches!(out.dtype, DType::F32 | DType::F64) && out.layout.is_contiguous();
+    match (&step.args[..], &step.outs[..]) {
+        ([], [out]) if sums(out) => Ok(()),
+        _ => Err(PlanFault::AllReduce),
+    }
 }
 
 /// A call reads and writes in an order of its own: its outputs share memory with nothing.

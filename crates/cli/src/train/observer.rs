@@ -26,9 +26,11 @@ pub(super) struct Observer {
 }
 
 impl Observer {
-    /// Fails where what is asked for cannot be written.
-    pub(super) fn open(args: &Args) -> Result<Observer> {
-        if let Some(path) = &args.report {
+    /// Fails where what is asked for cannot be written. What `writes` not only sees.
+    pub(super) fn open(args: &Args, writes: bool) -> Result<Observer> {
+        let (log, page) = (args.log.as_ref().filter(|_| writes), args.report.as_ref());
+        let page = page.filter(|_| writes);
+        if let Some(path) = page {
             // Whoever made the file may replace it; a page that is there is kept for --resume.
             let file = std::fs::OpenOptions::new().append(true).create(true).open(path);
             let is_file = file.and_then(|file| Ok(file.metadata()?.is_file()));
@@ -38,8 +40,8 @@ impl Observer {
         }
         Ok(Observer {
             clock: Clock::start(),
-            log: args.log.as_deref().map(Log::open).transpose()?,
-            page: args.report.clone(),
+            log: log.map(|path| Log::open(path)).transpose()?,
+            page: page.cloned(),
             summary: None,
             events: Vec::new(),
             started: false,

@@ -18,6 +18,7 @@ mod generate;
 #[cfg(feature = "hub")]
 mod hub;
 mod plan;
+mod ranks;
 mod training;
 
 use std::io::Write;
@@ -25,8 +26,19 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 /// What could make a test depend on the machine.
-const ENVIRONMENT: [&str; 6] =
-    ["RUST_BACKTRACE", "NO_COLOR", "HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_TOKEN", "HF_ENDPOINT"];
+const ENVIRONMENT: [&str; 11] = [
+    "RUST_BACKTRACE",
+    "NO_COLOR",
+    "HF_HUB_OFFLINE",
+    "HF_HUB_CACHE",
+    "HF_TOKEN",
+    "HF_ENDPOINT",
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+];
 
 fn command(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_metal-candle"));

@@ -69,6 +69,9 @@ pub(super) fn vjp(
             Ok(smallvec![Some(dx), None])
         }
 
+        // What is differentiated is the sum of all ranks' losses.
+        Operation::AllReduce => one(g.add(Operation::AllReduce, &[dy])),
+
         Operation::Composite(c) => Ok(composite::vjp(g, &c, &node.inputs, y, dy)?.into()),
     }
 }

@@ -1,14 +1,15 @@
 //! The training step: one compiled function, its state donated.
 
 use super::AdamWConfig;
-use super::optimizer::{Moments, StepScalars, clip_factor, global_norm};
+use super::ranks::Ranks;
+use super::traced::{SCALARS, Traced, loss};
 use crate::error::ErrorKind;
 use crate::io::LoraConfig;
 use crate::io::data::Batch;
 use crate::lazy::one_device;
-use crate::models::{Decoder, PackedInput};
+use crate::models::Decoder;
 use crate::nn::LoRAAdapter;
-use crate::{Compiled, DType, Device, LazyTensor, Outline, Result, Timing, compile, grad};
+use crate::{Compiled, DType, Device, LazyTensor, Outline, Result, Timing, World, compile};
 use std::sync::Arc;
 
 /// What one step did.
@@ -34,7 +35,7 @@ pub struct StepCount {
 /// The batches of one update.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StepShape {
-    /// Rows of a batch.
+    /// Rows of a batch, of one rank.
     pub batch: usize,
     /// Tokens of a row.
     pub seq: usize,
@@ -46,18 +47,19 @@ pub struct StepShape {
 
 impl StepShape {
     /// Placeholders for what follows the state, as [`TrainStep::arguments`] makes it.
-    fn arguments(self, device: &Device) -> Result<Vec<LazyTensor>> {
+    fn arguments(self, device: &Device, in_world: bool) -> Result<Vec<LazyTensor>> {
         let hold = |dims: &[usize], dtype| LazyTensor::placeholder(dims, dtype, device);
         let dims = [self.batch, self.seq];
         let mut args = vec![hold(&[], DType::F32)?; SCALARS - 1];
         args.push(hold(&[], DType::I64)?);
+        args.extend(in_world.then(|| hold(&[], DType::F32)).transpose()?);
         for _ in 0..self.accumulated {
             args.extend([hold(&dims, DType::U32)?, hold(&dims, DType::I64)?]);
             if self.packed {
                 args.extend(vec![hold(&dims, DType::U32)?; 2]);
             }
         }
-        if self.accumulated > 1 {
+        if self.accumulated > 1 || in_world {
             args.extend(vec![hold(&[], DType::F32)?; self.accumulated]);
         }
         Ok(args)
@@ -69,20 +71,23 @@ impl StepShape {
 /// The arguments of the step are `[p.., m.., v.., rate, correction1, correction2, seed]`, then every micro-batch
 /// (ids and labels, and of packed ones segments and positions), then (of more than one) their shares of the loss.
 /// Its results are `[norm, loss, p.., m.., v..]`; the state is updated in place.
+///
+/// Among several ranks, there is a sixth scalar, whether this one was asked to stop, and a result, how many were; the
+/// shares are of all ranks' loss. The gradients, the loss and that number are summed over the ranks in one exchange,
+/// after the last micro-batch: from there on all ranks compute the same.
 pub struct TrainStep {
-    adapter: LoRAAdapter,
+    traced: Traced,
     state: Vec<LazyTensor>,
     step: Compiled,
     evaluate: Compiled,
     diagnose: Compiled,
     optimizer: AdamWConfig,
+    max_gradient_norm: f64,
     count: StepCount,
     seed: i64,
     device: Device,
+    ranks: Option<Ranks>,
 }
-
-/// Arguments between the state and the micro-batches.
-const SCALARS: usize = 4;
 
 impl TrainStep {
     /// Prepares to train `adapter` on a frozen `decoder`; `seed` is that of the dropout.
@@ -109,20 +114,53 @@ impl TrainStep {
                 state.push(LazyTensor::zeros(p.dims(), p.dtype(), &device)?.into_owned()?);
             }
         }
-        let traced = Traced { decoder: Arc::clone(&decoder), adapter: adapter.clone(), n };
+        let traced =
+            Traced { decoder: Arc::clone(&decoder), adapter: adapter.clone(), n, in_world: false };
         let step = traced.clone().compiled(optimizer, max_gradient_norm);
-        let diagnose = compile(move |args: &[LazyTensor]| {
-            let (_, gradients) = traced.gradients(args)?;
-            gradients.iter().map(|g| g.sqr()?.sum_all()).collect()
-        });
-        let shape = adapter.clone();
+        let diagnose = traced.clone().norms();
+        let shape = adapter;
         let evaluate = compile(move |args: &[LazyTensor]| {
             let (batch, parameters) = args.split_at(args.len() - n);
             Ok(vec![loss(&decoder, batch, &shape.with_parameters(parameters)?)?])
         });
         let count = StepCount::default();
         let seed = seed as i64;
-        Ok(TrainStep { adapter, state, step, evaluate, diagnose, optimizer, count, seed, device })
+        Ok(TrainStep {
+            traced,
+            state,
+            step,
+            evaluate,
+            diagnose,
+            optimizer,
+            max_gradient_norm,
+            count,
+            seed,
+            device,
+            ranks: None,
+        })
+    }
+
+    /// Trains together with the other ranks of a world: each is given the same batches and takes the rows of its own
+    /// from them, `rank`, `rank + size` and so on. The updates are those of one process, but for rounding and the masks
+    /// of a dropout.
+    ///
+    /// # Errors
+    /// Where the world computes on another device.
+    pub fn within(mut self, world: Arc<World>) -> Result<TrainStep> {
+        let (lhs, rhs) = (self.device, *world.device());
+        if lhs != rhs {
+            return Err(ErrorKind::DeviceMismatch { op: "TrainStep::within", lhs, rhs }.into());
+        }
+        self.traced.in_world = true;
+        let step = self.traced.clone().compiled(self.optimizer, self.max_gradient_norm);
+        self.step = step.within(Arc::clone(&world));
+        self.diagnose = self.traced.clone().norms().within(Arc::clone(&world));
+        self.ranks = Some(Ranks::new(world));
+        Ok(self)
+    }
+
+    pub(super) fn ranks(&self) -> Option<&Ranks> {
+        self.ranks.as_ref()
     }
 
     /// One update on one batch, at this learning rate.
@@ -139,7 +177,17 @@ impl TrainStep {
     /// # Errors
     /// As [`TrainStep::run`].
     pub fn run_accumulated(&mut self, batches: &[Batch], rate: f64) -> Result<StepMetrics> {
-        let args = self.take_arguments(batches, rate)?;
+        Ok(self.run_or_stop(batches, rate, false)?.0)
+    }
+
+    /// [`TrainStep::run_accumulated`], and whether any rank was asked to stop, as this one is by `stop`.
+    pub(super) fn run_or_stop(
+        &mut self,
+        batches: &[Batch],
+        rate: f64,
+        stop: bool,
+    ) -> Result<(StepMetrics, bool)> {
+        let args = self.take_arguments(batches, rate, stop)?;
         let results = self.step.call(args)?;
         self.take_results(results)
     }
@@ -154,26 +202,32 @@ impl TrainStep {
         rate: f64,
         timing: Timing,
     ) -> Result<(StepMetrics, Vec<f64>)> {
-        let args = self.take_arguments(std::slice::from_ref(batch), rate)?;
+        let args = self.take_arguments(std::slice::from_ref(batch), rate, false)?;
         let (results, seconds) = self.step.profile(args, timing)?;
-        Ok((self.take_results(results)?, seconds))
+        Ok((self.take_results(results)?.0, seconds))
     }
 
     /// The state, which the step takes along, and what changes from step to step.
-    fn take_arguments(&mut self, batches: &[Batch], rate: f64) -> Result<Vec<LazyTensor>> {
-        let rest = self.arguments(batches, rate)?;
+    fn take_arguments(
+        &mut self,
+        batches: &[Batch],
+        rate: f64,
+        stop: bool,
+    ) -> Result<Vec<LazyTensor>> {
+        let rest = self.arguments(batches, rate, stop)?;
         let mut args = std::mem::take(&mut self.state);
         args.extend(rest);
         self.count.steps += 1;
         Ok(args)
     }
 
-    fn take_results(&mut self, mut results: Vec<LazyTensor>) -> Result<StepMetrics> {
-        self.state = results.split_off(2);
+    fn take_results(&mut self, mut results: Vec<LazyTensor>) -> Result<(StepMetrics, bool)> {
+        self.state = results.split_off(2 + usize::from(self.traced.in_world));
         let (gradient_norm, loss) = (scalar(&results[0])?, scalar(&results[1])?);
         let applied = loss.is_finite() && gradient_norm.is_finite();
         self.count.updates += usize::from(applied);
-        Ok(StepMetrics { loss, gradient_norm, applied })
+        let stopped = results.get(2).map(scalar).transpose()?.is_some_and(|asked| asked > 0.0);
+        Ok((StepMetrics { loss, gradient_norm, applied }, stopped))
     }
 
     /// The first parameter whose gradient on these batches is not finite, by its name in a PEFT file; `None` if it is
@@ -183,7 +237,7 @@ impl TrainStep {
     /// As [`TrainStep::run`]; the state is kept.
     pub fn diagnose(&self, batches: &[Batch]) -> Result<Option<String>> {
         let mut args = self.state.clone();
-        args.extend(self.arguments(batches, 0.0)?);
+        args.extend(self.arguments(batches, 0.0, false)?);
         let norms = self.diagnose.call(args)?;
         for (name, norm) in self.parameter_names().zip(&norms) {
             if !scalar(norm)?.is_finite() {
@@ -209,12 +263,12 @@ impl TrainStep {
     /// Never for a state of this step.
     pub fn adapter(&self) -> Result<LoRAAdapter> {
         let copies = self.parameters().iter().map(LazyTensor::to_owned_copy);
-        self.adapter.with_parameters(&copies.collect::<Result<Vec<_>>>()?)
+        self.traced.adapter.with_parameters(&copies.collect::<Result<Vec<_>>>()?)
     }
 
     /// What is adapted and how.
     pub fn adapter_config(&self) -> &LoraConfig {
-        &self.adapter.config
+        &self.traced.adapter.config
     }
 
     /// Updates so far: steps that were applied.
@@ -270,8 +324,9 @@ impl TrainStep {
         let parameters = parameters.iter().map(hold).collect::<Result<Vec<_>>>()?;
         let adapter = adapter.with_parameters(&parameters)?;
         let mut args = [parameters.clone(), parameters.clone(), parameters].concat();
-        args.extend(shape.arguments(&device)?);
-        Traced { decoder, adapter, n }.compiled(optimizer, max_gradient_norm).outline(&args)
+        args.extend(shape.arguments(&device, false)?);
+        let traced = Traced { decoder, adapter, n, in_world: false };
+        traced.compiled(optimizer, max_gradient_norm).outline(&args)
     }
 
     /// The plan of a step on batches of this shape, to be printed.
@@ -280,7 +335,7 @@ impl TrainStep {
     /// Where the step could not be traced.
     pub fn plan(&self, shape: StepShape) -> Result<metal_candle_compiler::Plan> {
         let mut args = self.state.clone();
-        args.extend(shape.arguments(&self.device)?);
+        args.extend(shape.arguments(&self.device, self.traced.in_world)?);
         self.step.plan(&args)
     }
 
@@ -294,108 +349,43 @@ impl TrainStep {
     }
 
     fn parameter_names(&self) -> impl Iterator<Item = String> {
-        let names = self.adapter.layers().flat_map(|(module, _)| {
+        let names = self.traced.adapter.layers().flat_map(|(module, _)| {
             ["lora_A", "lora_B"].map(|side| format!("{module}.{side}.weight"))
         });
         names.collect::<Vec<_>>().into_iter()
     }
 
     /// What follows the state.
-    fn arguments(&self, batches: &[Batch], rate: f64) -> Result<Vec<LazyTensor>> {
+    fn arguments(&self, batches: &[Batch], rate: f64, stop: bool) -> Result<Vec<LazyTensor>> {
+        let total: usize = batches.iter().map(|b| b.trained).sum();
+        let deal =
+            |ranks: &Ranks| batches.iter().map(|b| ranks.deal(b)).collect::<Result<Vec<_>>>();
+        let own = self.ranks.as_ref().map(deal).transpose()?;
+        let batches = own.as_deref().unwrap_or(batches);
         let number = |x: f64| LazyTensor::from_vec(vec![x as f32], &[], &self.device);
         let [correction1, correction2] = self.optimizer.corrections(self.count.updates + 1);
-        let seed = self.seed.wrapping_add(self.count.steps as i64);
+        let seed = self.seed.wrapping_add(self.draws());
         let mut args = vec![number(rate)?, number(correction1)?, number(correction2)?];
         args.push(LazyTensor::from_vec(vec![seed], &[], &self.device)?);
+        if self.traced.in_world {
+            args.push(number(f64::from(u8::from(stop)))?);
+        }
         for batch in batches {
             args.extend(tensors(batch, &self.device)?);
         }
-        if batches.len() > 1 {
-            let total: usize = batches.iter().map(|b| b.trained).sum();
+        if batches.len() > 1 || self.traced.in_world {
             for batch in batches {
                 args.push(number(batch.trained as f64 / total.max(1) as f64)?);
             }
         }
         Ok(args)
     }
-}
 
-/// What the compiled functions are traced from.
-#[derive(Clone)]
-struct Traced {
-    decoder: Arc<Decoder>,
-    adapter: LoRAAdapter,
-    /// Parameters.
-    n: usize,
-}
-
-impl Traced {
-    /// The loss, and the gradients of all parameters.
-    ///
-    /// Each micro-batch goes forward and back before the next begins, so that its activations are gone by then.
-    fn gradients(&self, args: &[LazyTensor]) -> Result<(LazyTensor, Vec<LazyTensor>)> {
-        let parameters = &args[..self.n];
-        let (scalars, batches) = args[3 * self.n..].split_at(SCALARS);
-        let seed = &scalars[3];
-        // The shares are the only scalars.
-        let shares = batches.iter().filter(|x| x.rank() == 0).count();
-        let (batches, shares) = batches.split_at(batches.len() - shares);
-        let size = batches.len() / shares.len().max(1);
-        let adapter = self.adapter.with_parameters(parameters)?.with_dropout(seed);
-        let wrt: Vec<&LazyTensor> = parameters.iter().collect();
-        let mut sum: Option<(LazyTensor, Vec<LazyTensor>)> = None;
-        for (i, batch) in batches.chunks(size).enumerate() {
-            let mut loss = loss(&self.decoder, batch, &adapter)?;
-            if let Some(share) = shares.get(i) {
-                loss = loss.mul(share)?;
-            }
-            let gradients = grad(&loss, &wrt)?;
-            sum = Some(match sum {
-                None => (loss, gradients),
-                Some((total, sums)) => {
-                    let sums = sums.iter().zip(&gradients).map(|(a, b)| a.add(b));
-                    (total.add(&loss)?, sums.collect::<Result<_>>()?)
-                }
-            });
-        }
-        Ok(sum.expect("metal-candle bug: a step without a batch"))
-    }
-
-    /// The whole step, its state donated.
-    fn compiled(self, optimizer: AdamWConfig, max_norm: f64) -> Compiled {
-        let state = 0..3 * self.n;
-        compile(move |args: &[LazyTensor]| self.step(&optimizer, max_norm, args)).donate(state)
-    }
-
-    fn step(
-        &self,
-        optimizer: &AdamWConfig,
-        max_norm: f64,
-        args: &[LazyTensor],
-    ) -> Result<Vec<LazyTensor>> {
-        let (loss, gradients) = self.gradients(args)?;
-        let norm = global_norm(&gradients)?;
-        let clip = clip_factor(&norm, max_norm)?;
-        // Not finite minus itself is NaN, and NaN is not 0: one test for both.
-        let total = norm.add(&loss)?;
-        let apply = total.sub(&total)?.eq(&total.zeros_like()?)?;
-
-        let [rate, correction1, correction2] = [0, 1, 2].map(|i| &args[3 * self.n + i]);
-        let scalars = StepScalars { rate, correction1, correction2 };
-        let (mut p, mut m, mut v) = (Vec::new(), Vec::new(), Vec::new());
-        for (i, gradient) in gradients.iter().enumerate() {
-            let state = Moments {
-                parameter: args[i].clone(),
-                mean: args[self.n + i].clone(),
-                square: args[2 * self.n + i].clone(),
-            };
-            let next = optimizer.update(&state, &gradient.mul(&clip)?, &scalars, &apply)?;
-            p.push(next.parameter);
-            m.push(next.mean);
-            v.push(next.square);
-        }
-        // The norm first: what it needs is recorded micro-batch by micro-batch.
-        Ok([vec![norm, loss], p, m, v].concat())
+    /// Numbers the draws of a dropout: another one for each step and rank.
+    fn draws(&self) -> i64 {
+        let world = self.ranks.as_ref().map(Ranks::world);
+        let (rank, size) = world.map_or((0, 1), |world| (world.rank(), world.size()));
+        (self.count.steps * size + rank) as i64
     }
 }
 
@@ -409,15 +399,6 @@ fn tensors(batch: &Batch, device: &Device) -> Result<Vec<LazyTensor>> {
         all.extend([ids(&documents.segments)?, ids(&documents.positions)?]);
     }
     Ok(all)
-}
-
-/// The mean loss of a batch, given as [`tensors`].
-fn loss(decoder: &Decoder, batch: &[LazyTensor], adapter: &LoRAAdapter) -> Result<LazyTensor> {
-    let packed = match batch {
-        [_, _, segments, positions] => Some(PackedInput { segments, positions }),
-        _ => None,
-    };
-    decoder.loss_packed(&batch[0], &batch[1], packed, Some(adapter))
 }
 
 fn scalar(x: &LazyTensor) -> Result<f32> {

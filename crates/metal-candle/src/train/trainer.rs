@@ -9,7 +9,7 @@ use crate::io::data::{Batch, BatchOptions, Batcher, Example, Order};
 use crate::io::file;
 use crate::models::Decoder;
 use crate::nn::LoRAAdapter;
-use crate::{Outline, Plan, Result};
+use crate::{Outline, Plan, Result, World};
 use serde_json::{Map, Value, json};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -20,7 +20,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 pub struct TrainingConfig {
     /// Iterations in all: one update each.
     pub iters: usize,
-    /// Rows of a batch.
+    /// Rows of a batch, of each rank if there are several.
     pub batch_size: usize,
     /// Batches of an update.
     pub grad_accumulation_steps: usize,
@@ -78,18 +78,22 @@ impl Default for TrainingConfig {
 }
 
 impl TrainingConfig {
-    /// The largest batches of an update that these examples make, or any.
-    fn shape(&self, train: Option<&[Example]>) -> Result<StepShape> {
-        let (batch, seq) = match train {
-            Some(train) => self.batcher(train, Order::Shuffled { seed: self.seed })?.shapes()[0],
-            None => (self.batch_size, self.max_seq_length),
+    /// One of so many ranks' part of the largest batches of an update that these examples make, or any.
+    fn shape(&self, train: Option<&[Example]>, ranks: usize) -> Result<StepShape> {
+        let order = Order::Shuffled { seed: self.seed };
+        let seq = match train {
+            Some(train) => self.batcher(train, order, ranks)?.shapes()[0].1,
+            None => self.max_seq_length,
         };
+        let batch = self.batch_size;
         let accumulated = self.grad_accumulation_steps.max(1);
         Ok(StepShape { batch, seq, accumulated, packed: self.packing })
     }
 
-    fn batcher(&self, examples: &[Example], order: Order) -> Result<Batcher> {
-        let TrainingConfig { batch_size, max_seq_length, packing, .. } = *self;
+    /// Batches with the rows of so many ranks.
+    fn batcher(&self, examples: &[Example], order: Order, ranks: usize) -> Result<Batcher> {
+        let TrainingConfig { max_seq_length, packing, .. } = *self;
+        let batch_size = self.batch_size * ranks;
         let options = BatchOptions { batch_size, max_seq_length, order };
         let new = if packing { Batcher::packed } else { Batcher::new };
         new(examples.to_vec(), options).map_err(|e| ErrorKind::Data(e).into())
@@ -133,11 +137,23 @@ impl Trainer {
         self
     }
 
+    /// Trains together with the other ranks of a world, each on rows of its own of every batch, which has
+    /// [`batch_size`](TrainingConfig::batch_size) of each: the losses are those of one rank with so many times the rows.
+    /// Only rank 0 validates and writes.
+    ///
+    /// # Errors
+    /// As [`TrainStep::within`].
+    pub fn within(mut self, world: Arc<World>) -> Result<Self> {
+        self.step = self.step.within(world)?;
+        Ok(self)
+    }
+
     /// Runs all iterations that are left, telling `report` what happens; returns the trained adapter.
     ///
     /// # Errors
     /// Where there is nothing to train on, a step fails, the checkpoint to resume from is another run's, the
-    /// adapter cannot be written, a step does not fit into memory, the base holds a weight that is not finite, or 20 updates in a row are skipped.
+    /// adapter cannot be written, a step does not fit into memory, the base holds a weight that is not finite, 20
+    /// updates in a row are skipped, or another rank is lost or trains something else.
     pub fn train(
         &mut self,
         train: &[Example],
@@ -147,12 +163,13 @@ impl Trainer {
         let c = self.config.clone();
         let mut batches = self.batches(train)?;
         let settings = self.settings(train)?;
-        if let Some(folder) = &c.adapter_path {
+        if let Some(folder) = c.adapter_path.as_ref().filter(|_| self.is_first()) {
             // Said now, and not after the first hundred steps.
             file::check_writable(folder)?;
         }
         fit::check(self.decoder.device(), c.shape(Some(train))?, |shape| self.step.plan(shape))?;
         let mut progress = self.start(&mut batches, &settings, &mut report)?;
+        self.check_ranks(&settings, &progress)?;
         if !valid.is_empty() && progress.iteration == 0 {
             self.validate(valid, &mut progress, &mut report)?;
         }
@@ -162,7 +179,8 @@ impl Trainer {
             let rate = c.schedule.rate(progress.iteration);
             let micro: Vec<Batch> =
                 (0..c.grad_accumulation_steps.max(1)).map(|_| batches.next_batch()).collect();
-            let metrics = self.step.run_accumulated(&micro, rate)?;
+            let asked = self.stop.load(Ordering::Relaxed);
+            let (metrics, stopped) = self.step.run_or_stop(&micro, rate, asked)?;
             progress.iteration += 1;
             progress.cursor = batches.cursor();
             progress.count = self.step.count();
@@ -175,7 +193,8 @@ impl Trainer {
                 report(Report::Skipped { step, loss, gradient_norm, culprit });
             }
             window.add(&micro, loss);
-            let stopped = self.stop.load(Ordering::Relaxed);
+            // Ranks stop after the same step; one alone need not ask the others.
+            let stopped = stopped || self.ranks() == 1 && self.stop.load(Ordering::Relaxed);
             let last = step == c.iters || stopped;
             if last || step.is_multiple_of(c.steps_per_report.max(1)) {
                 report(window.close(step, rate, gradient_norm));
@@ -184,7 +203,7 @@ impl Trainer {
             let mut done = last;
             if !valid.is_empty() && is_due && !stopped {
                 self.validate(valid, &mut progress, &mut report)?;
-                done |= c.patience > 0 && progress.stale >= c.patience;
+                done |= c.patience > 0 && self.any(progress.stale >= c.patience)?;
                 window = Window::start();
             }
             if done || c.save_every > 0 && step.is_multiple_of(c.save_every) {
@@ -203,7 +222,7 @@ impl Trainer {
     /// # Errors
     /// Where they make no batch, or the step cannot be traced.
     pub fn plan(&self, train: &[Example]) -> Result<Plan> {
-        self.step.plan(self.config.shape(Some(train))?)
+        self.step.plan(self.config.shape(Some(train), self.ranks())?)
     }
 
     /// The step of a training with this configuration on the largest batches that `train` makes, or
@@ -218,7 +237,7 @@ impl Trainer {
         config: &TrainingConfig,
         train: Option<&[Example]>,
     ) -> Result<Outline> {
-        let mut shape = config.shape(train)?;
+        let mut shape = config.shape(train, 1)?;
         if train.is_none() {
             shape.seq = shape.seq.min(decoder.config.max_position_embeddings);
         }
@@ -230,7 +249,27 @@ impl Trainer {
     /// # Errors
     /// Where they make none.
     pub fn batches(&self, train: &[Example]) -> Result<Batcher> {
-        self.batcher(train, Order::Shuffled { seed: self.config.seed })
+        self.config.batcher(train, Order::Shuffled { seed: self.config.seed }, self.ranks())
+    }
+
+    fn ranks(&self) -> usize {
+        self.step.ranks().map_or(1, |ranks| ranks.world().size())
+    }
+
+    /// Whether it is for this rank to validate and to write.
+    fn is_first(&self) -> bool {
+        self.step.ranks().is_none_or(|ranks| ranks.world().rank() == 0)
+    }
+
+    fn any(&self, says_so: bool) -> Result<bool> {
+        self.step.ranks().map_or(Ok(says_so), |ranks| ranks.any(says_so))
+    }
+
+    /// Sees that all ranks begin the same run at the same place.
+    fn check_ranks(&self, settings: &Map<String, Value>, progress: &Progress) -> Result<()> {
+        let Some(ranks) = self.step.ranks() else { return Ok(()) };
+        let settings = Value::Object(settings.clone());
+        ranks.check_same(&format!("{settings} {}", progress.iteration))
     }
 
     /// An error where going on is in vain: where the base itself is broken, or nothing is learnt any more.
@@ -272,9 +311,13 @@ impl Trainer {
         progress: &mut Progress,
         report: &mut impl FnMut(Report),
     ) -> Result<()> {
-        let mut batches = self.batcher(valid, Order::File)?;
+        if !self.is_first() {
+            return Ok(());
+        }
+        // As many rows as one rank with the batches of all would take.
+        let limit = self.config.val_batches * self.ranks();
+        let mut batches = self.config.batcher(valid, Order::File, 1)?;
         let all = batches.batches_per_epoch();
-        let limit = self.config.val_batches;
         let n = if limit == 0 { all } else { all.min(limit) };
         let (mut sum, mut tokens) = (0.0, 0usize);
         for _ in 0..n {
@@ -303,7 +346,7 @@ impl Trainer {
         settings: &Map<String, Value>,
         report: &mut impl FnMut(Report),
     ) -> Result<()> {
-        if let Some(path) = &self.config.adapter_path {
+        if let Some(path) = self.config.adapter_path.as_ref().filter(|_| self.is_first()) {
             self.step.adapter()?.save(path)?;
             self.save_state(path, progress, settings)?;
             report(Report::Saved { step: progress.iteration });
@@ -320,16 +363,13 @@ impl Trainer {
         checkpoint::save(&folder.join(STATE), self.step.state(), progress, settings)
     }
 
-    fn batcher(&self, examples: &[Example], order: Order) -> Result<Batcher> {
-        self.config.batcher(examples, order)
-    }
-
     /// What a run that goes on must have in common with the one that stopped.
     fn settings(&self, train: &[Example]) -> Result<Map<String, Value>> {
         let c = &self.config;
         let settings = json!({
             "iters": c.iters,
-            "batch_size": c.batch_size,
+            // Of all ranks: as many rows on one go on with the run of several.
+            "batch_size": c.batch_size * self.ranks(),
             "grad_accumulation_steps": c.grad_accumulation_steps,
             "max_seq_length": c.max_seq_length,
             "packing": c.packing,

@@ -5,7 +5,7 @@ use crate::lazy::{LazyTensor, Leaf, Trace, one_device, trace};
 use crate::{Device, Error, Result};
 use metal_candle_compiler::Plan;
 use metal_candle_graph::TensorType;
-use metal_candle_runtime::{AsyncGraphExecutor, Buffer, Executable, Timing};
+use metal_candle_runtime::{AsyncGraphExecutor, Buffer, Executable, Timing, World};
 use smallvec::SmallVec;
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -27,6 +27,8 @@ type Function = dyn Fn(&[LazyTensor]) -> Result<Vec<LazyTensor>> + Send + Sync;
 pub struct Compiled {
     f: Box<Function>,
     donated: Vec<usize>,
+    /// Over whose ranks it sums.
+    world: Option<Arc<World>>,
     /// Most recently used last.
     traced: Mutex<Vec<Arc<Traced>>>,
 }
@@ -73,7 +75,8 @@ struct Planned {
 pub fn compile(
     f: impl Fn(&[LazyTensor]) -> Result<Vec<LazyTensor>> + Send + Sync + 'static,
 ) -> Compiled {
-    Compiled { f: Box::new(f), donated: Vec::new(), traced: Mutex::new(Vec::new()) }
+    let (f, donated, traced) = (Box::new(f), Vec::new(), Mutex::new(Vec::new()));
+    Compiled { f, donated, world: None, traced }
 }
 
 impl Compiled {
@@ -81,6 +84,14 @@ impl Compiled {
     #[must_use]
     pub fn donate(mut self, positions: impl IntoIterator<Item = usize>) -> Compiled {
         self.donated.extend(positions);
+        self
+    }
+
+    /// Where the function [sums over ranks](LazyTensor::all_reduce), it does so over those of this world: each of them
+    /// must make the same calls.
+    #[must_use]
+    pub fn within(mut self, world: Arc<World>) -> Compiled {
+        self.world = Some(world);
         self
     }
 
@@ -197,10 +208,11 @@ impl Compiled {
     #[track_caller]
     fn trace(&self, args: &[LazyTensor]) -> Result<Traced> {
         let Planned { plan, device, results, trace } = self.planned(args)?;
+        let executable = Executable::within(plan, &device, self.world.as_ref()).at_caller()?;
         Ok(Traced {
             types: args.iter().map(LazyTensor::ty).collect(),
             device,
-            executable: Arc::new(Executable::new(plan, &device).at_caller()?),
+            executable: Arc::new(executable),
             inputs: trace.leaves,
             results,
         })

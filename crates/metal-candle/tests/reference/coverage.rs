@@ -17,6 +17,7 @@ const ELSEWHERE: &[(&str, &str)] = &[
     ("random", "the known answers of Philox 4x32-10, in src/lazy/ops/tests.rs"),
     ("quant_matmul", "Candle's own blocks, in quantised.rs"),
     ("dequantize", "Candle's own blocks, in quantised.rs"),
+    ("all_reduce", "two processes and one, in ranks.rs"),
     ("attention_grad", "the gradients of attention"),
     ("linear_cross_entropy_grad_x", "the gradients of linear_cross_entropy"),
     ("linear_cross_entropy_grad_weight", "the gradients of linear_cross_entropy"),
@@ -56,6 +57,7 @@ fn vocabulary() -> Vec<Operation> {
         Operation::Dot,
         Operation::QuantDot { format, rows, cols, transposed: false },
         Operation::Dequantize { format, rows, cols },
+        Operation::AllReduce,
     ];
     all.extend(UnaryOp::ALL.iter().map(|op| Operation::Unary(*op)));
     all.extend(BinaryOp::ALL.iter().map(|op| Operation::Binary(*op)));
@@ -124,6 +126,7 @@ fn is_listed(op: &Operation) -> bool {
         | Operation::Dot
         | Operation::QuantDot { .. }
         | Operation::Dequantize { .. }
+        | Operation::AllReduce
         | Operation::Composite(
             Composite::Softmax { .. }
             | Composite::LogSoftmax { .. }

@@ -112,6 +112,7 @@ fn record(node: &Node, x: &[&LazyTensor]) -> Result<LazyTensor> {
             x[0].quant_matmul(x[1], format, rows, cols)
         }
         Operation::Dequantize { format, rows, cols } => x[0].dequantize(format, rows, cols),
+        Operation::AllReduce => x[0].all_reduce(),
         Operation::Composite(c) => composite(c, x),
         Operation::Input(_) | Operation::Random { .. } | Operation::QuantDot { .. } => {
             panic!("{} has no method", node.op)

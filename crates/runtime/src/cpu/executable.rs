@@ -8,12 +8,15 @@ use crate::element::Data;
 use crate::executable::{Backend, Clock, Timing, message};
 use crate::pages::prefer_huge;
 use crate::workspaces::Workspaces;
-use crate::{Error, Result, verify};
+use crate::{Error, Result, World, verify};
 use candle_core::StorageRef;
-use metal_candle_compiler::{Operand, OutputSource, Plan, PlanOutput, Slot, Step, Target, Work};
+use metal_candle_compiler::{
+    LibraryCall, Operand, OutputSource, Plan, PlanOutput, Slot, Step, Target, Work,
+};
 use rayon::ThreadPool;
 use smallvec::SmallVec;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
@@ -37,6 +40,8 @@ pub(crate) struct CpuExecutable {
     zeroed: Vec<bool>,
     parallel: bool,
     workspaces: Workspaces<Workspace>,
+    /// Where it sums over ranks, if it does.
+    world: Option<Arc<World>>,
 }
 
 /// What is fixed about a step.
@@ -89,7 +94,7 @@ impl Workspace {
 impl CpuExecutable {
     /// # Errors
     /// [`Error::OutOfMemory`] for the arena.
-    pub(crate) fn new(plan: &Plan) -> Result<CpuExecutable> {
+    pub(crate) fn new(plan: &Plan, world: Option<Arc<World>>) -> Result<CpuExecutable> {
         let steps: Vec<Prepared> = plan.steps.iter().map(|s| Prepared::new(plan, s)).collect();
         let outputs = 0..plan.outputs.len();
         let make = || Workspace::new(plan);
@@ -98,6 +103,7 @@ impl CpuExecutable {
             parallel: steps.iter().map(Prepared::pool_work).sum::<u64>() >= POOL_WORK,
             steps,
             workspaces: Workspaces::new(IDLE_WORKSPACES, plan.arena_bytes, make)?,
+            world,
         })
     }
 
@@ -159,7 +165,7 @@ impl CpuExecutable {
                 // apart from what else it touches; `bases` holds the slots' memory: inputs of the plan's types,
                 // those that are written ours alone, the others locked or immutable; fresh outputs; an arena of
                 // the plan's size. Steps run one after the other.
-                unsafe { prepared.run(step, bases, pool.is_some())? };
+                unsafe { prepared.run(step, bases, pool.is_some(), self.world.as_deref())? };
                 if let (Some(clock), Some(start)) = (clock.as_deref_mut(), start) {
                     clock.seconds.push(start.elapsed().as_secs_f64());
                 }
@@ -175,7 +181,7 @@ impl CpuExecutable {
         }
         let step = at.into_inner();
         match outcome {
-            Ok(done) => done.map_err(Error::Graph),
+            Ok(done) => done,
             Err(panic) => Err(Error::KernelPanic {
                 step,
                 label: plan.steps[step].label.clone(),
@@ -315,7 +321,8 @@ impl Prepared {
         step: &Step,
         bases: &Bases,
         threads: bool,
-    ) -> metal_candle_graph::Result<()> {
+        world: Option<&World>,
+    ) -> Result<()> {
         let at = |place: &Place| bases.0[place.base as usize].wrapping_add(place.offset_bytes);
         let parallel = threads && self.parallel;
         match &step.work {
@@ -328,6 +335,13 @@ impl Prepared {
                 unsafe { program.run(&args, &outs, parallel) };
                 Ok(())
             }
+            Work::Call(LibraryCall::AllReduce) if world.is_some() => {
+                let (at, out) = (at(&self.outs[0]), &step.outs[0]);
+                let len = out.layout.shape.len() * out.dtype.size_bytes();
+                // SAFETY: the caller's promise; the output is dense, and the step before has written it.
+                let bytes = unsafe { std::slice::from_raw_parts_mut(at, len) };
+                world.map_or(Ok(()), |world| world.sum(bytes, out.dtype))
+            }
             Work::Call(call) => {
                 let args = self.args.iter().zip(&step.args);
                 let outs = self.outs.iter().zip(&step.outs);
@@ -337,7 +351,7 @@ impl Prepared {
                 // SAFETY: as above.
                 let mut outs: SmallVec<[Out; 4]> =
                     outs.map(|(place, o)| unsafe { Out::new(at(place), o) }).collect();
-                super::call(call, &args, &mut outs, parallel)
+                Ok(super::call(call, &args, &mut outs, parallel)?)
             }
         }
     }

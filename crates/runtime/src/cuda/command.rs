@@ -4,16 +4,18 @@ use super::Gpu;
 use super::compile::Function;
 use super::gpu::Said;
 use super::join::join;
+use super::nccl::Sum;
 use super::product::Product;
-use crate::Result;
 use crate::hazards::Touched;
 use crate::places::{Place, parts};
+use crate::{Result, World};
 use cudarc::driver::DriverError;
 use cudarc::driver::sys::{self, CUdeviceptr, CUstream};
-use metal_candle_compiler::Plan;
 use metal_candle_compiler::render::{self, Binding, Dialect, Part, Source};
+use metal_candle_compiler::{self as compiler, LibraryCall, Plan};
 use smallvec::SmallVec;
 use std::ffi::c_void;
+use std::sync::Arc;
 
 /// One launch or product.
 pub(super) struct Command {
@@ -26,6 +28,7 @@ pub(super) struct Command {
 enum Action {
     Launch { function: Function, grid: u32, block: u32, shared_bytes: u32 },
     Product(Product),
+    Sum(Sum),
 }
 
 /// The commands of a plan, and the scratch memory that the greediest of its calls wants.
@@ -47,13 +50,27 @@ pub(super) struct Draft {
 pub(super) enum Work {
     Kernel(Source),
     Product(Product),
+    Sum(Sum),
+}
+
+impl Draft {
+    fn new(plan: &Plan, index: usize, bindings: Vec<Binding>, work: Work) -> Draft {
+        let step = &plan.steps[index];
+        Draft {
+            steps: SmallVec::from_elem(index, 1),
+            places: bindings.iter().map(|b| Place::new(plan, step, *b)).collect(),
+            touched: Touched::new(plan, step, &bindings),
+            bindings,
+            work,
+        }
+    }
 }
 
 impl Work {
     pub(super) fn kernel(&self) -> Option<&Source> {
         match self {
             Work::Kernel(source) => Some(source),
-            Work::Product(_) => None,
+            Work::Product(_) | Work::Sum(_) => None,
         }
     }
 }
@@ -61,9 +78,19 @@ impl Work {
 impl Commands {
     /// # Errors
     /// [`crate::Error::Render`] for a step that the device cannot run; [`crate::Error::Compile`]; what the driver says.
-    pub(super) fn new(gpu: &Gpu, plan: &Plan) -> Result<Commands> {
+    pub(super) fn new(gpu: &Gpu, plan: &Plan, world: Option<&Arc<World>>) -> Result<Commands> {
         let (mut drafts, mut scratch_bytes) = (Vec::new(), 0);
         for (index, step) in plan.steps.iter().enumerate() {
+            if let (compiler::Work::Call(LibraryCall::AllReduce), Some(world)) = (&step.work, world)
+            {
+                drafts.push(Draft::new(
+                    plan,
+                    index,
+                    vec![Binding::Out(0)],
+                    Work::Sum(Sum::new(world, step)),
+                ));
+                continue;
+            }
             let call = parts(plan, index, Dialect::CUDA, &gpu.limits)?;
             scratch_bytes = scratch_bytes.max(call.workspace_bytes);
             for part in call.parts {
@@ -71,10 +98,7 @@ impl Commands {
                 if matches!(&work, Work::Kernel(source) if source.launch.grid == 0) {
                     continue;
                 }
-                let places = bindings.iter().map(|b| Place::new(plan, step, *b)).collect();
-                let (steps, touched) =
-                    (SmallVec::from_elem(index, 1), Touched::new(plan, step, &bindings));
-                drafts.push(Draft { steps, bindings, places, touched, work });
+                drafts.push(Draft::new(plan, index, bindings, work));
             }
         }
         let list = compile(gpu, join(drafts, plan, &gpu.limits))?;
@@ -107,6 +131,7 @@ fn compile(gpu: &Gpu, drafts: Vec<Draft>) -> Result<Vec<Command>> {
     let command = |Draft { steps, places, work, .. }| {
         let action = match work {
             Work::Product(product) => Action::Product(product),
+            Work::Sum(sum) => Action::Sum(sum),
             Work::Kernel(source) => Action::Launch {
                 function: functions.next().expect("metal-candle bug: a kernel is missing"),
                 grid: source.launch.grid as u32,
@@ -148,6 +173,8 @@ impl Command {
                 // SAFETY: the caller's promise.
                 unsafe { gpu.library.enqueue(product, addresses, stream) }
             }
+            // SAFETY: the caller's promise.
+            Action::Sum(sum) => unsafe { sum.enqueue(at(&self.places[0]), stream) },
         }
     }
 }

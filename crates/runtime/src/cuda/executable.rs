@@ -16,7 +16,7 @@ use crate::buffer::Buffer;
 use crate::executable::{Backend, Clock, Timing};
 use crate::places::Bases;
 use crate::workspaces::Workspaces;
-use crate::{Error, Result, mapped, verify};
+use crate::{Error, Result, World, mapped, verify};
 use cudarc::driver::result;
 use cudarc::driver::sys::{self, CUdeviceptr};
 use metal_candle_compiler::render::Status;
@@ -38,6 +38,8 @@ pub(crate) struct CudaExecutable {
     /// By output: whether its memory must be zeroed.
     zeroed: Vec<bool>,
     workspaces: Workspaces<Workspace>,
+    /// Where it sums over ranks, if it does.
+    world: Option<Arc<World>>,
 }
 
 /// The memory of one run.
@@ -72,9 +74,13 @@ impl Workspace {
 impl CudaExecutable {
     /// # Errors
     /// [`Error::Render`], [`Error::Compile`], [`Error::OutOfMemory`]; what the driver says.
-    pub(crate) fn new(gpu: Arc<Gpu>, plan: &Plan) -> Result<CudaExecutable> {
+    pub(crate) fn new(
+        gpu: Arc<Gpu>,
+        plan: &Plan,
+        world: Option<Arc<World>>,
+    ) -> Result<CudaExecutable> {
         gpu.bind()?;
-        let commands = Commands::new(&gpu, plan)?;
+        let commands = Commands::new(&gpu, plan, world.as_ref())?;
         let mut used = vec![false; plan.inputs.len()];
         for place in commands.list.iter().flat_map(|c| &c.places) {
             if (Bases::INPUTS..Bases::outputs(plan)).contains(&place.base) {
@@ -90,6 +96,7 @@ impl CudaExecutable {
             used,
             commands,
             gpu,
+            world,
         })
     }
 
@@ -187,6 +194,8 @@ impl CudaExecutable {
         outputs: &[Option<Allocation>],
         clock: Option<&mut Clock>,
     ) -> Result<()> {
+        // Until the end: a rank that is lost meanwhile must not let this one wait for ever.
+        let watch = self.world.as_ref().map(|world| world.nccl().watch()).transpose()?;
         let mut held = Held::default();
         let timing = clock.as_ref().map(|clock| clock.timing);
         let marks = timing
@@ -202,6 +211,7 @@ impl CudaExecutable {
         })();
         // Whatever happened, nothing may still be running on memory that is given back.
         let waited = self.gpu.synchronize();
+        watch.map_or(Ok(()), |watch| watch.end())?;
         outcome.and(waited)?;
         if let (Some(clock), Some(marks)) = (clock, marks) {
             clock.seconds = match timing {

@@ -58,6 +58,16 @@ impl Allocation {
             .said(|| format!("copying {} bytes to {}", bytes.len(), self.gpu.device()))
     }
 
+    /// Copies its bytes to the host, once the stream is through.
+    pub(super) fn read(&self, bytes: &mut [u8]) -> Result<()> {
+        assert!(bytes.len() <= self.len_bytes, "metal-candle bug: {} bytes", bytes.len());
+        self.gpu.bind()?;
+        // SAFETY: there are as many bytes; the wait below ends the copy.
+        unsafe { result::memcpy_dtoh_async(bytes, self.address, self.gpu.raw_stream()) }
+            .said(|| format!("copying {} bytes from {}", bytes.len(), self.gpu.device()))?;
+        self.gpu.synchronize()
+    }
+
     fn copied(&self) -> Result<Allocation> {
         let copy = Allocation::new(&self.gpu, self.len_bytes, "a copy")?;
         let (to, from, len) = (copy.address, self.address, self.len_bytes);

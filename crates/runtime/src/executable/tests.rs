@@ -56,7 +56,7 @@ fn doubling() -> Executable {
     let x = g.input(0, TensorType::new(DType::F32, Shape::new(&[3]).unwrap()));
     g.outputs = vec![g.binary(BinaryOp::Add, x, x).unwrap()];
     let plan = metal_candle_compiler::plan(&g, Device::Cpu.target(), &[]).unwrap();
-    let cpu = Arc::new(CpuExecutable::new(&plan).unwrap());
+    let cpu = Arc::new(CpuExecutable::new(&plan, None).unwrap());
     let used = used_inputs(&plan);
     Executable { plan, device: Device::Cpu, used, backend: Box::new(Beside(cpu)) }
 }

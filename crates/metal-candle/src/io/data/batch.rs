@@ -78,6 +78,29 @@ impl Batch {
     }
 }
 
+impl Batch {
+    /// Every `step`-th row, from row `first` on: rows of like length are shared evenly.
+    pub(crate) fn every(&self, step: usize, first: usize) -> Batch {
+        fn pick<T: Copy>(all: &[T], seq: usize, step: usize, first: usize) -> Vec<T> {
+            all.chunks(seq).skip(first).step_by(step).flatten().copied().collect()
+        }
+        let ids = |all: &[u32]| pick(all, self.seq, step, first);
+        let labels = pick(&self.labels, self.seq, step, first);
+        let documents = self.documents.as_ref().map(|documents| Documents {
+            segments: ids(&documents.segments),
+            positions: ids(&documents.positions),
+        });
+        Batch {
+            ids: ids(&self.ids),
+            batch: (self.batch - first).div_ceil(step),
+            seq: self.seq,
+            trained: labels.iter().filter(|&&label| label != IGNORE).count(),
+            labels,
+            documents,
+        }
+    }
+}
+
 /// How full the batches of an epoch are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Occupancy {

@@ -162,6 +162,23 @@ impl LazyTensor {
         LazyTensor::record(Operation::CumSum { dim, reverse: false }, &[self])
     }
 
+    /// The sum of all ranks' tensors in this place, for a function that is compiled to run
+    /// [within](crate::Compiled::within) a world; elsewhere the tensor itself. Differentiated, it is taken for a part of
+    /// the sum of the ranks' losses.
+    ///
+    /// # Shapes
+    /// Any, the same on each rank.
+    ///
+    /// # Numerics
+    /// In its own dtype; the same bits on each rank.
+    ///
+    /// # Errors
+    /// For a dtype that is neither f32 nor f64.
+    #[track_caller]
+    pub fn all_reduce(&self) -> Result<LazyTensor> {
+        LazyTensor::record(Operation::AllReduce, &[self])
+    }
+
     /// `dims` reduced to extent 1.
     #[track_caller]
     fn reduce(&self, over: Over, dims: &[usize]) -> Result<LazyTensor> {
