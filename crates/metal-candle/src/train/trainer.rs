@@ -167,7 +167,8 @@ impl Trainer {
             // Said now, and not after the first hundred steps.
             file::check_writable(folder)?;
         }
-        fit::check(self.decoder.device(), c.shape(Some(train))?, |shape| self.step.plan(shape))?;
+        let shape = c.shape(Some(train), self.ranks())?;
+        fit::check(self.decoder.device(), shape, |shape| self.step.plan(shape))?;
         let mut progress = self.start(&mut batches, &settings, &mut report)?;
         self.check_ranks(&settings, &progress)?;
         if !valid.is_empty() && progress.iteration == 0 {
