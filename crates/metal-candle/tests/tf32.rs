@@ -4,15 +4,15 @@
 #[allow(dead_code, reason = "shared with other tests")]
 mod testbed;
 
-use metal_candle::{DType, Device, LazyTensor, allow_tf32};
+use metal_candle::{Device, LazyTensor, allow_tf32};
 use testbed::device;
 
 /// A product of factors that TF32 cannot hold, and the largest error of it relative to what is exact.
 fn error(n: usize) -> f64 {
     // 1 + 2^-12 and 1: the product of a row and a column is n (1 + 2^-12).
     let x = 1.0 + 1.0 / 4096.0;
-    let a = LazyTensor::full(x, &[n, n], DType::F32, device()).unwrap();
-    let b = LazyTensor::ones(&[n, n], DType::F32, device()).unwrap();
+    let square = |x: f64| LazyTensor::from_vec(vec![x as f32; n * n], &[n, n], device()).unwrap();
+    let (a, b) = (square(x), square(1.0));
     let got = a.matmul(&b).unwrap().to_vec::<f32>().unwrap();
     let want = n as f64 * x;
     got.iter().map(|got| (f64::from(*got) - want).abs() / want).fold(0.0, f64::max)

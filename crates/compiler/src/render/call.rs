@@ -1,7 +1,7 @@
 //! A library call as what a GPU does for it: kernels and products, in order.
 //!
 //! ```text
-//! gemm, thin, index, along, rope, quant, cross_entropy
+//! gemm, index, along, rope, quant, cross_entropy
 //!        which template of a header, with which extents and places
 //! attention, attention_few
 //!        tiles of scores; attention_shape ── what they are specialised by; kernel ── the text around them
@@ -22,7 +22,6 @@ mod index;
 mod kernel;
 mod quant;
 mod rope;
-mod thin;
 mod walk;
 
 use super::{Binding, Dialect, Limits, RenderError, Source};

@@ -3,12 +3,8 @@
 use super::dialect::{Dialect, Shared};
 
 /// What has a dialect of its own.
-const TENSOR_CORES: [&str; 4] = [
-    include_str!("call/mma.h"),
-    include_str!("call/flash.h"),
-    include_str!("call/flash_grad.h"),
-    include_str!("call/thin.h"),
-];
+const TENSOR_CORES: [&str; 3] =
+    [include_str!("call/mma.h"), include_str!("call/flash.h"), include_str!("call/flash_grad.h")];
 
 pub(super) const DIALECT: Dialect = Dialect {
     language: "CUDA C",

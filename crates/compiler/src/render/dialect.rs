@@ -13,7 +13,7 @@ pub struct Dialect {
     /// What to tell the compiler.
     pub options: &'static [&'static str],
     /// What the kernels rely on, once before all of them: the dialect's own words, then what all dialects share.
-    pub(super) headers: [&'static str; 16],
+    pub(super) headers: [&'static str; 15],
     /// The beginning of a kernel's definition, up to its first parameter.
     pub(super) kernel: &'static str,
     /// A parameter that is read.
@@ -45,9 +45,9 @@ impl Dialect {
 
     pub(super) const fn headers(
         own: &'static str,
-        tensor_cores: [&'static str; 4],
-    ) -> [&'static str; 16] {
-        let [mma, flash, flash_grad, thin] = tensor_cores;
+        tensor_cores: [&'static str; 3],
+    ) -> [&'static str; 15] {
+        let [mma, flash, flash_grad] = tensor_cores;
         [
             own,
             include_str!("common.h"),
@@ -64,7 +64,6 @@ impl Dialect {
             mma,
             flash,
             flash_grad,
-            thin,
         ]
     }
 

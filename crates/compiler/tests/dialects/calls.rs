@@ -117,11 +117,6 @@ fn attrs(ignore_index: Option<i64>, smoothing: f64) -> CrossEntropyAttrs {
     CrossEntropyAttrs { ignore_index, label_smoothing, blocks: None }
 }
 
-/// Products that tensor cores make.
-pub(crate) fn thin() -> Vec<Task> {
-    [DType::BF16, DType::F16].map(products::thin).to_vec()
-}
-
 /// All that is run here, to be compiled elsewhere.
 pub(crate) fn every() -> Vec<Task> {
     [moves::all(), products::all()].concat()

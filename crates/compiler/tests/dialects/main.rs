@@ -247,7 +247,7 @@ fn cuda_kernels_compile_for_sm_80_and_sm_90() {
     let limits = Limits::cuda(132, 2048);
     let fused = sources(&all, Dialect::CUDA, &limits);
     let mut renderer = Renderer::new(Dialect::CUDA, limits.of_capability(8, 0));
-    let every = [calls::every(), attention::on_tensor_cores().concat(), calls::thin()].concat();
+    let every = [calls::every(), attention::on_tensor_cores().concat()].concat();
     let plan = |task: Task| renderer.plan(&task.graph, &task.donated).unwrap();
     let plans: Vec<Rendered> = every.into_iter().map(plan).collect();
     let of_calls = plans::sources(&plans).filter(|source| !source.name.starts_with('k'));

@@ -159,15 +159,11 @@ impl<'a> Draft<'a> {
     /// The elements of a walk, and the type that counts them and what is `beyond` its places.
     pub(super) fn walk(mut self, walk: &Walk, beyond: usize) -> Draft<'a> {
         self.functions.extend(walk.functions());
-        self.counted_to(walk.reach().saturating_add(beyond)).constant("ELEMENTS", walk.len() as i64)
-    }
-
-    /// The type that counts elements, none of which is further away than this.
-    pub(super) fn counted_to(self, reach: usize) -> Draft<'a> {
         // A loop counts one step of the whole grid too far before it ends.
         let threads = WAVES * self.gpu.limits.resident_threads + 1024;
-        let most = reach.saturating_add(threads);
-        self.typedef("I", if most < 1 << 31 { "i32" } else { "i64" })
+        let most = walk.reach().saturating_add(beyond).saturating_add(threads);
+        let count = if most < 1 << 31 { "i32" } else { "i64" };
+        self.typedef("I", count).constant("ELEMENTS", walk.len() as i64)
     }
 
     /// The places of another walk.

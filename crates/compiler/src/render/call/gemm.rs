@@ -1,8 +1,7 @@
-//! Products: the library's, but for those of few rows, or few columns.
+//! Products: the library's, but for those of few rows.
 
 use super::draft::{BLOCK, Draft, Gpu};
 use super::quant::vector;
-use super::thin;
 use super::walk::Walk;
 use super::{Call, Part, Place};
 use crate::render::{Binding, Launch};
@@ -21,13 +20,7 @@ pub(super) fn gemm(
     alpha: f64,
     accumulate: bool,
 ) -> Call {
-    let few = few_rows(gpu, args, out, alpha, accumulate);
-    if few.is_none()
-        && let Some(call) = thin::thin(gpu, [&args[0], &args[1]], out, alpha, accumulate)
-    {
-        return call;
-    }
-    let part = few.unwrap_or_else(|| {
+    let part = few_rows(gpu, args, out, alpha, accumulate).unwrap_or_else(|| {
         let place = |binding, o: &Operand| Place { binding, dtype: o.dtype, layout: o.layout };
         let [a, b] = [0, 1].map(|i| place(Binding::Arg(i), &args[i as usize]));
         Part::Product { alpha, accumulate, a, b, out: place(Binding::Out(0), out) }

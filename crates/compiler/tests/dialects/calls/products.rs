@@ -1,9 +1,7 @@
 //! Products, of weights in blocks too, and the losses behind one.
 
 use super::{Build, FLOATS, attrs, check_all, tolerance};
-use crate::plans::{Task, check};
-use crate::refused;
-use metal_candle_compiler::render::Dialect;
+use crate::plans::Task;
 use metal_candle_graph::composite::CrossEntropyAttrs;
 use metal_candle_graph::{
     BinaryOp, BlockFormat, Composite, DType, NodeId, Operation, Shape, oracle,
@@ -215,46 +213,6 @@ fn products(dtype: DType) -> Task {
 #[test]
 fn products_equal_the_oracle() {
     check_all("products", &FLOATS.map(products));
-}
-
-/// LoRA's: many rows times a thin factor either way round, and sums over many rows, thin on either side; onto an addend or
-/// not, with ragged ends.
-pub(crate) fn thin(dtype: DType) -> Task {
-    let mut b = Build::new();
-    let mut outputs = Vec::new();
-    for ([rows, wide], few) in [([1040, 72], 16), ([1030, 200], 32), ([2100, 136], 48)] {
-        let x = b.input(dtype, &[rows, wide]);
-        let half = |b: &mut Build, x: NodeId| b.g.binary_scalar(BinaryOp::Mul, x, 0.5).unwrap();
-        let x = half(&mut b, x);
-        let by_terms = b.input(dtype, &[few, wide]);
-        let by_terms = b.g.transpose(by_terms).unwrap();
-        let by_columns = b.input(dtype, &[wide, few]);
-        let high = b.input(dtype, &[few, few]);
-        for w in [by_terms, by_columns] {
-            let low = b.op(Operation::Dot, &[x, w]);
-            let low = b.g.binary_scalar(BinaryOp::Mul, low, 1.0 / 64.0).unwrap();
-            // Onto another product.
-            let other = b.op(Operation::Dot, &[low, high]);
-            let other = b.g.binary_scalar(BinaryOp::Mul, other, 1.0 / 64.0).unwrap();
-            let again = b.op(Operation::Dot, &[x, w]);
-            let again = b.g.binary_scalar(BinaryOp::Mul, again, 1.0 / 64.0).unwrap();
-            outputs.extend([low, b.g.binary(BinaryOp::Add, other, again).unwrap()]);
-        }
-        let h = b.input(dtype, &[rows, few]);
-        let [turned, turned_few] = [x, h].map(|x| b.g.transpose(x).unwrap());
-        for (left, right) in [(turned, h), (turned_few, x)] {
-            let sum = b.op(Operation::Dot, &[left, right]);
-            outputs.push(b.g.binary_scalar(BinaryOp::Mul, sum, 1.0 / 256.0).unwrap());
-        }
-    }
-    b.task(format!("thin products of {dtype}"), outputs, 2.0 * tolerance(dtype))
-}
-
-#[test]
-fn thin_products_on_tensor_cores_equal_the_oracle() {
-    let limits = crate::CUDA.of_capability(9, 0);
-    let tasks = [DType::BF16, DType::F16].map(thin);
-    check("thin", Dialect::CUDA, limits, &tasks, refused);
 }
 
 pub(super) fn all() -> Vec<Task> {
