@@ -21,6 +21,20 @@ pub(crate) const VOCABULARY: usize = 8192;
 /// Of `{"work": "train", "model": PATH, "base": "bf16", "targets": "qv", "batch": 4, "seq": 256,
 /// "rank": 8}`: AdamW at 1e-4, clipped to 1, on rows of packed text in file order.
 pub(crate) fn train(row: &Value) -> Result<Prepared, Failure> {
+    let (mut step, batches, shape) = training(row)?;
+    let planned = step.plan(shape)?.peak_bytes();
+    let mut next = 0;
+    let mut prepared = Prepared::new(move || {
+        let metrics = step.run(&batches[next % batches.len()], 1e-4)?;
+        next += 1;
+        if metrics.applied { Ok(()) } else { Err(format!("no update: {metrics:?}").into()) }
+    });
+    prepared.planned_bytes = Some(planned);
+    Ok(prepared)
+}
+
+/// The step of such a row, its batches, and their shape.
+pub(crate) fn training(row: &Value) -> Result<(TrainStep, Vec<Batch>, StepShape), Failure> {
     let decoder = load_decoder(text(row, "model")?.as_ref(), base(row)?, &Device::Cpu)?;
     let (batch, seq) = (number(row, "batch")?, number(row, "seq")?);
     let batches: Vec<Batch> = packed_text(decoder.config.vocab_size)?
@@ -39,17 +53,8 @@ pub(crate) fn train(row: &Value) -> Result<Prepared, Failure> {
     let config = LoraConfig { r, lora_alpha: 16.0, target_modules, ..LoraConfig::default() };
     let adapter = LoRAAdapter::new(config, decoder.modules(), 0, &Device::Cpu)?;
     let optimizer = AdamWConfig::default();
-    let mut step = TrainStep::new(Arc::new(decoder), adapter, optimizer, 1.0, 0)?;
-    let shape = StepShape { batch, seq, accumulated: 1, packed: false };
-    let planned = step.plan(shape)?.peak_bytes();
-    let mut next = 0;
-    let mut prepared = Prepared::new(move || {
-        let metrics = step.run(&batches[next % batches.len()], 1e-4)?;
-        next += 1;
-        if metrics.applied { Ok(()) } else { Err(format!("no update: {metrics:?}").into()) }
-    });
-    prepared.planned_bytes = Some(planned);
-    Ok(prepared)
+    let step = TrainStep::new(Arc::new(decoder), adapter, optimizer, 1.0, 0)?;
+    Ok((step, batches, StepShape { batch, seq, accumulated: 1, packed: false }))
 }
 
 /// Of `{"work": "prefill", "model": PATH, "prompt": 512}`: until the first token is chosen.
@@ -102,7 +107,7 @@ fn base(row: &Value) -> Result<BaseWeights, Failure> {
 
 /// The ids of the text that the tests train SmolLM2 on, which `reference/smollm.py` made: every peer
 /// reads the same.
-fn packed_text(vocabulary: usize) -> Result<Vec<u32>, Failure> {
+pub(crate) fn packed_text(vocabulary: usize) -> Result<Vec<u32>, Failure> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/smollm.safetensors");
     let tensors = candle_core::safetensors::load(path, &CandleDevice::Cpu)?;
     let ids = tensors["train.ids"].to_dtype(candle_core::DType::I64)?.flatten_all()?;

@@ -7,7 +7,7 @@ use crate::error::ErrorKind;
 use crate::io::tokenizer::Tokenizer;
 use crate::models::Decoder;
 use crate::nn::{ApplyAdapter, LoRAAdapter};
-use crate::{Compiled, LazyTensor, Outline, Result};
+use crate::{Compiled, LazyTensor, Outline, Result, Timing};
 use std::sync::Arc;
 
 /// Generates text with a decoder and the adapter that is on it. Another one is put on by
@@ -92,12 +92,31 @@ impl Generator {
     /// # Errors
     /// Where there are no ids, or more than the cache has room for; the cache is then lost with the step.
     pub fn logits(&self, ids: &[u32], cache: &mut KVCache) -> Result<Vec<f32>> {
+        let results = self.one.call(Self::arguments(ids, cache)?)?;
+        self.results(results, ids.len(), cache)
+    }
+
+    /// [`Generator::logits`], and the seconds that it took on the device: of each step of its plan, or of all.
+    ///
+    /// # Errors
+    /// As [`Generator::logits`].
+    pub fn profile(
+        &self,
+        ids: &[u32],
+        cache: &mut KVCache,
+        timing: Timing,
+    ) -> Result<(Vec<f32>, Vec<f64>)> {
+        let (results, seconds) = self.one.profile(Self::arguments(ids, cache)?, timing)?;
+        Ok((self.results(results, ids.len(), cache)?, seconds))
+    }
+
+    /// Those of a step, if the cache has room.
+    fn arguments(ids: &[u32], cache: &mut KVCache) -> Result<Vec<LazyTensor>> {
         let (tokens, context) = (ids.len(), cache.capacity() - cache.len());
         if tokens == 0 || tokens > context {
             return Err(ErrorKind::PromptLength { tokens, context }.into());
         }
-        let results = self.one.call(step::arguments(ids, cache)?)?;
-        self.results(results, tokens, cache)
+        step::arguments(ids, cache)
     }
 
     /// As [`Generator::generate`], but awaited: token by token, and no thread is blocked.

@@ -7,7 +7,8 @@ use half::bf16;
 const LANES: usize = 16;
 
 macro_rules! rows {
-    ($ty:ident, $exp:path, $max_of:ident, $exp_all:ident, $dot:ident, $axpy:ident, $scale_all:ident) => {
+    ($ty:ident, $exp:path, $max_of:ident, $exp_all:ident, $dot:ident, $axpy:ident, $scale_all:ident,
+     $softmax_vjp:ident) => {
         multiversion! {
             pub(crate) fn $max_of(row: &[$ty]) -> $ty {
                 let mut lanes = [$ty::NEG_INFINITY; LANES];
@@ -68,11 +69,19 @@ macro_rules! rows {
                     *x *= by;
                 }
             }
+
+            /// `ds = p (dp - Σ p dp)`, where `ds` holds dp.
+            pub(crate) fn $softmax_vjp(p: &[$ty], ds: &mut [$ty]) {
+                let mean = $dot(p, ds);
+                for (ds, p) in ds.iter_mut().zip(p) {
+                    *ds = *p * (*ds - mean);
+                }
+            }
         }
     };
 }
-rows!(f32, exp_f32, max_of_f32, exp_all_f32, dot_f32, axpy_f32, scale_all_f32);
-rows!(f64, f64::exp, max_of_f64, exp_all_f64, dot_f64, axpy_f64, scale_all_f64);
+rows!(f32, exp_f32, max_of_f32, exp_all_f32, dot_f32, axpy_f32, scale_all_f32, softmax_vjp_f32);
+rows!(f64, f64::exp, max_of_f64, exp_all_f64, dot_f64, axpy_f64, scale_all_f64, softmax_vjp_f64);
 
 multiversion! {
     /// bf16 is the upper half of f32.

@@ -77,6 +77,8 @@ pub(crate) trait Real:
     /// `to += scale · from`
     fn axpy(to: &mut [Self], scale: Self, from: &[Self]);
     fn scale_all(row: &mut [Self], by: Self);
+    /// `ds = p (dp - Σ p dp)`, where `ds` holds dp.
+    fn softmax_vjp(p: &[Self], ds: &mut [Self]);
 }
 
 /// A float element, computed in [`Real`].
@@ -146,7 +148,8 @@ half! {
 }
 
 macro_rules! real {
-    ($ty:ident, |$row:ident| $as_f32:expr, $max_of:path, $exp_all:path, $dot:path, $axpy:path, $scale_all:path) => {
+    ($ty:ident, |$row:ident| $as_f32:expr, $max_of:path, $exp_all:path, $dot:path, $axpy:path, $scale_all:path,
+     $softmax_vjp:path) => {
         impl Number for $ty {
             type Acc = $ty;
             fn widen(self) -> $ty {
@@ -215,6 +218,9 @@ macro_rules! real {
             fn scale_all(row: &mut [$ty], by: $ty) {
                 $scale_all(row, by)
             }
+            fn softmax_vjp(p: &[$ty], ds: &mut [$ty]) {
+                $softmax_vjp(p, ds)
+            }
         }
     };
 }
@@ -225,7 +231,8 @@ real!(
     math::exp_all_f32,
     math::dot_f32,
     math::axpy_f32,
-    math::scale_all_f32
+    math::scale_all_f32,
+    math::softmax_vjp_f32
 );
 real!(
     f64,
@@ -234,7 +241,8 @@ real!(
     math::exp_all_f64,
     math::dot_f64,
     math::axpy_f64,
-    math::scale_all_f64
+    math::scale_all_f64,
+    math::softmax_vjp_f64
 );
 
 /// Runs `$body` with `$T` the Rust type of a dtype.

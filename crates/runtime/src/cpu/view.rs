@@ -199,6 +199,28 @@ impl<'a, T: Element> Strided<'a, T> {
         unsafe { Mat::new(self.data, [rows, cols], [self.strides[0], self.strides[1]]) }
     }
 
+    /// All rows as those of one matrix, if they are equally far apart.
+    pub(crate) fn as_rows(&self) -> Option<Mat<'a, T>> {
+        let rank = self.shape.rank();
+        let (rows, cols) = (self.rows(), self.cols());
+        let dims = self.shape.dims();
+        // The distance of rows, from the last dim of more than one row on.
+        let mut strides = (0..rank.saturating_sub(1)).rev().filter(|d| dims[*d] != 1);
+        let (row_stride, mut len) = match strides.next() {
+            Some(d) => (self.strides[d], dims[d] as isize),
+            None => (0, 1),
+        };
+        for d in strides {
+            if self.strides[d] != row_stride * len {
+                return None;
+            }
+            len *= dims[d] as isize;
+        }
+        let col_stride = if rank == 0 { 1 } else { self.strides[rank - 1] };
+        // SAFETY: the same elements, for as long.
+        Some(unsafe { Mat::new(self.data, [rows, cols], [row_stride, col_stride]) })
+    }
+
     pub(crate) fn as_ptr(&self) -> *const T {
         self.data
     }
