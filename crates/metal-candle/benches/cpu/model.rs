@@ -3,7 +3,7 @@
 use super::Failure;
 use super::serve::{Prepared, number, text};
 use candle_core::Device as CandleDevice;
-use metal_candle::Device;
+use metal_candle::{DType, Device};
 use metal_candle::generate::{Generated, Generator, GeneratorConfig};
 use metal_candle::io::LoraConfig;
 use metal_candle::io::data::Batch;
@@ -36,6 +36,10 @@ pub(crate) fn train(row: &Value) -> Result<Prepared, Failure> {
 /// The step of such a row, its batches, and their shape.
 pub(crate) fn training(row: &Value) -> Result<(TrainStep, Vec<Batch>, StepShape), Failure> {
     let decoder = load_decoder(text(row, "model")?.as_ref(), base(row)?, &Device::Cpu)?;
+    let decoder = match row["activations"].as_str() {
+        Some("bf16") => decoder.with_activations(DType::BF16),
+        _ => decoder,
+    };
     let (batch, seq) = (number(row, "batch")?, number(row, "seq")?);
     let batches: Vec<Batch> = packed_text(decoder.config.vocab_size)?
         .chunks_exact(batch * seq)

@@ -19,7 +19,7 @@ use std::ops::Range;
 
 /// Positions of one block, with all query heads of the key head up to so many: what is packed of k and v is packed
 /// for all of them.
-const POSITIONS: usize = 64;
+const POSITIONS: usize = 32;
 const MAX_HEADS: usize = 4;
 
 /// `args` as `Composite::Attention`.

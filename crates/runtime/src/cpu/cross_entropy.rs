@@ -5,7 +5,7 @@
 //! flash attention does (Dao et al. 2022), and, for the gradient, the running sum of `p weight`. The parts are put
 //! together in order. Rows that do not count are left out before anything is computed.
 
-use crate::cpu::gemm::{gemm, gemm_factors, gemm_of};
+use crate::cpu::gemm::{gemm_factors, gemm_of};
 use crate::cpu::matrix::{Mat, MatMut};
 use crate::cpu::number::{Accumulator, Float, Number, Real, for_float, for_index};
 use crate::cpu::parallel::{self, Parts};
@@ -17,7 +17,7 @@ use metal_candle_graph::{Error, Result};
 use std::ops::Range;
 
 /// Rows of one block.
-const ROWS: usize = 256;
+const ROWS: usize = 512;
 /// Classes of one chunk.
 const CLASSES: usize = 256;
 /// The most parts that the classes are cut into: each has sums of its own.
@@ -67,7 +67,7 @@ struct Linear<'a, T: Float> {
     /// The rows that count: where they are, their labels, and x itself, `[rows, d]`.
     rows: &'a [i64],
     labels: &'a [i64],
-    x: &'a [T::Acc],
+    x: &'a [T],
     n: usize,
     classes: usize,
     d: usize,
@@ -133,7 +133,7 @@ enum Chunk<'a, T: Float> {
 
 impl<T: Float> Chunk<'_, T> {
     /// `logits = x weightᵀ`
-    fn logits(&self, logits: MatMut<'_, T::Acc>, x: Mat<'_, T::Acc>) {
+    fn logits(&self, logits: MatMut<'_, T::Acc>, x: Mat<'_, T>) {
         let one = T::Acc::from_f64(1.0);
         match self {
             Chunk::Dense(w) => gemm_of::<T, _, _>(logits, x, w.transposed(), one, false),
@@ -250,9 +250,9 @@ impl<'a, T: Float> Linear<'a, T> {
         scratch::split([n, n], |[rows, found]: [&mut [i64]; 2]| {
             let count = counted(op, labels, classes, attrs.ignore_index, rows, found)?;
             let (rows, labels) = (&rows[..count], &found[..count]);
-            scratch::with(count * d, |packed: &mut [T::Acc]| {
+            scratch::with(count * d, |packed: &mut [T]| {
                 for (to, row) in packed.chunks_exact_mut(d.max(1)).zip(rows) {
-                    x.row(*row as usize).widen_to(to);
+                    x.row(*row as usize).copy_to(to);
                 }
                 f(&Linear { weight, rows, labels, x: packed, n, classes, d, epsilon });
             });
@@ -428,7 +428,7 @@ impl<'a, T: Float> Linear<'a, T> {
                     let x = Mat::dense(&self.x[start * d..block.end * d], block.len(), d);
                     let dlogits = Mat::dense(dlogits, block.len(), cols).transposed();
                     let dw = MatMut::dense(dw, cols, d);
-                    gemm(dw, dlogits, x, T::Acc::from_f64(1.0), true, false);
+                    gemm_factors(dw, dlogits, x, T::Acc::from_f64(1.0), true, false);
                 }
                 // SAFETY: the rows of a chunk belong to its task.
                 T::narrow_all(dw, unsafe { out.part(classes.start * d, cols * d) });

@@ -130,11 +130,8 @@ pub(crate) fn exp_f32(x: f32) -> f32 {
     p = p * r + 1.666_666_5e-1;
     p = p * r + 5e-1;
     let p = p * r * r + r + 1.0;
-    // The low bits of the sum are n. In two halves, for n = 128 has no exponent of its own.
-    let n = (rounded.to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32);
-    let half = n >> 1;
-    let power = |n: i32| f32::from_bits((n.wrapping_add(127) as u32) << 23);
-    let y = p * power(half) * power(n.wrapping_sub(half));
+    // The low bits of the sum are n, which is added to the exponent. That is never too large: where n is 128, p < 1.
+    let y = f32::from_bits(p.to_bits().wrapping_add(rounded.to_bits() << 23));
     let y = if x < SMALLEST { 0.0 } else { y };
     if x > LARGEST { f32::INFINITY } else { y }
 }

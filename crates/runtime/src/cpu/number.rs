@@ -29,6 +29,21 @@ pub(crate) trait Number: Element + PartialOrd {
         }
     }
 
+    /// The row itself, if its elements are their own accumulators.
+    fn as_acc(_row: &[Self]) -> Option<&[Self::Acc]> {
+        None
+    }
+
+    /// Lets `f` write accumulators, and rounds them: into `elements` at once, or by way of `wide`, as long.
+    fn accumulate_into(
+        elements: &mut [Self],
+        wide: &mut [Self::Acc],
+        f: impl FnOnce(&mut [Self::Acc]),
+    ) {
+        f(wide);
+        Self::narrow_all(wide, elements);
+    }
+
     /// Lets `f` change `elements` as accumulators; they are rounded once, when it is done.
     fn accumulate(elements: &mut [Self], f: impl FnOnce(&mut [Self::Acc])) {
         scratch::with(elements.len(), |acc: &mut [Self::Acc]| {
@@ -82,7 +97,7 @@ pub(crate) trait Real:
 }
 
 /// A float element, computed in [`Real`].
-pub(crate) trait Float: Number<Acc: Real> + Multiply {}
+pub(crate) trait Float: Number<Acc: Real> + Multiply + scratch::Pod {}
 
 macro_rules! integer {
     ($($ty:ty),*) => {$(
@@ -163,6 +178,12 @@ macro_rules! real {
             }
             fn narrow_all(from: &[$ty], to: &mut [$ty]) {
                 to.copy_from_slice(from);
+            }
+            fn as_acc(row: &[$ty]) -> Option<&[$ty]> {
+                Some(row)
+            }
+            fn accumulate_into(elements: &mut [$ty], _: &mut [$ty], f: impl FnOnce(&mut [$ty])) {
+                f(elements);
             }
             fn accumulate(elements: &mut [$ty], f: impl FnOnce(&mut [$ty])) {
                 f(elements);

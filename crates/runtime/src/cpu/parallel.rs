@@ -39,15 +39,25 @@ pub(crate) fn for_each_row<T: Send>(
     cols: usize,
     f: impl Fn(usize, &mut [T]) + Send + Sync,
 ) {
+    for_each_rows(parallel, data, cols, |first, data| {
+        for (i, row) in data.chunks_exact_mut(cols).enumerate() {
+            f(first + i, row);
+        }
+    });
+}
+
+/// `f(i, some rows of data)`, of which the first is the i-th, for rows of `cols` elements.
+pub(crate) fn for_each_rows<T: Send>(
+    parallel: bool,
+    data: &mut [T],
+    cols: usize,
+    f: impl Fn(usize, &mut [T]) + Send + Sync,
+) {
     if cols == 0 {
         return;
     }
     let rows = (GRAIN / cols).max(1);
-    for_each_chunk(parallel, data, rows * cols, |chunk, data| {
-        for (i, row) in data.chunks_exact_mut(cols).enumerate() {
-            f(chunk * rows + i, row);
-        }
-    });
+    for_each_chunk(parallel, data, rows * cols, |chunk, data| f(chunk * rows, data));
 }
 
 /// A slice that several tasks write, each its own part.
