@@ -14,7 +14,13 @@ pub struct Target {
     pub max_reduce: usize,
     /// Fused kernels read and write at most so many buffers.
     pub max_operands: usize,
+    /// Buffers of up to so many bytes do not share memory with neighbours in time, so that steps which need not wait for each
+    /// other's values need not wait for each other's memory either.
+    pub apart_bytes: usize,
 }
+
+/// What few values are: the activations of some tokens, a LoRA factor.
+const FEW_VALUES: usize = 64 << 10;
 
 impl Target {
     /// Any CPU: the interpreter and the plain library calls.
@@ -24,6 +30,7 @@ impl Target {
         align_bytes: 64,
         max_reduce: 1 << 14,
         max_operands: usize::MAX,
+        apart_bytes: 0,
     };
 
     /// Any NVIDIA GPU. Parameters take 4 KiB at most: 512 addresses.
@@ -33,6 +40,7 @@ impl Target {
         align_bytes: 256,
         max_reduce: 1 << 14,
         max_operands: 512,
+        apart_bytes: FEW_VALUES,
     };
 
     /// Any GPU of Apple's. A buffer argument table has 31 entries.
@@ -42,6 +50,7 @@ impl Target {
         align_bytes: 256,
         max_reduce: 1 << 14,
         max_operands: 31,
+        apart_bytes: FEW_VALUES,
     };
 
     /// Whether this target has a library call for `composite`; otherwise it is expanded and fused.

@@ -3,22 +3,23 @@
 use super::Failure;
 use super::serve::{Prepared, number, text};
 use candle_core::Device as CandleDevice;
-use metal_candle::{DType, Device};
-use metal_candle::generate::{Generated, Generator, GeneratorConfig};
+use metal_candle::{DType, Device, Timing};
+use metal_candle::generate::{Generated, Generator, GeneratorConfig, KVCache};
 use metal_candle::io::LoraConfig;
 use metal_candle::io::data::Batch;
 use metal_candle::io::peft::TargetModules;
-use metal_candle::models::{BaseWeights, load, load_decoder};
+use metal_candle::models::{BaseWeights, Decoder, load, load_decoder};
 use metal_candle::nn::LoRAAdapter;
 use metal_candle::train::{AdamWConfig, StepShape, TrainStep};
 use serde_json::Value;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Instant;
 
 /// Of the random models; SmolLM2's ids are taken modulo it.
 pub(crate) const VOCABULARY: usize = 8192;
 
-/// Of `{"work": "train", "model": PATH, "base": "bf16", "targets": "qv", "batch": 4, "seq": 256,
+/// Of `{"work": "train", "model": PATH, "base": "bf16", "activations": "bf16", "targets": "qv", "batch": 4, "seq": 256,
 /// "rank": 8}`: AdamW at 1e-4, clipped to 1, on rows of packed text in file order.
 pub(crate) fn train(row: &Value) -> Result<Prepared, Failure> {
     let (mut step, batches, shape) = training(row)?;
@@ -36,10 +37,10 @@ pub(crate) fn train(row: &Value) -> Result<Prepared, Failure> {
 /// The step of such a row, its batches, and their shape.
 pub(crate) fn training(row: &Value) -> Result<(TrainStep, Vec<Batch>, StepShape), Failure> {
     let decoder = load_decoder(text(row, "model")?.as_ref(), base(row)?, &Device::Cpu)?;
-    let decoder = match row["activations"].as_str() {
-        Some("bf16") => decoder.with_activations(DType::BF16),
-        _ => decoder,
-    };
+    let decoder = decoder.with_activations(match text(row, "activations")? {
+        "bf16" => DType::BF16,
+        _ => DType::F32,
+    });
     let (batch, seq) = (number(row, "batch")?, number(row, "seq")?);
     let batches: Vec<Batch> = packed_text(decoder.config.vocab_size)?
         .chunks_exact(batch * seq)
@@ -74,6 +75,37 @@ pub(crate) fn decode(row: &Value) -> Result<Prepared, Failure> {
     let generate = generation(row, tokens)?;
     // The first one belongs to the prefill.
     Ok(Prepared::timed(move || Ok(generate()?.decode.as_secs_f64() / (tokens - 1).max(1) as f64)))
+}
+
+/// Of `{"work": "overhead", "model": PATH, "prompt": 512, "tokens": 128}`: what a token takes, chosen and brought to the
+/// caller, beside the steps of its plan; the median of so many. The clock that is looked at between the steps counts.
+pub(crate) fn overhead(row: &Value) -> Result<Prepared, Failure> {
+    let (decoder, generator, ids) = prompted(row)?;
+    let tokens = number(row, "tokens")?;
+    Ok(Prepared::timed(move || {
+        let mut cache = KVCache::new(&decoder, 1, ids.len() + tokens)?;
+        let mut id = generator.best(&ids, &mut cache)?;
+        let mut beside = Vec::with_capacity(tokens);
+        for _ in 0..tokens {
+            let start = Instant::now();
+            let (next, steps) = generator.profile(&[id], &mut cache, Timing::Steps)?;
+            beside.push(start.elapsed().as_secs_f64() - steps.iter().sum::<f64>());
+            id = next;
+        }
+        beside.sort_unstable_by(f64::total_cmp);
+        Ok(beside[tokens / 2])
+    }))
+}
+
+/// The model of such a row, what generates with it, and its prompt.
+pub(crate) fn prompted(row: &Value) -> Result<(Arc<Decoder>, Generator, Vec<u32>), Failure> {
+    let model = load(text(row, "model")?.as_ref(), base(row)?, &Device::Cpu)?;
+    let wanted = number(row, "prompt")?;
+    let ids = packed_text(model.decoder.config.vocab_size)?;
+    let ids = ids.get(..wanted).ok_or_else(|| format!("{wanted} tokens: the text has fewer"))?;
+    let decoder = Arc::new(model.decoder);
+    let generator = Generator::new(Arc::clone(&decoder), Arc::new(model.tokenizer))?;
+    Ok((decoder, generator, ids.to_vec()))
 }
 
 fn generation(
@@ -111,7 +143,7 @@ fn base(row: &Value) -> Result<BaseWeights, Failure> {
 
 /// The ids of the text that the tests train SmolLM2 on, which `reference/smollm.py` made: every peer
 /// reads the same.
-pub(crate) fn packed_text(vocabulary: usize) -> Result<Vec<u32>, Failure> {
+fn packed_text(vocabulary: usize) -> Result<Vec<u32>, Failure> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/smollm.safetensors");
     let tensors = candle_core::safetensors::load(path, &CandleDevice::Cpu)?;
     let ids = tensors["train.ids"].to_dtype(candle_core::DType::I64)?.flatten_all()?;

@@ -1,14 +1,12 @@
 //! Where the time of a plan goes: `--steps '{"work": "train", ...}'`, a row as `cargo xtask bench cpu` asks for it.
 
 use super::Failure;
-use super::model::{packed_text, training};
+use super::model::{prompted, training};
 use super::serve::{number, text};
 use metal_candle::generate::{DecodeShape, Generator, KVCache};
-use metal_candle::models::{BaseWeights, load};
-use metal_candle::{Device, Plan, Timing};
+use metal_candle::{Plan, Timing};
 use serde_json::Value;
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 /// Each step at its best of so many runs: what else the machine does meanwhile is left out.
 const RUNS: usize = 7;
@@ -18,7 +16,10 @@ pub(crate) fn print(row: &str) -> Result<(), Failure> {
     match text(&row, "work")? {
         "train" => train(&row),
         "prefill" => prefill(&row),
-        other => Err(format!("no plan of {other:?} to look at: expected train or prefill").into()),
+        "decode" => decode(&row),
+        other => {
+            Err(format!("no plan of {other:?} to look at: expected train, prefill or decode").into())
+        }
     }
 }
 
@@ -35,19 +36,31 @@ fn train(row: &Value) -> Result<(), Failure> {
 }
 
 fn prefill(row: &Value) -> Result<(), Failure> {
-    let model = load(text(row, "model")?.as_ref(), BaseWeights::AsStored, &Device::Cpu)?;
-    let tokens = number(row, "prompt")?;
-    let ids = packed_text(model.decoder.config.vocab_size)?[..tokens].to_vec();
-    let decoder = Arc::new(model.decoder);
-    let shape = DecodeShape { batch: 1, tokens, capacity: tokens };
-    let plan = Generator::outline(Arc::clone(&decoder), shape)?.plan;
-    let generator = Generator::new(Arc::clone(&decoder), Arc::new(model.tokenizer))?;
+    let (decoder, generator, ids) = prompted(row)?;
+    let capacity = ids.len();
     let mut best = Best::default();
     for _ in 0..RUNS {
-        let mut cache = KVCache::new(&decoder, 1, tokens)?;
+        let mut cache = KVCache::new(&decoder, 1, capacity)?;
         best.add(&generator.profile(&ids, &mut cache, Timing::Steps)?.1);
     }
-    best.print(&plan);
+    let shape = DecodeShape { batch: 1, tokens: ids.len(), capacity };
+    best.print(&Generator::outline(decoder, shape)?.plan);
+    Ok(())
+}
+
+fn decode(row: &Value) -> Result<(), Failure> {
+    let (decoder, generator, ids) = prompted(row)?;
+    let (tokens, mut best) = (number(row, "tokens")?, Best::default());
+    let capacity = ids.len() + tokens;
+    let mut cache = KVCache::new(&decoder, 1, capacity)?;
+    let mut id = generator.best(&ids, &mut cache)?;
+    for _ in 0..tokens {
+        let (next, seconds) = generator.profile(&[id], &mut cache, Timing::Steps)?;
+        best.add(&seconds);
+        id = next;
+    }
+    let shape = DecodeShape { batch: 1, tokens: 1, capacity };
+    best.print(&Generator::outline(decoder, shape)?.plan);
     Ok(())
 }
 
