@@ -191,7 +191,7 @@ def embed(row):
     from sentence_transformers import SentenceTransformer
 
     torch.set_num_threads(THREADS)
-    model = SentenceTransformer(os.environ.get("METAL_CANDLE_MINILM", row["model"]), device="cpu")
+    model = SentenceTransformer(row["model"], device="cpu")
     words = ["the", "house", "river", "light", "green", "stone", "music", "paper"]
     tokens = row["tokens"] - 2
     texts = [" ".join(words[(i + j * j) % len(words)] for j in range(tokens)) for i in range(row["batch"])]

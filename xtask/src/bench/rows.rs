@@ -84,7 +84,7 @@ pub(super) fn all(model: &Path, quick: bool) -> Vec<Row> {
     let trained = [("f32", "qv"), ("bf16", "qv"), ("q4_1", "qv"), ("bf16", "all"), ("q4_1", "all")];
     rows.extend(trained.map(|(base, targets)| train(model, base, targets)));
     let tokens = if quick { 16 } else { 128 };
-    rows.extend([decode(model, tokens), overhead(model, tokens), prefill(model), embed()]);
+    rows.extend([decode(model, tokens), overhead(model, tokens), prefill(model), embed(model)]);
     rows
 }
 
@@ -224,7 +224,10 @@ fn prefill(model: &Path) -> Row {
 }
 
 /// Sentences of some sixty tokens, made vectors of.
-fn embed() -> Row {
+fn embed(model: &Path) -> Row {
+    let folder = model.with_file_name("all-MiniLM-L6-v2");
+    let hub = "sentence-transformers/all-MiniLM-L6-v2".to_owned();
+    let name = if folder.is_dir() { folder.display().to_string() } else { hub };
     let [batch, tokens] = [32, 64];
     let [layers, hidden, inner] = [6, 384, 1536];
     let weights = layers * hidden * (4 * hidden + 2 * inner);
@@ -233,8 +236,7 @@ fn embed() -> Row {
     Row {
         name: format!("embed MiniLM-L6 f32, {batch} texts of {tokens} tokens"),
         work: json!({
-            "work": "embed", "model": "sentence-transformers/all-MiniLM-L6-v2", "batch": batch,
-            "tokens": tokens,
+            "work": "embed", "model": name, "batch": batch, "tokens": tokens,
         }),
         peers: &["sentence-transformers"],
         unit: Unit::Texts(batch as f64),
