@@ -3,7 +3,6 @@
 use super::Failure;
 use super::serve::{Prepared, number, text};
 use candle_core::Device as CandleDevice;
-use metal_candle::{DType, Device, Timing};
 use metal_candle::generate::{Generated, Generator, GeneratorConfig, KVCache};
 use metal_candle::io::LoraConfig;
 use metal_candle::io::data::Batch;
@@ -11,6 +10,7 @@ use metal_candle::io::peft::TargetModules;
 use metal_candle::models::{BaseWeights, Decoder, load, load_decoder};
 use metal_candle::nn::LoRAAdapter;
 use metal_candle::train::{AdamWConfig, StepShape, TrainStep};
+use metal_candle::{DType, Device, Timing};
 use serde_json::Value;
 use std::path::Path;
 use std::sync::Arc;

@@ -18,7 +18,8 @@ pub(crate) fn print(row: &str) -> Result<(), Failure> {
         "prefill" => prefill(&row),
         "decode" => decode(&row),
         other => {
-            Err(format!("no plan of {other:?} to look at: expected train, prefill or decode").into())
+            Err(format!("no plan of {other:?} to look at: expected train, prefill or decode")
+                .into())
         }
     }
 }

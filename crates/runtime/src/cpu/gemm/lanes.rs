@@ -32,6 +32,7 @@ pub(in crate::cpu) unsafe trait Lanes: Copy {
 ///
 /// # Safety
 /// As [`Lanes`].
+#[cfg(target_arch = "x86_64")]
 pub(in crate::cpu) unsafe trait Rounds: Lanes {
     unsafe fn load_bf16(from: *const u16) -> Self;
     unsafe fn store_bf16(self, to: *mut u16);

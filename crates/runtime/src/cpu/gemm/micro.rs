@@ -1,8 +1,8 @@
 //! The micro kernel: a tile of the product, whose sums stay in registers while `k` runs by.
 
-use super::lanes::{Lanes, Plain};
 #[cfg(target_arch = "x86_64")]
 use super::lanes::Rounds;
+use super::lanes::{Lanes, Plain};
 
 /// One tile: `c = alpha · a b`, or `c += alpha · a b`.
 ///

@@ -235,7 +235,11 @@ mod tests {
             assert_eq!(got, plain::<f32, u32>(wide, width), "{rows} rows of {k} f32, {width} wide");
             got.fill(7);
             assert!(pack_pairs(half, width, &mut got));
-            assert_eq!(got, plain::<bf16, u32>(half, width), "{rows} rows of {k} bf16, {width} wide");
+            assert_eq!(
+                got,
+                plain::<bf16, u32>(half, width),
+                "{rows} rows of {k} bf16, {width} wide"
+            );
             let mut got = vec![7.0; k * width];
             assert!(pack_f32(wide, width, &mut got));
             assert_eq!(got, plain::<f32, f32>(wide, width), "{rows} rows of {k} f32 as they are");
