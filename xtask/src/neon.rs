@@ -10,7 +10,7 @@ const LINKER: &str = "aarch64-linux-gnu-gcc";
 const EMULATOR: [&str; 3] = ["qemu-aarch64", "-L", "/usr/aarch64-linux-gnu"];
 
 /// The tests beside the kernels: others would take an emulator too long.
-const TESTS: [&str; 3] = ["cpu::quant", "cpu::gemm", "cpu::math"];
+const TESTS: [&str; 3] = ["cpu::quant", "cpu::attention", "cpu::math"];
 
 /// Runs them, natively or emulated, or says why they cannot be run here.
 pub(crate) fn run() -> Result<()> {

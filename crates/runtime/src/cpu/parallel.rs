@@ -1,7 +1,7 @@
 //! Loops that may be spread over the executor's threads.
 //!
 //! How the work is cut depends on its size alone, never on the number of threads: the same plan gives the same
-//! bits with any.
+//! bits with any. Every task can be taken by another thread: cores are seldom equally fast, and never equally free.
 
 use rayon::prelude::*;
 
@@ -11,7 +11,7 @@ const GRAIN: usize = 1 << 14;
 /// `f(0), .., f(n - 1)`, in any order.
 pub(crate) fn for_each(parallel: bool, n: usize, f: impl Fn(usize) + Send + Sync) {
     if parallel && n > 1 {
-        (0..n).into_par_iter().for_each(f);
+        (0..n).into_par_iter().with_max_len(1).for_each(f);
     } else {
         (0..n).for_each(f);
     }
@@ -26,7 +26,8 @@ pub(crate) fn for_each_chunk<T: Send>(
 ) {
     let len = len.max(1);
     if parallel && data.len() > len {
-        data.par_chunks_mut(len).enumerate().for_each(|(i, chunk)| f(i, chunk));
+        let chunks = data.par_chunks_mut(len).enumerate().with_max_len(1);
+        chunks.for_each(|(i, chunk)| f(i, chunk));
     } else {
         data.chunks_mut(len).enumerate().for_each(|(i, chunk)| f(i, chunk));
     }
