@@ -14,7 +14,16 @@ import sys
 import time
 from pathlib import Path
 
-WHOS = ["torch", "torch.compile", "torch out=", "PEFT", "PEFT + compile", "transformers", "llama.cpp"]
+WHOS = [
+    "torch",
+    "torch.compile",
+    "torch out=",
+    "PEFT",
+    "PEFT + compile",
+    "transformers",
+    "llama.cpp",
+    "sentence-transformers",
+]
 WHO, THREADS = sys.argv[1], int(sys.argv[2])
 VECTORS = Path(__file__).parent.parent / "crates/metal-candle/tests/data/smollm.safetensors"
 
@@ -176,9 +185,27 @@ def by_llama_cpp(row):
     return call
 
 
+def embed(row):
+    """Texts of so many tokens: as many words that are one token each, between the two of every text."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+    torch.set_num_threads(THREADS)
+    model = SentenceTransformer(row["model"], device="cpu")
+    words = ["the", "house", "river", "light", "green", "stone", "music", "paper"]
+    tokens = row["tokens"] - 2
+    texts = [" ".join(words[(i + j * j) % len(words)] for j in range(tokens)) for i in range(row["batch"])]
+    ids = model.tokenizer(texts)["input_ids"]
+    if any(len(row_ids) != row["tokens"] for row_ids in ids):
+        raise Missing(f"texts of {[len(row_ids) for row_ids in ids]} tokens")
+    return clocked(lambda: model.encode(texts, batch_size=row["batch"]))
+
+
 def prepare(row):
     if row["work"] == "train":
         return train(row)
+    if row["work"] == "embed":
+        return embed(row)
     if row["work"] in ("prefill", "decode"):
         return by_llama_cpp(row) if WHO == "llama.cpp" else by_transformers(row)
     return operation(row)

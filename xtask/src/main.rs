@@ -4,6 +4,7 @@ mod apple;
 mod bench;
 mod command;
 mod model;
+mod neon;
 mod peers;
 mod quickstart;
 mod reference;

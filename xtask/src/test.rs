@@ -1,7 +1,7 @@
 //! `cargo xtask test`: everything that must hold before a change lands.
 
 use crate::command::{cargo, execute, program, works};
-use crate::{apple, model, tidy};
+use crate::{apple, model, neon, tidy};
 use anyhow::{Context, Result, bail};
 use std::time::{Duration, Instant};
 
@@ -11,13 +11,14 @@ const FEATURES: [&str; 2] = ["--features", "metal-candle/async-exec"];
 type Stage = (&'static str, fn() -> Result<()>);
 
 /// The quick ones first; the tests last, so that their summary closes the output.
-const STAGES: [Stage; 8] = [
+const STAGES: [Stage; 9] = [
     ("set-up", set_up),
     ("format", || execute(cargo().args(["fmt", "--all", "--check"]))),
     ("tidy", tidy::run),
     ("clippy", clippy),
     ("clippy for CUDA", clippy_for_cuda),
     ("metal", apple::run),
+    ("neon", neon::run),
     ("doctests", || execute(cargo().args(["test", "--doc", "--workspace"]).args(FEATURES))),
     ("tests", tests),
 ];

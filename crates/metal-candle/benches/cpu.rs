@@ -3,6 +3,7 @@
 //! ```text
 //! cargo bench -p metal-candle --bench cpu [-- FILTER]     operations, one JSON line each
 //! cargo bench -p metal-candle --bench cpu -- --serve WHO  answers `cargo xtask bench`, which puts peers beside it
+//! cargo bench -p metal-candle --bench cpu -- --steps ROW  what the steps of a plan take
 //! cargo bench -p metal-candle --bench cpu -- --random-model FOLDER HIDDEN LAYERS
 //! ```
 //!
@@ -18,6 +19,8 @@ mod ops;
 mod random_model;
 #[path = "cpu/serve.rs"]
 mod serve;
+#[path = "cpu/steps.rs"]
+mod steps;
 
 use candle_core::DType;
 use ops::Op;
@@ -34,6 +37,7 @@ fn main() -> Result<(), Failure> {
     let words: Vec<&str> = args.iter().map(String::as_str).collect();
     match words[..] {
         ["--serve", who] => serve::lines(who),
+        ["--steps", row] => steps::print(row),
         ["--random-model", folder, hidden, layers] => {
             random_model(folder.as_ref(), hidden.parse()?, layers.parse()?)
         }

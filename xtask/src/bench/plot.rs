@@ -15,11 +15,11 @@ pub(super) struct Line<'p> {
 }
 
 const WIDTH: f64 = 480.0;
-const HEIGHT: f64 = 320.0;
+const HEIGHT: f64 = 336.0;
 /// Around the coordinate system.
 const LEFT: f64 = 64.0;
 const RIGHT: f64 = 16.0;
-const TOP: f64 = 36.0;
+const TOP: f64 = 52.0;
 const BOTTOM: f64 = 52.0;
 /// Dark enough for a white page, light enough for a black one.
 const COLOURS: [&str; 3] = ["#3b78c2", "#c2603b", "#4a9c5d"];
@@ -35,8 +35,9 @@ impl Plot<'_> {
              font-family=\"sans-serif\" font-size=\"12\" fill=\"#777\">"
         ));
         page.frame(self);
-        for (i, line) in self.lines.iter().enumerate() {
-            page.curve(line, i);
+        page.legend(&self.lines);
+        for (line, colour) in self.lines.iter().zip(COLOURS.iter().cycle()) {
+            page.curve(line, colour);
         }
         page.put("</svg>".to_owned());
         page.svg
@@ -74,7 +75,7 @@ impl Page {
     fn frame(&mut self, plot: &Plot<'_>) {
         self.text([WIDTH / 2.0, 20.0], "middle", plot.title);
         self.text([(LEFT + WIDTH - RIGHT) / 2.0, HEIGHT - 12.0], "middle", plot.x);
-        self.text([8.0, TOP - 8.0], "start", plot.y);
+        self.text([LEFT - 8.0, TOP - 16.0], "end", plot.y);
         for x in self.xs.clone() {
             self.text([self.x_at(x), HEIGHT - BOTTOM + 18.0], "middle", &number(x));
         }
@@ -85,13 +86,21 @@ impl Page {
         }
     }
 
-    /// A line, its points, and its name beside a piece of it.
-    fn curve(&mut self, line: &Line<'_>, i: usize) {
-        let colour = COLOURS[i % COLOURS.len()];
+    /// The lines' names above the coordinate system, where no line runs. One alone has its name in the title.
+    fn legend(&mut self, lines: &[Line<'_>]) {
+        const TEXT_WIDTH: f64 = 7.0;
+        let mut x = LEFT + 4.0;
+        for (line, colour) in lines.iter().zip(COLOURS.iter().cycle()).filter(|_| lines.len() > 1) {
+            let y = TOP - 20.0;
+            self.put(format!("<path d=\"M{x} {y}h16\" stroke=\"{colour}\" stroke-width=\"2\"/>"));
+            self.text([x + 22.0, y + 4.0], "start", line.name);
+            x += 38.0 + TEXT_WIDTH * line.name.chars().count() as f64;
+        }
+    }
+
+    /// A line and its points.
+    fn curve(&mut self, line: &Line<'_>, colour: &str) {
         let stroke = format!("fill=\"none\" stroke=\"{colour}\" stroke-width=\"2\"");
-        let y = TOP + 10.0 + 16.0 * i as f64;
-        self.put(format!("<path d=\"M{} {y}h16\" {stroke}/>", LEFT + 4.0));
-        self.text([LEFT + 24.0, y + 4.0], "start", line.name);
         let at = |(x, y): &(f64, f64)| [self.x_at(*x), self.y_at(*y)];
         let points: Vec<[f64; 2]> = line.points.iter().map(at).collect();
         let path: Vec<String> = points.iter().map(|[x, y]| format!("{x:.1},{y:.1}")).collect();
@@ -139,9 +148,24 @@ mod tests {
     #[test]
     fn every_point_is_drawn_within_the_page() {
         let points = vec![(1.0, 10.0), (8.0, 75.0)];
-        let lines = vec![Line { name: "a < b", points }];
-        let svg = Plot { title: "t", x: "x", y: "y", lines }.svg();
-        assert_eq!(svg.matches("<circle").count(), 2);
+        let lines = ["a < b", "c"].map(|name| Line { name, points: points.clone() });
+        let svg = Plot { title: "t", x: "x", y: "y", lines: lines.into() }.svg();
+        assert_eq!(svg.matches("<circle").count(), 4);
         assert!(svg.contains("a &lt; b") && svg.ends_with("</svg>\n"), "{svg}");
+    }
+
+    #[test]
+    fn names_stand_above_every_line() {
+        let lines = ["a", "b"].map(|name| Line { name, points: vec![(0.0, 5.0), (1.0, 5.0)] });
+        let svg = Plot { title: "t", x: "x", y: "y", lines: lines.into() }.svg();
+        let number = |text: &str, key: &str| -> f64 {
+            let rest = text.split(key).nth(1).expect("the attribute");
+            rest.split('"').next().and_then(|n| n.parse().ok()).expect("a number")
+        };
+        let highest = svg.lines().filter(|l| l.contains("<circle")).map(|l| number(l, "cy=\""));
+        let highest = highest.fold(f64::INFINITY, f64::min);
+        let names = svg.lines().filter(|l| l.ends_with(">a</text>") || l.ends_with(">b</text>"));
+        let names: Vec<f64> = names.map(|l| number(l, " y=\"")).collect();
+        assert!(names.len() == 2 && names.iter().all(|y| *y < highest), "{names:?}, {highest}");
     }
 }

@@ -25,6 +25,8 @@ pub(super) enum Unit {
     Time,
     /// Tokens a second, of so many tokens a call.
     Tokens(f64),
+    /// Texts a second, of so many a call.
+    Texts(f64),
 }
 
 /// What the work cannot do without: the time that the machine's ceilings leave.
@@ -81,8 +83,8 @@ pub(super) fn all(model: &Path, quick: bool) -> Vec<Row> {
     }
     let trained = [("f32", "qv"), ("bf16", "qv"), ("q4_1", "qv"), ("bf16", "all"), ("q4_1", "all")];
     rows.extend(trained.map(|(base, targets)| train(model, base, targets)));
-    rows.push(decode(model, if quick { 16 } else { 128 }));
-    rows.push(prefill(model));
+    let tokens = if quick { 16 } else { 128 };
+    rows.extend([decode(model, tokens), overhead(model, tokens), prefill(model), embed(model)]);
     rows
 }
 
@@ -149,16 +151,18 @@ fn train(model: &Path, base: &'static str, targets: &str) -> Row {
         base => (base, base),
     };
     let branches = 3.0 * 2.0 * (tokens * rank * adapted) as f64;
+    // A model in bf16 is one in which all is, for the peers; blocks do not say what lies between them.
+    let activations = if base == "bf16" { "bf16" } else { "f32" };
     let own = 3.5 * attention(tokens, seq) + branches;
-    let arithmetic = vec![(forward, frozen), (backward, frozen), ("f32", own)];
+    let arithmetic = vec![(forward, frozen), (backward, frozen), (activations, own)];
     let note = (base == "q4_1").then_some(
         "PEFT does not train on GGUF blocks: its figure is that of the same base taken apart to bf16",
     );
     Row {
         name: format!("LoRA step SmolLM2-135M {base}, {targets}, {batch}x{seq} r{rank}"),
         work: json!({
-            "work": "train", "model": model, "base": base, "targets": targets,
-            "batch": batch, "seq": seq, "rank": rank,
+            "work": "train", "model": model, "base": base, "activations": activations,
+            "targets": targets, "batch": batch, "seq": seq, "rank": rank,
         }),
         peers: &["PEFT", "PEFT + compile"],
         unit: Unit::Tokens(tokens as f64),
@@ -188,6 +192,22 @@ fn decode(model: &Path, tokens: usize) -> Row {
     }
 }
 
+/// What a token costs beside its kernels.
+fn overhead(model: &Path, tokens: usize) -> Row {
+    let prompt = 512;
+    Row {
+        name: "a token's overhead outside kernels, SmolLM2-135M q4_1".to_owned(),
+        work: json!({
+            "work": "overhead", "model": model, "base": "q4_1", "prompt": prompt, "tokens": tokens,
+        }),
+        peers: &[],
+        unit: Unit::Time,
+        floor: Floor::default(),
+        is_model: true,
+        note: Some("the token's time less its steps'; two looks at the clock a step are in it"),
+    }
+}
+
 fn prefill(model: &Path) -> Row {
     let tokens = 512;
     let products = 2.0 * (tokens * LINEAR + OUTPUT) as f64;
@@ -200,6 +220,29 @@ fn prefill(model: &Path) -> Row {
         floor: Floor { arithmetic, memory: None },
         is_model: true,
         note: GENERATION_NOTE,
+    }
+}
+
+/// Sentences of some sixty tokens, made vectors of.
+fn embed(model: &Path) -> Row {
+    let folder = model.with_file_name("all-MiniLM-L6-v2");
+    let hub = "sentence-transformers/all-MiniLM-L6-v2".to_owned();
+    let name = if folder.is_dir() { folder.display().to_string() } else { hub };
+    let [batch, tokens]: [usize; 2] = [32, 64];
+    let [layers, hidden, inner]: [usize; 3] = [6, 384, 1536];
+    let weights = layers * hidden * (4 * hidden + 2 * inner);
+    let products = 2.0 * (batch * tokens * weights) as f64;
+    let scores = 4.0 * (layers * batch * tokens * tokens * hidden) as f64;
+    Row {
+        name: format!("embed MiniLM-L6 f32, {batch} texts of {tokens} tokens"),
+        work: json!({
+            "work": "embed", "model": name, "batch": batch, "tokens": tokens,
+        }),
+        peers: &["sentence-transformers"],
+        unit: Unit::Texts(batch as f64),
+        floor: Floor { arithmetic: vec![("f32", products + scores)], memory: None },
+        is_model: true,
+        note: None,
     }
 }
 
@@ -235,6 +278,8 @@ mod tests {
         names.sort_unstable();
         names.dedup();
         assert_eq!(names.len(), rows.len());
-        assert!(rows.iter().all(|row| !row.floor.ceilings().is_empty()));
+        // The row without peers is a part of another one's time.
+        let mut compared = rows.iter().filter(|row| !row.peers.is_empty());
+        assert!(compared.all(|row| !row.floor.ceilings().is_empty()));
     }
 }

@@ -89,7 +89,7 @@ fn smollm(model: &Path, quick: bool) -> Vec<Sweep> {
     let point = |x: usize, [batch, seq, rank]: [usize; 3]| Point {
         x,
         work: json!({
-            "work": "train", "model": model, "base": "f32", "targets": "qv",
+            "work": "train", "model": model, "base": "f32", "activations": "f32", "targets": "qv",
             "batch": batch, "seq": seq, "rank": rank,
         }),
     };
@@ -123,7 +123,7 @@ fn widths(bench: &Path, folder: &Path, quick: bool) -> Result<Sweep> {
         command.current_dir(root()).arg("--random-model").arg(&model);
         execute(command.args([width.to_string(), LAYERS.to_string()]))?;
         let work = json!({
-            "work": "train", "model": model, "base": "f32", "targets": "qv",
+            "work": "train", "model": model, "base": "f32", "activations": "f32", "targets": "qv",
             "batch": 1, "seq": 256, "rank": 8,
         });
         points.push(Point { x: *width, work });

@@ -77,6 +77,9 @@ impl Measured<'_> {
             }
             left = " ".repeat(left.chars().count());
         }
+        if self.peers.is_empty() {
+            println!("{left} -");
+        }
         if let Some(note) = self.row.note {
             println!("    {note}");
         }
@@ -123,6 +126,7 @@ impl Figures {
         let seconds = median(&self.seconds);
         match unit {
             Unit::Tokens(n) => format!("{:.1} tok/s", n / seconds),
+            Unit::Texts(n) => format!("{:.1} texts/s", n / seconds),
             Unit::Time if seconds < 1e-3 => format!("{:.1} us", seconds * 1e6),
             Unit::Time => format!("{:.2} ms", seconds * 1e3),
         }

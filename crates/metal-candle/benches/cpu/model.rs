@@ -3,25 +3,44 @@
 use super::Failure;
 use super::serve::{Prepared, number, text};
 use candle_core::Device as CandleDevice;
-use metal_candle::Device;
-use metal_candle::generate::{Generated, Generator, GeneratorConfig};
+use metal_candle::generate::{Generated, Generator, GeneratorConfig, KVCache};
 use metal_candle::io::LoraConfig;
 use metal_candle::io::data::Batch;
 use metal_candle::io::peft::TargetModules;
-use metal_candle::models::{BaseWeights, load, load_decoder};
+use metal_candle::models::{BaseWeights, Decoder, load, load_decoder};
 use metal_candle::nn::LoRAAdapter;
 use metal_candle::train::{AdamWConfig, StepShape, TrainStep};
+use metal_candle::{DType, Device, Timing};
 use serde_json::Value;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Instant;
 
 /// Of the random models; SmolLM2's ids are taken modulo it.
 pub(crate) const VOCABULARY: usize = 8192;
 
-/// Of `{"work": "train", "model": PATH, "base": "bf16", "targets": "qv", "batch": 4, "seq": 256,
+/// Of `{"work": "train", "model": PATH, "base": "bf16", "activations": "bf16", "targets": "qv", "batch": 4, "seq": 256,
 /// "rank": 8}`: AdamW at 1e-4, clipped to 1, on rows of packed text in file order.
 pub(crate) fn train(row: &Value) -> Result<Prepared, Failure> {
+    let (mut step, batches, shape) = training(row)?;
+    let planned = step.plan(shape)?.peak_bytes();
+    let mut next = 0;
+    let mut prepared = Prepared::new(move || {
+        let metrics = step.run(&batches[next % batches.len()], 1e-4)?;
+        next += 1;
+        if metrics.applied { Ok(()) } else { Err(format!("no update: {metrics:?}").into()) }
+    });
+    prepared.planned_bytes = Some(planned);
+    Ok(prepared)
+}
+
+/// The step of such a row, its batches, and their shape.
+pub(crate) fn training(row: &Value) -> Result<(TrainStep, Vec<Batch>, StepShape), Failure> {
     let decoder = load_decoder(text(row, "model")?.as_ref(), base(row)?, &Device::Cpu)?;
+    let decoder = decoder.with_activations(match text(row, "activations")? {
+        "bf16" => DType::BF16,
+        _ => DType::F32,
+    });
     let (batch, seq) = (number(row, "batch")?, number(row, "seq")?);
     let batches: Vec<Batch> = packed_text(decoder.config.vocab_size)?
         .chunks_exact(batch * seq)
@@ -39,17 +58,8 @@ pub(crate) fn train(row: &Value) -> Result<Prepared, Failure> {
     let config = LoraConfig { r, lora_alpha: 16.0, target_modules, ..LoraConfig::default() };
     let adapter = LoRAAdapter::new(config, decoder.modules(), 0, &Device::Cpu)?;
     let optimizer = AdamWConfig::default();
-    let mut step = TrainStep::new(Arc::new(decoder), adapter, optimizer, 1.0, 0)?;
-    let shape = StepShape { batch, seq, accumulated: 1, packed: false };
-    let planned = step.plan(shape)?.peak_bytes();
-    let mut next = 0;
-    let mut prepared = Prepared::new(move || {
-        let metrics = step.run(&batches[next % batches.len()], 1e-4)?;
-        next += 1;
-        if metrics.applied { Ok(()) } else { Err(format!("no update: {metrics:?}").into()) }
-    });
-    prepared.planned_bytes = Some(planned);
-    Ok(prepared)
+    let step = TrainStep::new(Arc::new(decoder), adapter, optimizer, 1.0, 0)?;
+    Ok((step, batches, StepShape { batch, seq, accumulated: 1, packed: false }))
 }
 
 /// Of `{"work": "prefill", "model": PATH, "prompt": 512}`: until the first token is chosen.
@@ -65,6 +75,37 @@ pub(crate) fn decode(row: &Value) -> Result<Prepared, Failure> {
     let generate = generation(row, tokens)?;
     // The first one belongs to the prefill.
     Ok(Prepared::timed(move || Ok(generate()?.decode.as_secs_f64() / (tokens - 1).max(1) as f64)))
+}
+
+/// Of `{"work": "overhead", "model": PATH, "prompt": 512, "tokens": 128}`: what a token takes, chosen and brought to the
+/// caller, beside the steps of its plan; the median of so many. The clock that is looked at between the steps counts.
+pub(crate) fn overhead(row: &Value) -> Result<Prepared, Failure> {
+    let (decoder, generator, ids) = prompted(row)?;
+    let tokens = number(row, "tokens")?;
+    Ok(Prepared::timed(move || {
+        let mut cache = KVCache::new(&decoder, 1, ids.len() + tokens)?;
+        let mut id = generator.best(&ids, &mut cache)?;
+        let mut beside = Vec::with_capacity(tokens);
+        for _ in 0..tokens {
+            let start = Instant::now();
+            let (next, steps) = generator.profile(&[id], &mut cache, Timing::Steps)?;
+            beside.push(start.elapsed().as_secs_f64() - steps.iter().sum::<f64>());
+            id = next;
+        }
+        beside.sort_unstable_by(f64::total_cmp);
+        Ok(beside[tokens / 2])
+    }))
+}
+
+/// The model of such a row, what generates with it, and its prompt.
+pub(crate) fn prompted(row: &Value) -> Result<(Arc<Decoder>, Generator, Vec<u32>), Failure> {
+    let model = load(text(row, "model")?.as_ref(), base(row)?, &Device::Cpu)?;
+    let wanted = number(row, "prompt")?;
+    let ids = packed_text(model.decoder.config.vocab_size)?;
+    let ids = ids.get(..wanted).ok_or_else(|| format!("{wanted} tokens: the text has fewer"))?;
+    let decoder = Arc::new(model.decoder);
+    let generator = Generator::new(Arc::clone(&decoder), Arc::new(model.tokenizer))?;
+    Ok((decoder, generator, ids.to_vec()))
 }
 
 fn generation(

@@ -113,6 +113,8 @@ fn prepare(who: &str, row: &Value) -> Result<Prepared, Failure> {
         ("ours", "train") => model::train(row),
         ("ours", "prefill") => model::prefill(row),
         ("ours", "decode") => model::decode(row),
+        ("ours", "overhead") => model::overhead(row),
+        ("ours", "embed") => Err("this library has no encoder yet".into()),
         ("ours", _) => Ok(Prepared::lazy(&Op::parse(row)?)),
         ("candle", _) => Ok(Prepared::eager(&Op::parse(row)?)),
         _ => Err(format!("nobody is called {who:?}: expected ours or candle").into()),

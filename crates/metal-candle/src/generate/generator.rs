@@ -7,7 +7,7 @@ use crate::error::ErrorKind;
 use crate::io::tokenizer::Tokenizer;
 use crate::models::Decoder;
 use crate::nn::{ApplyAdapter, LoRAAdapter};
-use crate::{Compiled, LazyTensor, Outline, Result};
+use crate::{Compiled, LazyTensor, Outline, Result, Timing};
 use std::sync::Arc;
 
 /// Generates text with a decoder and the adapter that is on it. Another one is put on by
@@ -136,13 +136,36 @@ impl Generator {
         }
     }
 
+    /// [`Generator::best`], and the seconds that it took on the device: of each step of its plan, or of all.
+    ///
+    /// # Errors
+    /// As [`Generator::best`].
+    pub fn profile(
+        &self,
+        ids: &[u32],
+        cache: &mut KVCache,
+        timing: Timing,
+    ) -> Result<(u32, Vec<f64>)> {
+        let args = Self::arguments(ids, cache)?;
+        let (results, seconds) = self.steps.one(Wanted::Best).profile(args, timing)?;
+        match self.scores(Wanted::Best, results, ids.len(), cache)? {
+            Scores::Best(id) => Ok((id, seconds)),
+            Scores::Logits(_) => panic!("metal-candle bug: a step that gives no token"),
+        }
+    }
+
     fn step(&self, wanted: Wanted, ids: &[u32], cache: &mut KVCache) -> Result<Scores> {
+        let results = self.steps.one(wanted).call(Self::arguments(ids, cache)?)?;
+        self.scores(wanted, results, ids.len(), cache)
+    }
+
+    /// Those of a step, if the cache has room.
+    fn arguments(ids: &[u32], cache: &mut KVCache) -> Result<Vec<LazyTensor>> {
         let (tokens, context) = (ids.len(), cache.capacity() - cache.len());
         if tokens == 0 || tokens > context {
             return Err(ErrorKind::PromptLength { tokens, context }.into());
         }
-        let results = self.steps.one(wanted).call(step::arguments(ids, cache)?)?;
-        self.scores(wanted, results, tokens, cache)
+        step::arguments(ids, cache)
     }
 
     /// As [`Generator::generate`], but awaited: token by token, and no thread is blocked.

@@ -87,7 +87,7 @@ pub(super) fn many(decoder: Arc<Decoder>) -> Compiled {
     compile(step).donate(MANY_ARGS..MANY_ARGS + 2 * layers)
 }
 
-/// What a step of this shape would run, and on what; nothing is allocated.
+/// What a step of this shape would run, and on what, if the likeliest token of one text is wanted; nothing is allocated.
 pub(super) fn outline(decoder: Arc<Decoder>, shape: DecodeShape) -> Result<Outline> {
     let (c, device) = (decoder.config.clone(), *decoder.device());
     let DecodeShape { batch, tokens, capacity } = shape;
@@ -106,7 +106,7 @@ pub(super) fn outline(decoder: Arc<Decoder>, shape: DecodeShape) -> Result<Outli
     for _ in 0..2 * c.num_layers {
         args.push(hold(&cache, decoder.activations())?);
     }
-    let step = if batch == 1 { one(decoder, Wanted::Logits) } else { many(decoder) };
+    let step = if batch == 1 { one(decoder, Wanted::Best) } else { many(decoder) };
     step.outline(&args)
 }
 

@@ -6,8 +6,8 @@
 
 mod few;
 
-use crate::cpu::gemm::gemm;
-use crate::cpu::matrix::{Mat, MatMut, widened_len};
+use crate::cpu::gemm::gemm_of;
+use crate::cpu::matrix::{Mat, MatMut};
 use crate::cpu::number::{Accumulator, Float, Number, Real, for_float, for_index};
 use crate::cpu::parallel::{self, Parts};
 use crate::cpu::scratch;
@@ -19,7 +19,7 @@ use std::ops::Range;
 
 /// Positions of one block, with all query heads of the key head up to so many: what is packed of k and v is packed
 /// for all of them.
-const POSITIONS: usize = 64;
+const POSITIONS: usize = 32;
 const MAX_HEADS: usize = 4;
 
 /// `args` as `Composite::Attention`.
@@ -116,16 +116,15 @@ impl<'a, T: Float> Attention<'a, T> {
             let (pair, block) = (task / blocks, self.block(task % blocks));
             let (b, head) = (pair / self.hk, pair % self.hk);
             let (rows, keys) = (block.rows.len(), block.keys.len());
-            let wide = widened_len::<T>(keys * self.d.max(self.dv));
-            let lens = [rows * self.d, rows * keys, wide, rows * self.dv, rows, rows];
-            scratch::split(lens, |[q, scores, wide, y, sums, maxima]: [&mut [T::Acc]; 6]| {
+            let lens = [rows * self.d, rows * keys, rows * self.dv, rows, rows];
+            scratch::split(lens, |[q, scores, y, sums, maxima]: [&mut [T::Acc]; 5]| {
                 self.pack_query(b, head, &block, q);
-                self.scores(b, head, &block, q, wide, scores);
+                self.scores(b, head, &block, q, scores);
                 self.mask(b, head, &block, scores);
                 self.exponentials(&block, scores, sums, maxima);
-                let v = self.values(b, head, &block, wide);
-                let p = Mat::dense(scores, rows, keys);
-                gemm(MatMut::dense(y, rows, self.dv), p, v, T::Acc::from_f64(1.0), false, false);
+                let (p, v) = (Mat::dense(scores, rows, keys), self.values(b, head, &block));
+                let one = T::Acc::from_f64(1.0);
+                gemm_of::<T, _, _>(MatMut::dense(y, rows, self.dv), p, v, one, false);
                 for (r, row) in block.rows.clone().enumerate() {
                     let y = &mut y[r * self.dv..(r + 1) * self.dv];
                     T::Acc::scale_all(y, reciprocal(sums[r]));
@@ -189,58 +188,43 @@ impl<'a, T: Float> Attention<'a, T> {
         (b * self.tq + self.position(row)) * self.hq + self.head(head, row)
     }
 
-    /// `q = scale · q`, the rows of the block: `[rows, d]`
+    /// The rows of q of the block: `[rows, d]`
     pub(super) fn pack_query(&self, b: usize, head: usize, block: &Block, q: &mut [T::Acc]) {
         for (q, row) in q.chunks_exact_mut(self.d.max(1)).zip(block.rows.clone()) {
             self.q.row(self.query_row(b, head, row)).widen_to(q);
-            T::Acc::scale_all(q, T::Acc::from_f64(self.attrs.scale.as_f64()));
         }
     }
 
+    pub(super) fn scale(&self) -> T::Acc {
+        T::Acc::from_f64(self.attrs.scale.as_f64())
+    }
+
     /// `[keys, d]`
-    pub(super) fn keys<'b>(
-        &self,
-        b: usize,
-        head: usize,
-        block: &Block,
-        wide: &'b mut [T::Acc],
-    ) -> Mat<'b, T::Acc>
-    where
-        'a: 'b,
-    {
+    pub(super) fn keys(&self, b: usize, head: usize, block: &Block) -> Mat<'a, T> {
         let k = self.k.index(2, head).index(0, b).matrix(); // [tk, d]
-        k.row_range(block.keys.start, block.keys.len()).widened(wide)
+        k.row_range(block.keys.start, block.keys.len())
     }
 
     /// `[keys, dv]`
-    pub(super) fn values<'b>(
-        &self,
-        b: usize,
-        head: usize,
-        block: &Block,
-        wide: &'b mut [T::Acc],
-    ) -> Mat<'b, T::Acc>
-    where
-        'a: 'b,
-    {
+    pub(super) fn values(&self, b: usize, head: usize, block: &Block) -> Mat<'a, T> {
         let v = self.v.index(2, head).index(0, b).matrix(); // [tk, dv]
-        v.row_range(block.keys.start, block.keys.len()).widened(wide)
+        v.row_range(block.keys.start, block.keys.len())
     }
 
-    /// `q kᵀ`, `[rows, keys]`
+    /// `scale · q kᵀ`, `[rows, keys]`. The scale is applied to the sums: q may be rounded, and is then no further from
+    /// what was given.
     pub(super) fn scores(
         &self,
         b: usize,
         head: usize,
         block: &Block,
         q: &[T::Acc],
-        wide: &mut [T::Acc],
         scores: &mut [T::Acc],
     ) {
         let (rows, keys) = (block.rows.len(), block.keys.len());
-        let k = self.keys(b, head, block, wide).transposed();
-        let q = Mat::dense(q, rows, self.d);
-        gemm(MatMut::dense(scores, rows, keys), q, k, T::Acc::from_f64(1.0), false, false);
+        let k = self.keys(b, head, block).transposed();
+        let (scores, q) = (MatMut::dense(scores, rows, keys), Mat::dense(q, rows, self.d));
+        gemm_of::<T, _, _>(scores, q, k, self.scale(), false);
     }
 
     /// Adds the mask, and hides the keys of other segments.

@@ -4,8 +4,8 @@
 //! blocks in one order, whatever the number of threads.
 
 use crate::cpu::attention::{Attention, Block, reciprocal};
-use crate::cpu::gemm::gemm;
-use crate::cpu::matrix::{Mat, MatMut, widened_len};
+use crate::cpu::gemm::gemm_of;
+use crate::cpu::matrix::{Mat, MatMut};
 use crate::cpu::number::{Accumulator, Float, Number, Real, for_float};
 use crate::cpu::parallel::{self, Parts};
 use crate::cpu::scratch;
@@ -153,11 +153,10 @@ impl<T: Float> Grad<'_, T> {
     /// Adds what one block contributes to dk and dv, `[tk, ..]`, and stores its rows of dq and dmask.
     fn block(&self, b: usize, head: usize, block: &Block, dk: &mut [T::Acc], dv: &mut [T::Acc]) {
         let (it, rows, keys) = (&self.it, block.rows.len(), block.keys.len());
-        let wide = widened_len::<T>(keys * it.d.max(it.dv));
-        let lens = [rows * it.d, rows * it.dv, rows * keys, rows * keys, wide, rows, rows];
-        scratch::split(lens, |[q, dy, p, ds, wide, sums, maxima]: [&mut [T::Acc]; 7]| {
+        let lens = [rows * it.d, rows * it.dv, rows * keys, rows * keys, rows, rows];
+        scratch::split(lens, |[q, dy, p, ds, sums, maxima]: [&mut [T::Acc]; 6]| {
             it.pack_query(b, head, block, q);
-            it.scores(b, head, block, q, wide, p);
+            it.scores(b, head, block, q, p);
             it.mask(b, head, block, p);
             it.exponentials(block, p, sums, maxima);
             for (p, sum) in p.chunks_exact_mut(keys.max(1)).zip(sums.iter()) {
@@ -171,26 +170,27 @@ impl<T: Float> Grad<'_, T> {
             if self.outs.v.is_some() {
                 // dv += pᵀ dy
                 let dv = MatMut::dense(part(dv, block, it.dv), keys, it.dv);
-                gemm(dv, Mat::dense(p, rows, keys).transposed(), dy, one, true, false);
+                gemm_of::<T, _, _>(dv, Mat::dense(p, rows, keys).transposed(), dy, one, true);
             }
             if !self.outs.needs_dscores() {
                 return;
             }
-            let v = it.values(b, head, block, wide).transposed();
-            gemm(MatMut::dense(ds, rows, keys), dy, v, one, false, false);
-            softmax_vjp(p, ds, keys);
+            let v = it.values(b, head, block).transposed();
+            gemm_of::<T, _, _>(MatMut::dense(ds, rows, keys), dy, v, one, false);
+            for (p, ds) in p.chunks_exact(keys.max(1)).zip(ds.chunks_exact_mut(keys.max(1))) {
+                T::Acc::softmax_vjp(p, ds);
+            }
             self.store_mask(b, head, block, ds);
             if self.outs.k.is_some() {
-                // dk += dsᵀ (scale q)
+                // dk += scale · dsᵀ q
                 let dk = MatMut::dense(part(dk, block, it.d), keys, it.d);
                 let ds = Mat::dense(ds, rows, keys).transposed();
-                gemm(dk, ds, Mat::dense(q, rows, it.d), one, true, false);
+                gemm_of::<T, _, _>(dk, ds, Mat::dense(q, rows, it.d), it.scale(), true);
             }
             if let Some(out) = &self.outs.q {
                 // dq = scale · ds k
-                let (ds, k) = (Mat::dense(ds, rows, keys), it.keys(b, head, block, wide));
-                let scale = T::Acc::from_f64(it.attrs.scale.as_f64());
-                gemm(MatMut::dense(q, rows, it.d), ds, k, scale, false, false);
+                let (ds, k) = (Mat::dense(ds, rows, keys), it.keys(b, head, block));
+                gemm_of::<T, _, _>(MatMut::dense(q, rows, it.d), ds, k, it.scale(), false);
                 for (q, row) in q.chunks_exact(it.d.max(1)).zip(block.rows.clone()) {
                     // SAFETY: every row of dq belongs to one row of one task.
                     let to = unsafe { out.part(it.query_row(b, head, row) * it.d, it.d) };
@@ -224,14 +224,4 @@ impl<T: Float> Grad<'_, T> {
 /// The rows of the block's keys.
 fn part<'a, A>(all: &'a mut [A], block: &Block, cols: usize) -> &'a mut [A] {
     &mut all[block.keys.start * cols..block.keys.end * cols]
-}
-
-/// `ds = p (dp - Σ p dp)`, where `ds` holds dp.
-fn softmax_vjp<A: Real>(p: &[A], ds: &mut [A], keys: usize) {
-    for (p, ds) in p.chunks_exact(keys.max(1)).zip(ds.chunks_exact_mut(keys.max(1))) {
-        let mean = A::dot(p, ds);
-        for (ds, p) in ds.iter_mut().zip(p) {
-            *ds = *p * (*ds - mean);
-        }
-    }
 }

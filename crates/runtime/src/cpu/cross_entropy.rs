@@ -5,19 +5,19 @@
 //! flash attention does (Dao et al. 2022), and, for the gradient, the running sum of `p weight`. The parts are put
 //! together in order. Rows that do not count are left out before anything is computed.
 
-use crate::cpu::gemm::{gemm, gemm_rounded};
-use crate::cpu::matrix::{Mat, MatMut, widened_len};
+use crate::cpu::gemm::{gemm_factors, gemm_of};
+use crate::cpu::matrix::{Mat, MatMut};
 use crate::cpu::number::{Accumulator, Float, Number, Real, for_float, for_index};
 use crate::cpu::parallel::{self, Parts};
 use crate::cpu::quant::Blocks;
 use crate::cpu::scratch;
 use crate::cpu::view::{Arg, Out, Strided};
 use metal_candle_graph::composite::CrossEntropyAttrs;
-use metal_candle_graph::{DType, Error, Result};
+use metal_candle_graph::{Error, Result};
 use std::ops::Range;
 
 /// Rows of one block.
-const ROWS: usize = 256;
+const ROWS: usize = 512;
 /// Classes of one chunk.
 const CLASSES: usize = 256;
 /// The most parts that the classes are cut into: each has sums of its own.
@@ -67,7 +67,7 @@ struct Linear<'a, T: Float> {
     /// The rows that count: where they are, their labels, and x itself, `[rows, d]`.
     rows: &'a [i64],
     labels: &'a [i64],
-    x: &'a [T::Acc],
+    x: &'a [T],
     n: usize,
     classes: usize,
     d: usize,
@@ -105,37 +105,64 @@ impl<'a, T: Float> Weight<'a, T> {
         }
     }
 
-    /// The scratch that [`Weight::rows`] needs for `len` elements.
+    /// The scratch that a [`Chunk`] of `len` elements needs.
     fn wide_len(&self, len: usize) -> usize {
         match self {
-            Weight::Dense(_) => widened_len::<T>(len),
+            Weight::Dense(_) => 0,
             Weight::Blocks(_) => len,
         }
     }
 
-    /// Some rows in the accumulator, `[rows, d]`: in place, or in `wide`.
-    fn rows<'b>(&self, range: Range<usize>, wide: &'b mut [T::Acc]) -> Mat<'b, T::Acc>
+    /// Some rows, `[rows, d]`: in place, or unpacked in `wide`.
+    fn rows<'b>(&self, range: Range<usize>, wide: &'b mut [T::Acc]) -> Chunk<'b, T>
     where
         'a: 'b,
     {
         match self {
-            Weight::Dense(w) => w.row_range(range.start, range.len()).widened(wide),
-            Weight::Blocks(w) => w.dense_rows(range, wide),
+            Weight::Dense(w) => Chunk::Dense(w.row_range(range.start, range.len())),
+            Weight::Blocks(w) => Chunk::Unpacked(w.dense_rows(range, wide)),
+        }
+    }
+}
+
+/// Some rows of the weight, `[classes, d]`. Products with what was rounded once round their other factor, too.
+enum Chunk<'a, T: Float> {
+    Dense(Mat<'a, T>),
+    Unpacked(Mat<'a, T::Acc>),
+}
+
+impl<T: Float> Chunk<'_, T> {
+    /// `logits = x weightᵀ`
+    fn logits(&self, logits: MatMut<'_, T::Acc>, x: Mat<'_, T>) {
+        let one = T::Acc::from_f64(1.0);
+        match self {
+            Chunk::Dense(w) => gemm_of::<T, _, _>(logits, x, w.transposed(), one, false),
+            Chunk::Unpacked(w) => gemm_factors(logits, x, w.transposed(), one, false, true),
         }
     }
 
-    /// Products with weights that are rounded anyway round their other factor too.
-    fn product(
-        &self,
-        out: MatMut<'_, T::Acc>,
-        a: Mat<'_, T::Acc>,
-        b: Mat<'_, T::Acc>,
-        accumulate: bool,
-    ) {
+    /// `sums += p weight`
+    fn add_weighted(&self, sums: MatMut<'_, T::Acc>, p: Mat<'_, T::Acc>) {
         let one = T::Acc::from_f64(1.0);
         match self {
-            Weight::Dense(_) if T::DTYPE != DType::BF16 => gemm(out, a, b, one, accumulate, false),
-            Weight::Dense(_) | Weight::Blocks(_) => gemm_rounded(out, a, b, accumulate),
+            Chunk::Dense(w) => gemm_of::<T, _, _>(sums, p, *w, one, true),
+            Chunk::Unpacked(w) => gemm_factors(sums, p, *w, one, true, true),
+        }
+    }
+
+    /// `to += Σ rows`
+    fn add_rows(&self, to: &mut [T::Acc]) {
+        fn add<T: Number<Acc: Real>>(to: &mut [T::Acc], from: Mat<'_, T>) {
+            scratch::with(to.len(), |row: &mut [T::Acc]| {
+                for i in 0..from.rows() {
+                    from.row_range(i, 1).packed(row);
+                    T::Acc::axpy(to, T::Acc::from_f64(1.0), row);
+                }
+            });
+        }
+        match self {
+            Chunk::Dense(w) => add(to, *w),
+            Chunk::Unpacked(w) => add(to, *w),
         }
     }
 }
@@ -223,9 +250,9 @@ impl<'a, T: Float> Linear<'a, T> {
         scratch::split([n, n], |[rows, found]: [&mut [i64]; 2]| {
             let count = counted(op, labels, classes, attrs.ignore_index, rows, found)?;
             let (rows, labels) = (&rows[..count], &found[..count]);
-            scratch::with(count * d, |packed: &mut [T::Acc]| {
+            scratch::with(count * d, |packed: &mut [T]| {
                 for (to, row) in packed.chunks_exact_mut(d.max(1)).zip(rows) {
-                    x.row(*row as usize).widen_to(to);
+                    x.row(*row as usize).copy_to(to);
                 }
                 f(&Linear { weight, rows, labels, x: packed, n, classes, d, epsilon });
             });
@@ -339,14 +366,16 @@ impl<'a, T: Float> Linear<'a, T> {
                 let shift = if max == T::Acc::NEG_INFINITY { T::Acc::ZERO } else { max };
                 sums.max[r] = max;
                 sums.sum[r] = sums.sum[r] * own + T::Acc::exp_all(logits, shift);
-                T::Acc::scale_all(&mut sums.weighted[r * d..(r + 1) * d], own);
+                // Rarely another maximum, once a few chunks have been seen.
+                if own != T::Acc::from_f64(1.0) {
+                    T::Acc::scale_all(&mut sums.weighted[r * d..(r + 1) * d], own);
+                }
             }
             if d != 0 {
                 let p = Mat::dense(logits, rows, cols);
-                let weighted = MatMut::dense(sums.weighted, rows, d);
-                self.weight.product(weighted, p, weight, true);
+                weight.add_weighted(MatMut::dense(sums.weighted, rows, d), p);
                 if self.epsilon != 0.0 {
-                    add_rows(sums.weight_total, weight);
+                    weight.add_rows(sums.weight_total);
                 }
             }
         });
@@ -359,14 +388,14 @@ impl<'a, T: Float> Linear<'a, T> {
         classes: Range<usize>,
         logits: &mut [T::Acc],
         wide: &'b mut [T::Acc],
-    ) -> Mat<'b, T::Acc>
+    ) -> Chunk<'b, T>
     where
         'a: 'b,
     {
         let x = Mat::dense(&self.x[block.start * self.d..block.end * self.d], block.len(), self.d);
         let out = MatMut::dense(logits, block.len(), classes.len());
         let weight = self.weight.rows(classes, wide);
-        self.weight.product(out, x, weight.transposed(), false);
+        weight.logits(out, x);
         weight
     }
 
@@ -399,7 +428,7 @@ impl<'a, T: Float> Linear<'a, T> {
                     let x = Mat::dense(&self.x[start * d..block.end * d], block.len(), d);
                     let dlogits = Mat::dense(dlogits, block.len(), cols).transposed();
                     let dw = MatMut::dense(dw, cols, d);
-                    gemm(dw, dlogits, x, T::Acc::from_f64(1.0), true, false);
+                    gemm_factors(dw, dlogits, x, T::Acc::from_f64(1.0), true, false);
                 }
                 // SAFETY: the rows of a chunk belong to its task.
                 T::narrow_all(dw, unsafe { out.part(classes.start * d, cols * d) });
@@ -463,14 +492,4 @@ fn counted(
         }
     });
     Ok(count)
-}
-
-/// `to += Σ rows of from`
-fn add_rows<A: Real>(to: &mut [A], from: Mat<'_, A>) {
-    scratch::with(to.len(), |row: &mut [A]| {
-        for i in 0..from.rows() {
-            from.row_range(i, 1).packed(row);
-            A::axpy(to, A::from_f64(1.0), row);
-        }
-    });
 }

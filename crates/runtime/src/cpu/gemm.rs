@@ -23,6 +23,7 @@ use crate::cpu::number::{Accumulator, Float, Number, Real, for_float};
 use crate::cpu::view::{Arg, Out, offset_of};
 use crate::cpu::{parallel, scratch};
 use crate::element::Element;
+use metal_candle_graph::DType;
 pub(crate) use multiply::{Multiply, Product};
 pub(crate) use pack::{Factor, Source};
 use smallvec::SmallVec;
@@ -182,33 +183,55 @@ pub(crate) fn gemm<T: Multiply<Acc: Real>>(
     T::multiply(out, T::factor(&a), T::factor(&b.transposed()), product, parallel);
 }
 
-/// [`gemm`] of factors that may be rounded to bf16, on this thread.
-pub(crate) fn gemm_rounded<T: Real>(
-    out: MatMut<'_, T>,
-    a: Mat<'_, T>,
-    b: Mat<'_, T>,
+/// [`gemm`] for a result that is summed on this thread, of factors of dtype `T` or made of such: if that is bf16, they
+/// may be rounded to it.
+pub(crate) fn gemm_of<T: Float, A, B>(
+    out: MatMut<'_, T::Acc>,
+    a: Mat<'_, A>,
+    b: Mat<'_, B>,
+    alpha: T::Acc,
     accumulate: bool,
-) {
-    let few = out.rows() == 1 || out.cols() == 1 || a.cols() == 0;
-    if few || out.rows() == 0 || out.cols() == 0 {
-        return gemm(out, a, b, T::from_f64(1.0), accumulate, false);
+) where
+    A: Multiply<Acc = T::Acc>,
+    B: Multiply<Acc = T::Acc>,
+{
+    if A::DTYPE == T::Acc::DTYPE && B::DTYPE == T::Acc::DTYPE && T::DTYPE != DType::BF16 {
+        return gemm(out, a.widened(&mut []), b.widened(&mut []), alpha, accumulate, false);
     }
+    gemm_factors(out, a, b, alpha, accumulate, T::DTYPE == DType::BF16);
+}
+
+/// [`gemm`] on this thread, of factors that are packed as they are, and may be rounded to bf16 if `rounded`.
+pub(crate) fn gemm_factors<S: Real, A: Multiply<Acc = S>, B: Multiply<Acc = S>>(
+    mut out: MatMut<'_, S>,
+    a: Mat<'_, A>,
+    b: Mat<'_, B>,
+    alpha: S,
+    accumulate: bool,
+    rounded: bool,
+) {
     let extents = [out.rows(), out.cols(), a.cols()];
-    let product = Product { extents, alpha: T::from_f64(1.0), accumulate, rounded: true };
-    T::multiply(out, T::factor(&a), T::factor(&b.transposed()), product, false);
+    let fits = extents == [a.rows(), b.cols(), b.rows()];
+    assert!(fits, "metal-candle bug: gemm of matrices that do not fit");
+    if !extents.contains(&0) {
+        let product = Product { extents, alpha, accumulate, rounded };
+        S::multiply(out, A::factor(&a), B::factor(&b.transposed()), product, false);
+    } else if !accumulate {
+        out.fill(S::ZERO);
+    }
 }
 
 /// `out = a b` of a factor that packs itself. Both may be rounded to bf16; nothing is empty.
-pub(crate) fn gemm_packed<T: Multiply<Acc: Real>>(
+pub(crate) fn gemm_packed<T: Multiply<Acc: Real>, A: Multiply>(
     out: MatMut<'_, T>,
-    a: Mat<'_, T::Acc>,
+    a: Mat<'_, A>,
     b: &dyn Factor,
     parallel: bool,
 ) {
     let extents = [out.rows(), out.cols(), a.cols()];
     let alpha = T::Acc::from_f64(1.0);
     let product = Product { extents, alpha, accumulate: false, rounded: true };
-    T::multiply(out, T::Acc::factor(&a), b, product, parallel);
+    T::multiply(out, A::factor(&a), b, product, parallel);
 }
 
 /// A product with a column of a matrix whose rows lie side by side: a dot product for every row.

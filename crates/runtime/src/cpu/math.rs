@@ -7,7 +7,8 @@ use half::bf16;
 const LANES: usize = 16;
 
 macro_rules! rows {
-    ($ty:ident, $exp:path, $max_of:ident, $exp_all:ident, $dot:ident, $axpy:ident, $scale_all:ident) => {
+    ($ty:ident, $exp:path, $max_of:ident, $exp_all:ident, $dot:ident, $axpy:ident, $scale_all:ident,
+     $softmax_vjp:ident) => {
         multiversion! {
             pub(crate) fn $max_of(row: &[$ty]) -> $ty {
                 let mut lanes = [$ty::NEG_INFINITY; LANES];
@@ -68,11 +69,19 @@ macro_rules! rows {
                     *x *= by;
                 }
             }
+
+            /// `ds = p (dp - Σ p dp)`, where `ds` holds dp.
+            pub(crate) fn $softmax_vjp(p: &[$ty], ds: &mut [$ty]) {
+                let mean = $dot(p, ds);
+                for (ds, p) in ds.iter_mut().zip(p) {
+                    *ds = *p * (*ds - mean);
+                }
+            }
         }
     };
 }
-rows!(f32, exp_f32, max_of_f32, exp_all_f32, dot_f32, axpy_f32, scale_all_f32);
-rows!(f64, f64::exp, max_of_f64, exp_all_f64, dot_f64, axpy_f64, scale_all_f64);
+rows!(f32, exp_f32, max_of_f32, exp_all_f32, dot_f32, axpy_f32, scale_all_f32, softmax_vjp_f32);
+rows!(f64, f64::exp, max_of_f64, exp_all_f64, dot_f64, axpy_f64, scale_all_f64, softmax_vjp_f64);
 
 multiversion! {
     /// bf16 is the upper half of f32.
@@ -121,11 +130,8 @@ pub(crate) fn exp_f32(x: f32) -> f32 {
     p = p * r + 1.666_666_5e-1;
     p = p * r + 5e-1;
     let p = p * r * r + r + 1.0;
-    // The low bits of the sum are n. In two halves, for n = 128 has no exponent of its own.
-    let n = (rounded.to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32);
-    let half = n >> 1;
-    let power = |n: i32| f32::from_bits((n.wrapping_add(127) as u32) << 23);
-    let y = p * power(half) * power(n.wrapping_sub(half));
+    // The low bits of the sum are n, which is added to the exponent. That is never too large: where n is 128, p < 1.
+    let y = f32::from_bits(p.to_bits().wrapping_add(rounded.to_bits() << 23));
     let y = if x < SMALLEST { 0.0 } else { y };
     if x > LARGEST { f32::INFINITY } else { y }
 }

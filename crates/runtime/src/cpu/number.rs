@@ -29,6 +29,21 @@ pub(crate) trait Number: Element + PartialOrd {
         }
     }
 
+    /// The row itself, if its elements are their own accumulators.
+    fn as_acc(_row: &[Self]) -> Option<&[Self::Acc]> {
+        None
+    }
+
+    /// Lets `f` write accumulators, and rounds them: into `elements` at once, or by way of `wide`, as long.
+    fn accumulate_into(
+        elements: &mut [Self],
+        wide: &mut [Self::Acc],
+        f: impl FnOnce(&mut [Self::Acc]),
+    ) {
+        f(wide);
+        Self::narrow_all(wide, elements);
+    }
+
     /// Lets `f` change `elements` as accumulators; they are rounded once, when it is done.
     fn accumulate(elements: &mut [Self], f: impl FnOnce(&mut [Self::Acc])) {
         scratch::with(elements.len(), |acc: &mut [Self::Acc]| {
@@ -77,10 +92,12 @@ pub(crate) trait Real:
     /// `to += scale · from`
     fn axpy(to: &mut [Self], scale: Self, from: &[Self]);
     fn scale_all(row: &mut [Self], by: Self);
+    /// `ds = p (dp - Σ p dp)`, where `ds` holds dp.
+    fn softmax_vjp(p: &[Self], ds: &mut [Self]);
 }
 
 /// A float element, computed in [`Real`].
-pub(crate) trait Float: Number<Acc: Real> + Multiply {}
+pub(crate) trait Float: Number<Acc: Real> + Multiply + scratch::Pod {}
 
 macro_rules! integer {
     ($($ty:ty),*) => {$(
@@ -146,7 +163,8 @@ half! {
 }
 
 macro_rules! real {
-    ($ty:ident, |$row:ident| $as_f32:expr, $max_of:path, $exp_all:path, $dot:path, $axpy:path, $scale_all:path) => {
+    ($ty:ident, |$row:ident| $as_f32:expr, $max_of:path, $exp_all:path, $dot:path, $axpy:path, $scale_all:path,
+     $softmax_vjp:path) => {
         impl Number for $ty {
             type Acc = $ty;
             fn widen(self) -> $ty {
@@ -160,6 +178,12 @@ macro_rules! real {
             }
             fn narrow_all(from: &[$ty], to: &mut [$ty]) {
                 to.copy_from_slice(from);
+            }
+            fn as_acc(row: &[$ty]) -> Option<&[$ty]> {
+                Some(row)
+            }
+            fn accumulate_into(elements: &mut [$ty], _: &mut [$ty], f: impl FnOnce(&mut [$ty])) {
+                f(elements);
             }
             fn accumulate(elements: &mut [$ty], f: impl FnOnce(&mut [$ty])) {
                 f(elements);
@@ -215,6 +239,9 @@ macro_rules! real {
             fn scale_all(row: &mut [$ty], by: $ty) {
                 $scale_all(row, by)
             }
+            fn softmax_vjp(p: &[$ty], ds: &mut [$ty]) {
+                $softmax_vjp(p, ds)
+            }
         }
     };
 }
@@ -225,7 +252,8 @@ real!(
     math::exp_all_f32,
     math::dot_f32,
     math::axpy_f32,
-    math::scale_all_f32
+    math::scale_all_f32,
+    math::softmax_vjp_f32
 );
 real!(
     f64,
@@ -234,7 +262,8 @@ real!(
     math::exp_all_f64,
     math::dot_f64,
     math::axpy_f64,
-    math::scale_all_f64
+    math::scale_all_f64,
+    math::softmax_vjp_f64
 );
 
 /// Runs `$body` with `$T` the Rust type of a dtype.

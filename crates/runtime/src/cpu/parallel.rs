@@ -1,7 +1,7 @@
 //! Loops that may be spread over the executor's threads.
 //!
 //! How the work is cut depends on its size alone, never on the number of threads: the same plan gives the same
-//! bits with any.
+//! bits with any. Every task can be taken by another thread: cores are seldom equally fast, and never equally free.
 
 use rayon::prelude::*;
 
@@ -11,7 +11,7 @@ const GRAIN: usize = 1 << 14;
 /// `f(0), .., f(n - 1)`, in any order.
 pub(crate) fn for_each(parallel: bool, n: usize, f: impl Fn(usize) + Send + Sync) {
     if parallel && n > 1 {
-        (0..n).into_par_iter().for_each(f);
+        (0..n).into_par_iter().with_max_len(1).for_each(f);
     } else {
         (0..n).for_each(f);
     }
@@ -26,7 +26,8 @@ pub(crate) fn for_each_chunk<T: Send>(
 ) {
     let len = len.max(1);
     if parallel && data.len() > len {
-        data.par_chunks_mut(len).enumerate().for_each(|(i, chunk)| f(i, chunk));
+        let chunks = data.par_chunks_mut(len).enumerate().with_max_len(1);
+        chunks.for_each(|(i, chunk)| f(i, chunk));
     } else {
         data.chunks_mut(len).enumerate().for_each(|(i, chunk)| f(i, chunk));
     }
@@ -39,15 +40,25 @@ pub(crate) fn for_each_row<T: Send>(
     cols: usize,
     f: impl Fn(usize, &mut [T]) + Send + Sync,
 ) {
+    for_each_rows(parallel, data, cols, |first, data| {
+        for (i, row) in data.chunks_exact_mut(cols).enumerate() {
+            f(first + i, row);
+        }
+    });
+}
+
+/// `f(i, some rows of data)`, of which the first is the i-th, for rows of `cols` elements.
+pub(crate) fn for_each_rows<T: Send>(
+    parallel: bool,
+    data: &mut [T],
+    cols: usize,
+    f: impl Fn(usize, &mut [T]) + Send + Sync,
+) {
     if cols == 0 {
         return;
     }
     let rows = (GRAIN / cols).max(1);
-    for_each_chunk(parallel, data, rows * cols, |chunk, data| {
-        for (i, row) in data.chunks_exact_mut(cols).enumerate() {
-            f(chunk * rows + i, row);
-        }
-    });
+    for_each_chunk(parallel, data, rows * cols, |chunk, data| f(chunk * rows, data));
 }
 
 /// A slice that several tasks write, each its own part.

@@ -17,7 +17,7 @@ mod unpack;
 #[cfg(target_arch = "x86_64")]
 mod vnni;
 
-use crate::cpu::gemm::{Source, gemm_packed};
+use crate::cpu::gemm::{Multiply, Source, gemm_packed};
 use crate::cpu::matrix::{Mat, MatMut};
 use crate::cpu::number::{Accumulator, Float, Number, Real, for_float};
 use crate::cpu::parallel::{self, Parts};
@@ -88,6 +88,9 @@ pub(crate) fn call_gemm(
         assert_eq!(out.len(), m * to, "metal-candle bug: quant_gemm");
         if m == 0 || to == 0 {
             return;
+        }
+        if m > FEW_ROWS && let Some(x) = x.as_rows() {
+            return w.product(x, out, transposed, parallel);
         }
         scratch::with(m * from, |packed: &mut [<T as Number>::Acc]| {
             for (row, to) in packed.chunks_exact_mut(from.max(1)).enumerate() {
@@ -195,9 +198,9 @@ impl<'a> Blocks<'a> {
     }
 
     /// `x wᵀ` or `x w` by the blocked product.
-    fn product<T: Float>(
+    fn product<T: Float, X: Multiply>(
         self,
-        x: Mat<'_, T::Acc>,
+        x: Mat<'_, X>,
         out: &mut [T],
         transposed: bool,
         parallel: bool,

@@ -2,8 +2,9 @@
 
 use crate::cpu::number::{Float, Number, Real, for_float};
 use crate::cpu::simd::multiversion;
-use crate::cpu::view::{Arg, Out, Row, Strided};
+use crate::cpu::view::{Arg, Out, Row};
 use crate::cpu::{parallel, scratch};
+use half::{bf16, f16};
 use metal_candle_graph::DType;
 use metal_candle_graph::composite::RopeLayout;
 
@@ -12,59 +13,87 @@ pub(crate) fn call(args: &[Arg], outs: &mut [Out], layout: RopeLayout, parallel:
     let ([x, cos, sin], [out]) = (args, outs) else {
         panic!("metal-candle bug: rope takes three operands and gives one")
     };
-    for_float!(x.dtype(), T => rope::<T>(x, [cos, sin], out, layout, parallel));
+    let f32_tables = cos.dtype() == DType::F32 && sin.dtype() == DType::F32;
+    match x.dtype() {
+        DType::F32 if f32_tables => in_f32::<f32>(x, [cos, sin], out, layout, parallel),
+        DType::BF16 if f32_tables => in_f32::<bf16>(x, [cos, sin], out, layout, parallel),
+        DType::F16 if f32_tables => in_f32::<f16>(x, [cos, sin], out, layout, parallel),
+        dtype => for_float!(dtype, T => rope::<T>(x, [cos, sin], out, layout, parallel)),
+    }
 }
 
-fn rope<T: Float>(x: &Arg, tables: [&Arg; 2], out: &mut Out, layout: RopeLayout, parallel: bool) {
-    let d = x.shape().last().unwrap_or(1);
-    let half = d / 2;
+fn check(x: &Arg, tables: [&Arg; 2], out: &Out) {
+    let half = x.shape().last().unwrap_or(1) / 2;
     let expected = x.shape().with(x.shape().rank() - 1, half);
     let fits = out.shape() == x.shape() && tables.iter().all(|t| *t.shape() == expected);
     assert!(fits, "metal-candle bug: rope of {}", x.shape());
-    let all_f32 = x.dtype() == DType::F32 && tables.iter().all(|t| t.dtype() == DType::F32);
-    if all_f32 && layout == RopeLayout::Half {
-        return rope_halves_f32(&x.read(), tables.map(|t| t.read()), out, parallel);
-    }
+}
+
+/// With tables of any float dtype.
+fn rope<T: Float>(x: &Arg, tables: [&Arg; 2], out: &mut Out, layout: RopeLayout, parallel: bool) {
+    check(x, tables, out);
     let x = x.read::<T>();
+    let d = x.cols();
     parallel::for_each_row(parallel, out.slice::<T>(), d, |row, out| {
-        let lens = [d, half, half, d];
+        let lens = [d, d / 2, d / 2, d];
         scratch::split(lens, |[wide, cos, sin, turned]: [&mut [T::Acc]; 4]| {
             x.row(row).widen_to(wide);
             table_row(tables[0], row, cos);
             table_row(tables[1], row, sin);
-            for i in 0..half {
-                let (first, second) = match layout {
-                    RopeLayout::Half => (i, i + half),
-                    RopeLayout::Interleaved => (2 * i, 2 * i + 1),
-                };
-                let (a, b) = (wide[first], wide[second]);
-                turned[first] = a * cos[i] - b * sin[i];
-                turned[second] = b * cos[i] + a * sin[i];
-            }
+            turn(wide, cos, sin, layout, turned);
             T::narrow_all(turned, out);
         });
     });
 }
 
+fn turn<A: Real>(x: &[A], cos: &[A], sin: &[A], layout: RopeLayout, turned: &mut [A]) {
+    for i in 0..cos.len() {
+        let (first, second) = match layout {
+            RopeLayout::Half => (i, i + cos.len()),
+            RopeLayout::Interleaved => (2 * i, 2 * i + 1),
+        };
+        let (a, b) = (x[first], x[second]);
+        turned[first] = a * cos[i] - b * sin[i];
+        turned[second] = b * cos[i] + a * sin[i];
+    }
+}
+
 /// What most models have: rows are read where they lie, if their elements do so side by side.
-fn rope_halves_f32(x: &Strided<f32>, tables: [Strided<f32>; 2], out: &mut Out, parallel: bool) {
+fn in_f32<T: Float + Number<Acc = f32>>(
+    x: &Arg,
+    tables: [&Arg; 2],
+    out: &mut Out,
+    layout: RopeLayout,
+    parallel: bool,
+) {
+    check(x, tables, out);
+    let (x, tables) = (x.read::<T>(), tables.map(|t| t.read::<f32>()));
     let d = x.cols();
-    parallel::for_each_row(parallel, out.slice::<f32>(), d, |row, out| {
-        scratch::split([d, d / 2, d / 2], |[wide, of_cos, of_sin]: [&mut [f32]; 3]| {
-            let x = row_in(x.row(row), wide);
-            let cos = row_in(tables[0].row(row), of_cos);
-            let sin = row_in(tables[1].row(row), of_sin);
-            turn_halves(x, cos, sin, out);
+    parallel::for_each_rows(parallel, out.slice::<T>(), d, |first, out| {
+        let lens = [d, d / 2, d / 2, d];
+        scratch::split(lens, |[wide, of_cos, of_sin, turned]: [&mut [f32]; 4]| {
+            let rows = x.rows_from(first);
+            let tables = tables[0].rows_from(first).zip(tables[1].rows_from(first));
+            for ((out, x), (cos, sin)) in out.chunks_exact_mut(d).zip(rows).zip(tables) {
+                let (x, cos, sin) = (row_in(x, wide), row_in(cos, of_cos), row_in(sin, of_sin));
+                T::accumulate_into(out, turned, |to| match layout {
+                    RopeLayout::Half => turn_halves(x, cos, sin, to),
+                    RopeLayout::Interleaved => turn(x, cos, sin, layout, to),
+                });
+            }
         });
     });
 }
 
-/// The row in place, or a copy of it.
-fn row_in<'a>(row: Row<'a, f32>, copy: &'a mut [f32]) -> &'a [f32] {
-    row.as_slice().unwrap_or_else(|| {
-        row.copy_to(copy);
-        copy
-    })
+/// The row in f32: in place if it is, or in `wide`.
+fn row_in<'a, T: Number<Acc = f32>>(row: Row<'a, T>, wide: &'a mut [f32]) -> &'a [f32] {
+    match row.as_slice().and_then(T::as_acc) {
+        Some(row) => row,
+        None => {
+            row.widen_to(wide);
+            wide
+        }
+    }
 }
 
 multiversion! {

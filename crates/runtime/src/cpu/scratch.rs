@@ -28,6 +28,10 @@ unsafe impl Pod for f64 {}
 unsafe impl Pod for i64 {}
 // SAFETY: as above.
 unsafe impl Pod for u32 {}
+// SAFETY: as above.
+unsafe impl Pod for half::bf16 {}
+// SAFETY: as above.
+unsafe impl Pod for half::f16 {}
 
 /// Runs `f` with `len` elements of whatever the last use left in them.
 ///

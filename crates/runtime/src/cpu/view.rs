@@ -149,6 +149,19 @@ impl<'a, T: Element> Strided<'a, T> {
         Row { data: self.data.wrapping_offset(at), len: self.cols(), stride, _lives: PhantomData }
     }
 
+    /// The rows from `first` on, in row-major order, found without a division for each.
+    pub(crate) fn rows_from(&self, first: usize) -> Rows<'a, T> {
+        assert!(first <= self.rows(), "metal-candle bug: row {first} of {}", self.shape);
+        let dims = leading(&self.shape);
+        let mut at = [0; MAX_RANK];
+        let mut rest = first;
+        for (at, extent) in at.iter_mut().zip(dims).rev() {
+            (*at, rest) = (rest % extent.max(&1), rest / extent.max(&1));
+        }
+        let data = self.data.wrapping_offset(offset_of(first, dims, &self.strides));
+        Rows { of: *self, data, at, left: self.rows() - first }
+    }
+
     /// Position `at` of `dim`, which is gone afterwards.
     pub(crate) fn index(&self, dim: usize, at: usize) -> Strided<'a, T> {
         let mut out = self.narrow(dim, at, 1);
@@ -199,6 +212,28 @@ impl<'a, T: Element> Strided<'a, T> {
         unsafe { Mat::new(self.data, [rows, cols], [self.strides[0], self.strides[1]]) }
     }
 
+    /// All rows as those of one matrix, if they are equally far apart.
+    pub(crate) fn as_rows(&self) -> Option<Mat<'a, T>> {
+        let rank = self.shape.rank();
+        let (rows, cols) = (self.rows(), self.cols());
+        let dims = self.shape.dims();
+        // The distance of rows, from the last dim of more than one row on.
+        let mut strides = (0..rank.saturating_sub(1)).rev().filter(|d| dims[*d] != 1);
+        let (row_stride, mut len) = match strides.next() {
+            Some(d) => (self.strides[d], dims[d] as isize),
+            None => (0, 1),
+        };
+        for d in strides {
+            if self.strides[d] != row_stride * len {
+                return None;
+            }
+            len *= dims[d] as isize;
+        }
+        let col_stride = if rank == 0 { 1 } else { self.strides[rank - 1] };
+        // SAFETY: the same elements, for as long.
+        Some(unsafe { Mat::new(self.data, [rows, cols], [row_stride, col_stride]) })
+    }
+
     pub(crate) fn as_ptr(&self) -> *const T {
         self.data
     }
@@ -230,6 +265,36 @@ pub(crate) fn offset_of(index: usize, dims: &[usize], strides: &[isize]) -> isiz
         }
     }
     offset
+}
+
+/// See [`Strided::rows_from`].
+pub(crate) struct Rows<'a, T> {
+    of: Strided<'a, T>,
+    /// Where the next row starts, and its position in each of the dims before the last.
+    data: *const T,
+    at: [usize; MAX_RANK],
+    left: usize,
+}
+
+impl<'a, T: Element> Iterator for Rows<'a, T> {
+    type Item = Row<'a, T>;
+
+    fn next(&mut self) -> Option<Row<'a, T>> {
+        self.left = self.left.checked_sub(1)?;
+        let (dims, strides) = (leading(&self.of.shape), &self.of.strides);
+        let stride = self.of.shape.rank().checked_sub(1).map_or(0, |last| strides[last]);
+        let row = Row { data: self.data, len: self.of.cols(), stride, _lives: PhantomData };
+        for d in (0..dims.len()).rev() {
+            self.at[d] += 1;
+            self.data = self.data.wrapping_offset(strides[d]);
+            if self.at[d] < dims[d] {
+                break;
+            }
+            self.at[d] = 0;
+            self.data = self.data.wrapping_offset(-strides[d] * dims[d] as isize);
+        }
+        Some(row)
+    }
 }
 
 /// Elements at a fixed distance from each other.

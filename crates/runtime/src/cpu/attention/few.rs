@@ -73,7 +73,9 @@ impl<T: Float + Number<Acc = f32>> Attention<'_, T> {
         let wide = widened_len::<T>(STEP * self.d.max(self.dv));
         scratch::split([self.hk * of_q, self.hk * of_scores, wide], |[q, scores, wide]| {
             for head in 0..self.hk {
-                self.pack_query(b, head, block, &mut q[head * of_q..][..of_q]);
+                let q = &mut q[head * of_q..][..of_q];
+                self.pack_query(b, head, block, q);
+                math::scale_all_f32(q, self.scale());
             }
             let k: SmallVec<[Mat<T>; 16]> =
                 (0..self.hk).map(|head| self.k.index(2, head).index(0, b).matrix()).collect();

@@ -11,6 +11,8 @@ use crate::cpu::number::{Accumulator, Number, Real};
 use crate::cpu::parallel::{self, Parts};
 use crate::cpu::scratch::{self, Pod};
 use crate::element::Element;
+use metal_candle_graph::DType;
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 /// Packed steps that are summed in registers, at most: a panel stays in the cache.
@@ -194,7 +196,6 @@ impl<P: Pod + Send + Sync, T: Number<Acc: Real>> Run<'_, P, T> {
         let (height, by_vectors) = self.kernels.of_rows(rows.len());
         let vectors = cols.len().div_ceil(self.kernels.lanes);
         let width = vectors * self.kernels.lanes;
-        let kernel = by_vectors[vectors - 1];
         let [row_stride, col_stride] = self.out.strides;
         let at = rows.start as isize * row_stride + cols.start as isize * col_stride;
         let c = self.out.data.wrapping_offset(at);
@@ -211,16 +212,24 @@ impl<P: Pod + Send + Sync, T: Number<Acc: Real>> Run<'_, P, T> {
         let same = T::DTYPE == T::Acc::DTYPE;
         let fits =
             *height == rows.len() && width == cols.len() && col_stride == 1 && row_stride > 0;
-        if same && fits {
+        let into = match T::DTYPE {
+            DType::BF16 => self.kernels.to_bf16,
+            _ => Some(self.kernels).filter(|_| same),
+        };
+        if let Some(kernels) = into.filter(|_| fits) {
+            let (_, by_vectors) = kernels.of_rows(rows.len());
             // SAFETY: the panels hold the tile's rows and columns; all of it is within the result, ours alone.
-            unsafe { kernel(&tile) };
+            unsafe { by_vectors[vectors - 1](&tile) };
             return;
         }
-        let mut sums = [T::Acc::ZERO; MAX_TILE];
-        assert!(height * width <= sums.len(), "metal-candle bug: a tile of {height} x {width}");
-        (tile.c, tile.row_stride, tile.accumulate) = (sums.as_mut_ptr(), width, false);
-        // SAFETY: as above, into memory of the tile's size.
-        unsafe { kernel(&tile) };
+        let mut sums = MaybeUninit::<[T::Acc; MAX_TILE]>::uninit();
+        assert!(height * width <= MAX_TILE, "metal-candle bug: a tile of {height} x {width}");
+        (tile.c, tile.row_stride, tile.accumulate) = (sums.as_mut_ptr().cast(), width, false);
+        // SAFETY: as above, into memory of the tile's size, all of which it writes.
+        let sums = unsafe {
+            by_vectors[vectors - 1](&tile);
+            std::slice::from_raw_parts(sums.as_ptr().cast::<T::Acc>(), height * width)
+        };
         for (i, sums) in sums.chunks_exact(width).take(rows.len()).enumerate() {
             let (to, sums) = (c.wrapping_offset(i as isize * row_stride), &sums[..cols.len()]);
             if col_stride == 1 && !self.accumulate && !same {

@@ -28,6 +28,16 @@ pub(in crate::cpu) unsafe trait Lanes: Copy {
     unsafe fn scaled(self, by: Self) -> Self;
 }
 
+/// Vectors of sums that can be rounded to bf16, to nearest even.
+///
+/// # Safety
+/// As [`Lanes`].
+#[cfg(target_arch = "x86_64")]
+pub(in crate::cpu) unsafe trait Rounds: Lanes {
+    unsafe fn load_bf16(from: *const u16) -> Self;
+    unsafe fn store_bf16(self, to: *mut u16);
+}
+
 /// Vectors of f32 whose lanes can be summed.
 ///
 /// # Safety
@@ -108,7 +118,7 @@ macro_rules! lanes {
 
 #[cfg(target_arch = "x86_64")]
 pub(in crate::cpu) mod x86 {
-    use super::{Lanes, Summed};
+    use super::{Lanes, Rounds, Summed};
     use std::arch::x86_64::*;
 
     lanes!(F32x16(__m512; 32): f32, 16, _mm512_set1_ps, _mm512_set1_ps, _mm512_loadu_ps, _mm512_storeu_ps, _mm512_mul_ps,
@@ -214,6 +224,26 @@ pub(in crate::cpu) mod x86 {
         unsafe fn scaled(self, by: Self) -> Self {
             // SAFETY: as above.
             unsafe { Bf16Pairs(_mm512_mul_ps(self.0, by.0)) }
+        }
+    }
+
+    // SAFETY: as `Lanes`.
+    unsafe impl Rounds for Bf16Pairs {
+        #[inline(always)]
+        unsafe fn load_bf16(from: *const u16) -> Self {
+            // SAFETY: as above; bf16 is the upper half of f32.
+            unsafe {
+                let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
+                Bf16Pairs(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide)))
+            }
+        }
+        #[inline(always)]
+        unsafe fn store_bf16(self, to: *mut u16) {
+            // SAFETY: as above; both are 32 bytes.
+            unsafe {
+                let rounded = std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(self.0));
+                _mm256_storeu_si256(to.cast(), rounded);
+            }
         }
     }
 }

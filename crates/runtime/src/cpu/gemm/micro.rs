@@ -1,5 +1,7 @@
 //! The micro kernel: a tile of the product, whose sums stay in registers while `k` runs by.
 
+#[cfg(target_arch = "x86_64")]
+use super::lanes::Rounds;
 use super::lanes::{Lanes, Plain};
 
 /// One tile: `c = alpha · a b`, or `c += alpha · a b`.
@@ -12,6 +14,7 @@ pub(super) struct Tile<P, S> {
     pub(super) a: *const P,
     pub(super) b: *const P,
     pub(super) b_stride: usize,
+    /// Of bf16, for kernels that round.
     pub(super) c: *mut S,
     pub(super) row_stride: usize,
     pub(super) alpha: S,
@@ -30,6 +33,8 @@ pub(super) struct Kernels<P: 'static, S: 'static> {
     pub(super) steps: usize,
     /// Rows of a tile, from the most on, and its kernels with one vector and with two in a row.
     pub(super) by_rows: &'static [(usize, [MicroFn<P, S>; 2])],
+    /// The same tiles with results in bf16, where the processor rounds to it.
+    pub(super) to_bf16: Option<&'static Kernels<P, S>>,
 }
 
 impl<P, S> Kernels<P, S> {
@@ -45,8 +50,11 @@ impl<P, S> Kernels<P, S> {
     }
 }
 
+/// The sums of a tile.
 #[inline(always)]
-unsafe fn body<V: Lanes, const ROWS: usize, const VECTORS: usize>(tile: &Tile<V::Packed, V::Sum>) {
+unsafe fn sums<V: Lanes, const ROWS: usize, const VECTORS: usize>(
+    tile: &Tile<V::Packed, V::Sum>,
+) -> [[V; VECTORS]; ROWS] {
     // SAFETY: the caller's promise.
     unsafe {
         let mut sums = [[V::zero(); VECTORS]; ROWS];
@@ -65,6 +73,15 @@ unsafe fn body<V: Lanes, const ROWS: usize, const VECTORS: usize>(tile: &Tile<V:
             a = a.add(ROWS);
             b = b.wrapping_add(tile.b_stride);
         }
+        sums
+    }
+}
+
+#[inline(always)]
+unsafe fn body<V: Lanes, const ROWS: usize, const VECTORS: usize>(tile: &Tile<V::Packed, V::Sum>) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let sums = sums::<V, ROWS, VECTORS>(tile);
         let alpha = V::splat_sum(tile.alpha);
         for (i, sums) in sums.iter().enumerate() {
             for (v, sum) in sums.iter().enumerate() {
@@ -79,19 +96,44 @@ unsafe fn body<V: Lanes, const ROWS: usize, const VECTORS: usize>(tile: &Tile<V:
     }
 }
 
-/// A table of kernels, compiled for `$features`.
+/// The same with results in bf16.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+unsafe fn rounding_body<V: Rounds, const ROWS: usize, const VECTORS: usize>(
+    tile: &Tile<V::Packed, V::Sum>,
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let sums = sums::<V, ROWS, VECTORS>(tile);
+        let alpha = V::splat_sum(tile.alpha);
+        for (i, sums) in sums.iter().enumerate() {
+            for (v, sum) in sums.iter().enumerate() {
+                let to = tile.c.cast::<u16>().add(i * tile.row_stride + v * V::LANES);
+                let sum = if tile.accumulate {
+                    V::load_bf16(to).multiply_add_sums(*sum, alpha)
+                } else {
+                    sum.scaled(alpha)
+                };
+                sum.store_bf16(to);
+            }
+        }
+    }
+}
+
+/// A table of kernels with this body, compiled for `$features`.
 macro_rules! kernels {
-    ($name:ident: $lanes:ty, $packed:ty, $sum:ty, [$($rows:literal),*] $(, $features:literal)?) => {
+    ($name:ident: $body:ident<$lanes:ty>, $packed:ty, $sum:ty, [$($rows:literal),*], $to_bf16:expr $(, $features:literal)?) => {
         pub(super) static $name: Kernels<$packed, $sum> = {
             $(#[target_feature(enable = $features)])?
             unsafe fn kernel<const ROWS: usize, const VECTORS: usize>(tile: &Tile<$packed, $sum>) {
                 // SAFETY: the caller's promise, and that the processor has the features.
-                unsafe { body::<$lanes, ROWS, VECTORS>(tile) }
+                unsafe { $body::<$lanes, ROWS, VECTORS>(tile) }
             }
             Kernels {
                 lanes: <$lanes as Lanes>::LANES,
                 steps: <$lanes as Lanes>::STEPS,
                 by_rows: &[$(($rows, [kernel::<$rows, 1>, kernel::<$rows, 2>])),*],
+                to_bf16: $to_bf16,
             }
         };
     };
@@ -102,11 +144,12 @@ mod tables {
     use super::*;
     use crate::cpu::gemm::lanes::x86::*;
 
-    kernels!(AVX512_F32: F32x16, f32, f32, [14, 8, 4, 1], "avx512f,avx512bw,avx512dq,avx512vl,fma");
-    kernels!(AVX512_F64: F64x8, f64, f64, [14, 8, 4, 1], "avx512f,avx512bw,avx512dq,avx512vl,fma");
-    kernels!(AVX512_BF16: Bf16Pairs, u32, f32, [14, 8, 4, 1], "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma");
-    kernels!(AVX2_F32: F32x8, f32, f32, [6, 4, 1], "avx2,fma");
-    kernels!(AVX2_F64: F64x4, f64, f64, [6, 4, 1], "avx2,fma");
+    kernels!(AVX512_F32: body<F32x16>, f32, f32, [14, 8, 4, 1], None, "avx512f,avx512bw,avx512dq,avx512vl,fma");
+    kernels!(AVX512_F64: body<F64x8>, f64, f64, [14, 8, 4, 1], None, "avx512f,avx512bw,avx512dq,avx512vl,fma");
+    kernels!(AVX512_BF16: body<Bf16Pairs>, u32, f32, [14, 8, 4, 1], Some(&AVX512_TO_BF16), "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma");
+    kernels!(AVX512_TO_BF16: rounding_body<Bf16Pairs>, u32, f32, [14, 8, 4, 1], None, "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma");
+    kernels!(AVX2_F32: body<F32x8>, f32, f32, [6, 4, 1], None, "avx2,fma");
+    kernels!(AVX2_F64: body<F64x4>, f64, f64, [6, 4, 1], None, "avx2,fma");
 }
 
 #[cfg(target_arch = "aarch64")]
@@ -114,12 +157,12 @@ mod tables {
     use super::*;
     use crate::cpu::gemm::lanes::neon::*;
 
-    kernels!(NEON_F32: F32x4, f32, f32, [12, 8, 4, 1]);
-    kernels!(NEON_F64: F64x2, f64, f64, [12, 8, 4, 1]);
+    kernels!(NEON_F32: body<F32x4>, f32, f32, [12, 8, 4, 1], None);
+    kernels!(NEON_F64: body<F64x2>, f64, f64, [12, 8, 4, 1], None);
 }
 
-kernels!(PLAIN_F32: Plain<f32>, f32, f32, [4, 1]);
-kernels!(PLAIN_F64: Plain<f64>, f64, f64, [4, 1]);
+kernels!(PLAIN_F32: body<Plain<f32>>, f32, f32, [4, 1], None);
+kernels!(PLAIN_F64: body<Plain<f64>>, f64, f64, [4, 1], None);
 
 /// The kernels for this processor.
 macro_rules! widest_kernels {

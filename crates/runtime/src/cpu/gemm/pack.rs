@@ -1,5 +1,8 @@
 //! Operands laid out for the micro kernel: panels `[k, width]`, in which it reads on and on.
 
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+
 use crate::cpu::matrix::Mat;
 use crate::cpu::number::{Accumulator, Number};
 use crate::cpu::scratch::Pod;
@@ -37,6 +40,11 @@ pub(crate) trait Packed<T>: Pod {
     /// The words of elements that lie side by side; each of `from` is one of the word's steps.
     fn across(from: [&[T]; MAX_STEPS], to: &mut [Self]);
     fn word(from: [T; MAX_STEPS]) -> Self;
+    /// Packs rows whose elements lie side by side, as [`pack_along`], if this processor has instructions for it;
+    /// whether it did.
+    fn by_instructions(_from: Mat<'_, T>, _width: usize, _to: &mut [Self]) -> bool {
+        false
+    }
     /// An element that is its own word.
     fn itself(_from: *const T) -> Option<*const Self> {
         None
@@ -76,6 +84,9 @@ fn pack<T: Number, P: Packed<T>>(from: Mat<'_, T>, width: usize, to: &mut [P]) {
         // SAFETY: this processor has what the function was compiled for.
         unsafe { f(from, width, to) }
     } else if from.col_stride() == 1 {
+        if P::by_instructions(from, width, to) {
+            return;
+        }
         let f = widest!([T: Number, P: Packed<T>] pack_along<T, P>(from: Mat<'_, T>, width: usize, to: &mut [P]));
         // SAFETY: as above.
         unsafe { f(from, width, to) }
@@ -146,7 +157,7 @@ fn pack_strided<T: Number, P: Packed<T>>(from: Mat<'_, T>, width: usize, to: &mu
 
 /// Elements that are their own words.
 macro_rules! itself {
-    ($ty:ty) => {
+    ($ty:ty $(, $by_instructions:path)?) => {
         impl Packed<$ty> for $ty {
             const STEPS: usize = 1;
             const ZERO: $ty = 0.0;
@@ -173,6 +184,12 @@ macro_rules! itself {
             fn word([x, _]: [$ty; MAX_STEPS]) -> $ty {
                 x
             }
+            $(
+                #[cfg(target_arch = "x86_64")]
+                fn by_instructions(from: Mat<'_, $ty>, width: usize, to: &mut [$ty]) -> bool {
+                    $by_instructions(from, width, to)
+                }
+            )?
             fn itself(from: *const $ty) -> Option<*const $ty> {
                 Some(from)
             }
@@ -190,7 +207,7 @@ macro_rules! itself {
         }
     };
 }
-itself!(f32);
+itself!(f32, avx512::pack_f32);
 itself!(f64);
 
 /// Elements in words of another float.
@@ -278,7 +295,7 @@ impl ToBf16 for f16 {
 
 /// Pairs of bf16, the first in the low half.
 macro_rules! pairs {
-    ($ty:ty) => {
+    ($ty:ty $(, $by_instructions:path)?) => {
         impl Packed<$ty> for u32 {
             const STEPS: usize = 2;
             const ZERO: u32 = 0;
@@ -302,6 +319,12 @@ macro_rules! pairs {
             fn word([x, y]: [$ty; MAX_STEPS]) -> u32 {
                 x.to_bf16() | y.to_bf16() << 16
             }
+            $(
+                #[cfg(target_arch = "x86_64")]
+                fn by_instructions(from: Mat<'_, $ty>, width: usize, to: &mut [u32]) -> bool {
+                    $by_instructions(from, width, to)
+                }
+            )?
             #[inline(always)]
             unsafe fn transpose(
                 tile: &[[u32; TILE]; TILE],
@@ -316,8 +339,8 @@ macro_rules! pairs {
         }
     };
 }
-pairs!(f32);
-pairs!(bf16);
+pairs!(f32, avx512::pack_pairs);
+pairs!(bf16, avx512::pack_pairs);
 pairs!(f16);
 pairs!(f64);
 
@@ -340,69 +363,6 @@ unsafe fn transpose<W: Copy>(
         for (lane, row) in tile[..width].iter().enumerate() {
             // SAFETY: the caller's promise.
             unsafe { *to.add(step * stride + lane) = row[step] };
-        }
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-mod avx512 {
-    use super::TILE;
-    use std::arch::x86_64::*;
-
-    /// Four rounds of pairwise exchanges, of words, pairs, quarters and halves.
-    ///
-    /// # Safety
-    /// As [`super::transpose`], with a tile of `TILE` rows of `TILE` words.
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-    pub(super) unsafe fn transpose(
-        tile: *const u32,
-        to: *mut u32,
-        stride: usize,
-        width: usize,
-        steps: usize,
-    ) {
-        let row = |i: usize| {
-            // SAFETY: one of the tile's rows.
-            unsafe { _mm512_loadu_si512(tile.add(i * TILE).cast()) }
-        };
-        let x: [__m512i; TILE] = std::array::from_fn(row);
-        let mut y = [_mm512_setzero_si512(); TILE];
-        for i in (0..TILE).step_by(2) {
-            y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
-            y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
-        }
-        // z[4 q + c]: column c of every lane, of rows 4 q .. 4 q + 4.
-        let mut z = [_mm512_setzero_si512(); TILE];
-        for i in (0..TILE).step_by(4) {
-            z[i] = _mm512_unpacklo_epi64(y[i], y[i + 2]);
-            z[i + 1] = _mm512_unpackhi_epi64(y[i], y[i + 2]);
-            z[i + 2] = _mm512_unpacklo_epi64(y[i + 1], y[i + 3]);
-            z[i + 3] = _mm512_unpackhi_epi64(y[i + 1], y[i + 3]);
-        }
-        let mask = ((1u32 << width) - 1) as __mmask16;
-        for c in 0..4 {
-            let (a, b) = (z[c], z[c + 4]);
-            let (p, q) = (z[c + 8], z[c + 12]);
-            let (ab_low, ab_high) =
-                (_mm512_shuffle_i32x4::<0x44>(a, b), _mm512_shuffle_i32x4::<0xee>(a, b));
-            let (pq_low, pq_high) =
-                (_mm512_shuffle_i32x4::<0x44>(p, q), _mm512_shuffle_i32x4::<0xee>(p, q));
-            let columns = [
-                _mm512_shuffle_i32x4::<0x88>(ab_low, pq_low),
-                _mm512_shuffle_i32x4::<0xdd>(ab_low, pq_low),
-                _mm512_shuffle_i32x4::<0x88>(ab_high, pq_high),
-                _mm512_shuffle_i32x4::<0xdd>(ab_high, pq_high),
-            ];
-            for (lane, column) in columns.into_iter().enumerate() {
-                let step = 4 * lane + c;
-                if step < steps {
-                    // SAFETY: the caller's promise: `width` words of a step.
-                    unsafe {
-                        let to = to.add(step * stride).cast();
-                        _mm512_mask_storeu_epi32(to, mask, column);
-                    }
-                }
-            }
         }
     }
 }

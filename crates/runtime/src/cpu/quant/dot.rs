@@ -96,7 +96,10 @@ impl<I: Isa> Sums<I> {
         let part = F::part::<I>(&row[at..at + F::BLOCK_BYTES], index % F::PARTS);
         let [x_scale, x_sum] = x.scale_and_sum;
         let scale = part.scale.map(|scale| scale * x_scale);
-        self.products = I::add(self.products, scale, &part.q, &x.q);
+        self.products = match F::WIDE {
+            true => I::add::<true>(self.products, scale, &part.q, &x.q),
+            false => I::add::<false>(self.products, scale, &part.q, &x.q),
+        };
         self.shifts += if F::HALVES {
             part.shift[0] * x.sums[0] + part.shift[1] * x.sums[1]
         } else {
@@ -142,4 +145,53 @@ pub(super) fn dot_q4_1() -> DotFn {
 
 pub(super) fn dot<F: Format>() -> DotFn {
     for_isa!(F, dot_body(row: &[u8], x: &[RoundedPart], y: &mut f32))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::format::{Q4_0, Q4_1, Q4K, Q5K, Q6K, Q8_0};
+    use super::super::isa::Portable;
+    use super::*;
+
+    /// `halves` are where f16 lie in a block.
+    fn check<F: Format>(name: &str, halves: &[usize]) {
+        let mut state = 11u32;
+        let mut random = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            state >> 16
+        };
+        for blocks in 0..9 {
+            let len = blocks * F::PARTS * LEN;
+            let x: Vec<f32> = (0..len).map(|_| random() as f32 / 1e4 - 3.0).collect();
+            let mut row: Vec<u8> = (0..blocks * F::BLOCK_BYTES).map(|_| random() as u8).collect();
+            for block in row.chunks_exact_mut(F::BLOCK_BYTES) {
+                for at in halves {
+                    // About 1, of either sign; sometimes subnormal; no NaN.
+                    let exponent = if random() % 8 == 0 { 0 } else { 0x38 };
+                    block[at + 1] = block[at + 1] & 0x83 | exponent;
+                }
+            }
+            Rounded::with(&x, len, |rounded| {
+                for x in rounded.rows() {
+                    let (mut expected, mut got) = (0.0f32, 0.0f32);
+                    // SAFETY: the first needs no instruction set; the second was chosen for this processor.
+                    unsafe {
+                        dot_body::<F, Portable>(&row, x, &mut expected);
+                        dot::<F>()(&row, x, &mut got);
+                    }
+                    assert_eq!(got.to_bits(), expected.to_bits(), "{name}, {blocks} blocks");
+                }
+            });
+        }
+    }
+
+    #[test]
+    fn this_processors_loop_gives_the_bits_of_the_portable_one() {
+        check::<Q4_0>("Q4_0", &[0]);
+        check::<Q4_1>("Q4_1", &[0, 2]);
+        check::<Q8_0>("Q8_0", &[0]);
+        check::<Q4K>("Q4_K", &[0, 2]);
+        check::<Q5K>("Q5_K", &[0, 2]);
+        check::<Q6K>("Q6_K", &[208]);
+    }
 }

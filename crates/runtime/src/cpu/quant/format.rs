@@ -32,6 +32,8 @@ pub(super) trait Format {
     const PARTS: usize;
     /// Whether the halves of a part differ in scale and shift.
     const HALVES: bool = false;
+    /// Whether a q may be 128 or more.
+    const WIDE: bool = false;
     fn part<I: Isa>(block: &[u8], index: usize) -> Part;
 }
 
@@ -81,6 +83,7 @@ impl Format for Q4_1 {
 impl Format for Q8_0 {
     const BLOCK_BYTES: usize = 34;
     const PARTS: usize = 1;
+    const WIDE: bool = true;
     #[inline(always)]
     fn part<I: Isa>(block: &[u8], _: usize) -> Part {
         let scale = half::<I>(block, 0);

@@ -13,8 +13,14 @@ pub(super) unsafe trait Isa {
     fn half(bits: u16) -> f32;
     fn sums(from: [f32; LEN / 4]) -> Self::Sums;
     fn array(sums: Self::Sums) -> [f32; LEN / 4];
-    /// `sums + scale · Σ q x` of every four consecutive elements, with a scale for each half.
-    fn add(sums: Self::Sums, scale: [f32; 2], q: &[u8; LEN], x: &[i8; LEN]) -> Self::Sums;
+    /// `sums + scale · Σ q x` of every four consecutive elements, with a scale for each half. `WIDE` says that a q may be
+    /// 128 or more.
+    fn add<const WIDE: bool>(
+        sums: Self::Sums,
+        scale: [f32; 2],
+        q: &[u8; LEN],
+        x: &[i8; LEN],
+    ) -> Self::Sums;
 }
 
 /// Any processor.
@@ -37,7 +43,12 @@ unsafe impl Isa for Portable {
         sums
     }
     #[inline(always)]
-    fn add(sums: Self::Sums, scale: [f32; 2], q: &[u8; LEN], x: &[i8; LEN]) -> Self::Sums {
+    fn add<const WIDE: bool>(
+        sums: Self::Sums,
+        scale: [f32; 2],
+        q: &[u8; LEN],
+        x: &[i8; LEN],
+    ) -> Self::Sums {
         std::array::from_fn(|i| {
             let products = (4 * i..4 * i + 4).map(|j| i32::from(q[j]) * i32::from(x[j]));
             sums[i] + scale[i / 4] * products.sum::<i32>() as f32
@@ -104,7 +115,12 @@ pub(super) mod x86 {
         sums!();
 
         #[inline(always)]
-        fn add(sums: __m256, scale: [f32; 2], q: &[u8; LEN], x: &[i8; LEN]) -> __m256 {
+        fn add<const WIDE: bool>(
+            sums: __m256,
+            scale: [f32; 2],
+            q: &[u8; LEN],
+            x: &[i8; LEN],
+        ) -> __m256 {
             // SAFETY: 32 bytes each, and the processor has AVX2. Widened first: pairs of products of eight bits
             // overflow sixteen.
             unsafe {
@@ -130,13 +146,91 @@ pub(super) mod x86 {
         sums!();
 
         #[inline(always)]
-        fn add(sums: __m256, scale: [f32; 2], q: &[u8; LEN], x: &[i8; LEN]) -> __m256 {
+        fn add<const WIDE: bool>(
+            sums: __m256,
+            scale: [f32; 2],
+            q: &[u8; LEN],
+            x: &[i8; LEN],
+        ) -> __m256 {
             // SAFETY: 32 bytes each, and the processor has the instructions.
             unsafe {
                 let (q, x) =
                     (_mm256_loadu_si256(q.as_ptr().cast()), _mm256_loadu_si256(x.as_ptr().cast()));
                 add_scaled(sums, scale, _mm256_dpbusd_epi32(_mm256_setzero_si256(), q, x))
             }
+        }
+    }
+}
+
+#[cfg(target_arch = "aarch64")]
+pub(super) mod neon {
+    use super::{Isa, LEN};
+    use std::arch::aarch64::*;
+
+    /// What every 64-bit ARM processor has: products of eight bits, added pairwise. Its dot products are no part of
+    /// stable Rust yet.
+    pub(in crate::cpu::quant) struct Neon;
+
+    // SAFETY: of NEON.
+    unsafe impl Isa for Neon {
+        /// Of the first half, and of the second.
+        type Sums = [float32x4_t; 2];
+
+        #[inline(always)]
+        fn half(bits: u16) -> f32 {
+            if bits & 0x7c00 == 0x7c00 {
+                return half::f16::from_bits(bits).to_f32_const();
+            }
+            // The exponent counts from 15 instead of 127; the product is exact, of subnormal numbers too.
+            let magnitude = f32::from_bits(u32::from(bits & 0x7fff) << 13);
+            (magnitude * f32::from_bits((127 + 112) << 23)).copysign(f32::from(bits.cast_signed()))
+        }
+        #[inline(always)]
+        fn sums(from: [f32; LEN / 4]) -> Self::Sums {
+            // SAFETY: both are eight f32.
+            unsafe { std::mem::transmute(from) }
+        }
+        #[inline(always)]
+        fn array(sums: Self::Sums) -> [f32; LEN / 4] {
+            // SAFETY: both are eight f32.
+            unsafe { std::mem::transmute(sums) }
+        }
+        #[inline(always)]
+        fn add<const WIDE: bool>(
+            sums: Self::Sums,
+            scale: [f32; 2],
+            q: &[u8; LEN],
+            x: &[i8; LEN],
+        ) -> Self::Sums {
+            let mut added = sums;
+            for (half, to) in added.iter_mut().enumerate() {
+                // SAFETY: 16 bytes of each, and the processor has NEON.
+                unsafe {
+                    let q = vld1q_u8(q.as_ptr().add(half * LEN / 2));
+                    let x = vld1q_s8(x.as_ptr().add(half * LEN / 2));
+                    let products = vcvtq_f32_s32(products::<WIDE>(q, x));
+                    *to = vaddq_f32(*to, vmulq_f32(vdupq_n_f32(scale[half]), products));
+                }
+            }
+            added
+        }
+    }
+
+    /// `Σ q x` of every four.
+    ///
+    /// # Safety
+    /// The processor has NEON.
+    #[inline(always)]
+    unsafe fn products<const WIDE: bool>(q: uint8x16_t, x: int8x16_t) -> int32x4_t {
+        // SAFETY: the caller's promise.
+        unsafe {
+            // `q x = (q - 128) x + 128 x`, where q has no sign to spare.
+            let q = if WIDE { veorq_u8(q, vdupq_n_u8(0x80)) } else { q };
+            let q = vreinterpretq_s8_u8(q);
+            let low = vpaddlq_s16(vmull_s8(vget_low_s8(q), vget_low_s8(x)));
+            let high = vpaddlq_s16(vmull_high_s8(q, x));
+            let sums = vpaddq_s32(low, high);
+            if WIDE { vaddq_s32(sums, vshlq_n_s32::<7>(vpaddlq_s16(vpaddlq_s8(x)))) } else { sums }
         }
     }
 }
@@ -168,7 +262,21 @@ macro_rules! for_isa {
                 $body::<$format, Portable>
             }
         }
-        #[cfg(not(target_arch = "x86_64"))]
+        #[cfg(target_arch = "aarch64")]
+        {
+            use $crate::cpu::quant::isa::{Portable, neon::Neon};
+            #[target_feature(enable = "neon")]
+            unsafe fn neon<F: Format>($($arg: $ty),*) {
+                // SAFETY: the caller's promise is the body's.
+                unsafe { $body::<F, Neon>($($arg),*) }
+            }
+            if std::arch::is_aarch64_feature_detected!("neon") {
+                neon::<$format> as unsafe fn($($ty),*)
+            } else {
+                $body::<$format, Portable>
+            }
+        }
+        #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
         {
             $body::<$format, $crate::cpu::quant::isa::Portable> as unsafe fn($($ty),*)
         }
