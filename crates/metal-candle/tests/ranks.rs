@@ -65,7 +65,8 @@ fn adapter(dropout: f64) -> LoRAAdapter {
         target_modules: TargetModules::AllLinear,
         ..LoraConfig::default()
     };
-    LoRAAdapter::new(config, Tiny::new().decoder().modules(), 1, &Device::Cpu).unwrap()
+    LoRAAdapter::new(config, Tiny::new().load_on(&Device::Cpu).decoder.modules(), 1, &Device::Cpu)
+        .unwrap()
 }
 
 fn config(batch_size: usize) -> TrainingConfig {
@@ -117,7 +118,7 @@ fn stopped_at(
     dropout: f64,
     step: usize,
 ) -> Result<Run> {
-    let decoder = Arc::new(Tiny::new().decoder());
+    let decoder = Arc::new(Tiny::new().load_on(&Device::Cpu).decoder);
     let stop = Arc::new(AtomicBool::new(false));
     let mut trainer = Trainer::new(decoder, adapter(dropout), config)?;
     if let Some(world) = world {
@@ -195,7 +196,7 @@ fn what_is_not_finite_on_one_rank_is_skipped_and_named_on_all() {
     // The last token's embedding; only rank 1 has a row with it.
     let embedding = &mut tiny.weights.get_mut("model.embed_tokens.weight").unwrap().1;
     embedding[(VOCAB - 1) * HIDDEN..].fill(f32::NAN);
-    let decoder = Arc::new(tiny.decoder());
+    let decoder = Arc::new(tiny.load_on(&Device::Cpu).decoder);
     let (rows, seq) = (4, 6);
     let mut ids: Vec<u32> = (0..rows * seq).map(|i| (i % 50) as u32).collect();
     let labels: Vec<i64> = ids.iter().map(|id| i64::from(*id)).collect();
@@ -287,7 +288,7 @@ fn a_rank_that_leaves_ends_the_others_with_an_error() {
     let start = Instant::now();
     let all = ranks(3, |world| {
         let iters = if world.rank() == 1 { 3 } else { 14 };
-        let decoder = Arc::new(Tiny::new().decoder());
+        let decoder = Arc::new(Tiny::new().load_on(&Device::Cpu).decoder);
         let step = TrainStep::new(decoder, adapter(0.0), AdamWConfig::default(), 1.0, 0).unwrap();
         let mut step = step.within(world).unwrap();
         let ids: Vec<u32> = (0..18).collect();
@@ -307,7 +308,7 @@ fn a_rank_that_leaves_ends_the_others_with_an_error() {
 #[test]
 fn rows_that_cannot_be_dealt_evenly_are_refused() {
     let all = ranks(2, |world| {
-        let decoder = Arc::new(Tiny::new().decoder());
+        let decoder = Arc::new(Tiny::new().load_on(&Device::Cpu).decoder);
         let step = TrainStep::new(decoder, adapter(0.0), AdamWConfig::default(), 1.0, 0).unwrap();
         let mut step = step.within(world).unwrap();
         let (ids, labels) = (vec![1; 18], vec![1; 18]);

@@ -173,7 +173,8 @@ fn two_processes_train_as_one_with_the_rows_of_both() {
 /// Against one process with the rows of both.
 fn compare(job: &Job, folder: &Path, losses: &[f32], speed: f64) {
     let (want, _) = train(job, folder, 2, None);
-    let off = losses.iter().zip(&want).map(|(a, b)| ((a - b) / b).abs()).fold(0.0, f32::max);
+    // Of the first loss: what is nearly learnt by heart has no loss left to be a part of.
+    let off = losses.iter().zip(&want).map(|(a, b)| ((a - b) / want[0]).abs()).fold(0.0, f32::max);
     let alone = train(job, folder, 1, None).1;
     eprintln!(
         "{} on {}: {alone:.0} tokens/s alone, {speed:.0} of two ({:.2} times); losses off by {off:.1e} at most: {:?}",
@@ -188,7 +189,7 @@ fn compare(job: &Job, folder: &Path, losses: &[f32], speed: f64) {
     let bound = match (is_gpu, is_wide) {
         (false, _) => 1e-6,
         (true, true) => 1e-4,
-        (true, false) => 1e-2,
+        (true, false) => 2e-3,
     };
     assert!(off <= bound, "{off}: {losses:?} is not {want:?}");
 }

@@ -2,12 +2,12 @@
 
 use super::support::{GgufBuilder, Meta};
 use crate::testbed::device;
-use metal_candle::LazyTensor;
 use metal_candle::graph::{Distribution, random_f64};
 use metal_candle::io::peft::{LoraPair, PeftAdapter, TargetModules};
 use metal_candle::io::{LoraConfig, gguf::gguf_name};
 use metal_candle::models::{BaseWeights, Decoder, LoadedModel, load_gguf};
 use metal_candle::nn::LoRAAdapter;
+use metal_candle::{Device, LazyTensor};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -73,8 +73,12 @@ impl Tiny {
     }
 
     pub(crate) fn load(&self) -> LoadedModel {
+        self.load_on(device())
+    }
+
+    pub(crate) fn load_on(&self, device: &Device) -> LoadedModel {
         let folder = tempfile::tempdir().unwrap();
-        load_gguf(&self.write(folder.path()), BaseWeights::F32, device()).unwrap()
+        load_gguf(&self.write(folder.path()), BaseWeights::F32, device).unwrap()
     }
 
     /// Writes the model's file into a folder.
