@@ -14,6 +14,8 @@ pub struct Target {
     pub max_reduce: usize,
     /// Fused kernels read and write at most so many buffers.
     pub max_operands: usize,
+    /// A LoRA branch of at most this rank is one call, [`LibraryCall::LowRank`](crate::LibraryCall::LowRank); 0 for none.
+    pub max_low_rank: usize,
 }
 
 impl Target {
@@ -24,6 +26,7 @@ impl Target {
         align_bytes: 64,
         max_reduce: 1 << 14,
         max_operands: usize::MAX,
+        max_low_rank: 0,
     };
 
     /// Any NVIDIA GPU. Parameters take 4 KiB at most: 512 addresses.
@@ -33,6 +36,7 @@ impl Target {
         align_bytes: 256,
         max_reduce: 1 << 14,
         max_operands: 512,
+        max_low_rank: 0,
     };
 
     /// Any GPU of Apple's. A buffer argument table has 31 entries.
@@ -42,6 +46,7 @@ impl Target {
         align_bytes: 256,
         max_reduce: 1 << 14,
         max_operands: 31,
+        max_low_rank: 64,
     };
 
     /// Whether this target has a library call for `composite`; otherwise it is expanded and fused.

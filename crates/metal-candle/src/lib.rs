@@ -25,7 +25,7 @@ pub use lazy::{Attention, CrossEntropy, Dim, LazyTensor};
 pub use metal_candle_compiler::{self as plan, Plan};
 pub use metal_candle_graph::{self as graph, BlockFormat, ComputationGraph, DType, Operation};
 pub use metal_candle_runtime::{AsyncGraphExecutor, Device, Element, Pending, Timing};
-pub use transform::{Compiled, InputSource, Outline, compile, grad, value_and_grad};
+pub use transform::{Compiled, InputSource, Outline, Recording, compile, grad, value_and_grad};
 
 #[cfg(doctest)]
 #[doc = include_str!("../../../README.md")]

@@ -5,6 +5,7 @@ mod attention;
 mod calls;
 mod cases;
 mod graphs;
+mod lora;
 mod machine;
 mod plans;
 mod products;
@@ -17,25 +18,15 @@ mod support;
 mod walk;
 
 use cases::Case;
-use machine::{Machine, Unit};
+use machine::{DIALECTS, Machine, Unit, units};
 use metal_candle_compiler::kernel::Kernel;
 use metal_candle_compiler::render::{Dialect, Limits, RenderError, Source, render};
 use metal_candle_graph::{DType, oracle};
 use plans::{Rendered, Renderer, Task};
 use program::Program;
 use random::{Limits as Draw, Rng, SMALL, case, seeds};
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::path::Path;
-
-/// So few threads at once that grids go round several times.
-const CUDA: Limits = Limits::cuda(1, 512);
-const METAL: Limits = Limits::metal(1);
-
-/// Kernels of one file: clang takes a second for the headers, and two cores want work.
-const UNITS: usize = 8;
-
-const DIALECTS: [(&str, &Dialect, Limits); 2] =
-    [("cuda", Dialect::CUDA, CUDA), ("metal", Dialect::METAL, METAL)];
 
 /// Renders each kernel once; `None` where Metal has no such numbers.
 fn sources(cases: &[Case], dialect: &Dialect, limits: &Limits) -> Vec<Option<Source>> {
@@ -51,19 +42,6 @@ fn sources(cases: &[Case], dialect: &Dialect, limits: &Limits) -> Vec<Option<Sou
         rendered.clone()
     };
     cases.iter().map(|case| source(case, &case.kernel)).collect()
-}
-
-/// The kernels of all sources, each once, in units of about the same size.
-fn units<'a>(sources: impl IntoIterator<Item = &'a Source>, dialect: &Dialect) -> Vec<Unit> {
-    let mut units: Vec<Unit> =
-        (0..UNITS).map(|_| Unit { header: dialect.header(), sources: Vec::new() }).collect();
-    let mut known = HashSet::new();
-    for source in sources {
-        if known.insert(&source.name) {
-            units[known.len() % UNITS].sources.push(source.clone());
-        }
-    }
-    units
 }
 
 /// Runs all cases in a dialect, and says how many there were.

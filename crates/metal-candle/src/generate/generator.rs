@@ -7,7 +7,7 @@ use crate::error::ErrorKind;
 use crate::io::tokenizer::Tokenizer;
 use crate::models::Decoder;
 use crate::nn::{ApplyAdapter, LoRAAdapter};
-use crate::{Compiled, LazyTensor, Outline, Result};
+use crate::{Compiled, LazyTensor, Outline, Recording, Result};
 use std::sync::Arc;
 
 /// Generates text with a decoder and the adapter that is on it. Another one is put on by
@@ -92,12 +92,19 @@ impl Generator {
     /// # Errors
     /// Where there are no ids, or more than the cache has room for; the cache is then lost with the step.
     pub fn logits(&self, ids: &[u32], cache: &mut KVCache) -> Result<Vec<f32>> {
-        let (tokens, context) = (ids.len(), cache.capacity() - cache.len());
-        if tokens == 0 || tokens > context {
-            return Err(ErrorKind::PromptLength { tokens, context }.into());
-        }
+        let tokens = check_room(ids, cache)?;
         let results = self.one.call(step::arguments(ids, cache)?)?;
         self.results(results, tokens, cache)
+    }
+
+    /// What [`Generator::logits`] of these ids would compute, and from what: logits, then keys and values. The cache
+    /// stays as it is.
+    ///
+    /// # Errors
+    /// As [`Generator::logits`].
+    pub fn recording(&self, ids: &[u32], cache: &KVCache) -> Result<Recording> {
+        check_room(ids, cache)?;
+        step::recording(&self.one, ids, cache)
     }
 
     /// As [`Generator::generate`], but awaited: token by token, and no thread is blocked.
@@ -198,6 +205,15 @@ impl ApplyAdapter for Generator {
 
     fn adapter(&self) -> Option<&LoRAAdapter> {
         self.decoder.adapter()
+    }
+}
+
+/// How many tokens there are, if there are some and the cache has room for them.
+fn check_room(ids: &[u32], cache: &KVCache) -> Result<usize> {
+    let (tokens, context) = (ids.len(), cache.capacity() - cache.len());
+    match tokens == 0 || tokens > context {
+        true => Err(ErrorKind::PromptLength { tokens, context }.into()),
+        false => Ok(tokens),
     }
 }
 

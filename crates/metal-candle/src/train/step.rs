@@ -8,7 +8,9 @@ use crate::io::data::Batch;
 use crate::lazy::one_device;
 use crate::models::{Decoder, PackedInput};
 use crate::nn::LoRAAdapter;
-use crate::{Compiled, DType, Device, LazyTensor, Outline, Result, Timing, compile, grad};
+use crate::{
+    Compiled, DType, Device, LazyTensor, Outline, Recording, Result, Timing, compile, grad,
+};
 use std::sync::Arc;
 
 /// What one step did.
@@ -282,6 +284,17 @@ impl TrainStep {
         let mut args = self.state.clone();
         args.extend(shape.arguments(&self.device)?);
         self.step.plan(&args)
+    }
+
+    /// What the next step on these batches would compute, and from what. Its results are the norm of the gradients, the
+    /// loss, and the state.
+    ///
+    /// # Errors
+    /// Where the step could not be traced.
+    pub fn recording(&self, batches: &[Batch], rate: f64) -> Result<Recording> {
+        let mut args = self.state.clone();
+        args.extend(self.arguments(batches, rate)?);
+        self.step.recording(&args)
     }
 
     /// The scratch memory that its steps hold now: the arenas of the plans that ran.
