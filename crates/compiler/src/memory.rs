@@ -39,7 +39,7 @@ pub(crate) fn place(mut lowered: Lowered, target: &Target) -> Result<Plan> {
     let mut buffers = Buffers { list: Vec::new(), of: FxHashMap::default() };
     let mut taken: Vec<bool> = lowered.inputs.iter().map(|_| false).collect();
     for step in 0..lowered.drafts.len() {
-        open_buffers(&lowered, &uses, &in_place, step, &mut buffers, &mut taken);
+        open_buffers(&lowered, &uses, &in_place, step, &mut buffers, &mut taken, target);
     }
     let outputs = place_outputs(&lowered, &uses, &mut buffers, &mut taken);
     let arena = place_arena(&buffers, target)?;
@@ -181,6 +181,7 @@ fn open_buffers(
     step: usize,
     buffers: &mut Buffers,
     taken: &mut [bool],
+    target: &Target,
 ) {
     let draft = &lowered.drafts[step];
     for (i, out) in draft.outs.iter().enumerate() {
@@ -188,12 +189,13 @@ fn open_buffers(
             continue;
         }
         let last = uses.last(out.base);
+        let len_bytes = lowered.types[out.base.index()].size_bytes();
         let shared = match in_place.get(&step) {
             Some(base) if i == 0 => Some(base_buffer(lowered, *base, step, buffers, taken)),
+            _ if len_bytes <= target.apart_bytes => None,
             _ => dying_operand(lowered, draft, i, step, last, buffers),
         };
         let at = shared.unwrap_or_else(|| {
-            let len_bytes = lowered.types[out.base.index()].size_bytes();
             buffers.list.push(Buffer { home: Home::Arena, len_bytes, first: step, last });
             buffers.list.len() - 1
         });
@@ -342,6 +344,15 @@ struct Arena {
     bytes: usize,
 }
 
+/// Steps before and after its life for which nobody has the memory of a buffer that is to be [apart](Target::apart_bytes).
+const APART: usize = 24;
+
+/// The steps in which a buffer's memory is its own.
+fn life(buffer: &Buffer, target: &Target) -> [usize; 2] {
+    let apart = if buffer.len_bytes <= target.apart_bytes { APART } else { 0 };
+    [buffer.first.saturating_sub(apart), buffer.last.saturating_add(apart)]
+}
+
 /// Greedy by size: the largest buffer first, each at the lowest offset that is free for its whole life.
 fn place_arena(buffers: &Buffers, target: &Target) -> Result<Arena> {
     let list = &buffers.list;
@@ -358,12 +369,12 @@ fn place_arena(buffers: &Buffers, target: &Target) -> Result<Arena> {
     for i in order {
         let b = &list[i];
         let len = b.len_bytes.next_multiple_of(target.align_bytes);
-        let mut offset = 0;
+        let (mut offset, [first, last]) = (0, life(b, target));
         for (start, end, other) in &placed {
             if offset + len <= *start {
                 break;
             }
-            if list[*other].first <= b.last && b.first <= list[*other].last {
+            if list[*other].first <= last && first <= list[*other].last {
                 offset = offset.max(*end);
             }
         }

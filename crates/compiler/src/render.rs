@@ -7,12 +7,14 @@
 //! dialect ─ what a language calls things: `cuda.rs`, `metal.rs`
 //! call ──── a library call, as kernels and products       LibraryCall    -> Call
 //! product ─ a plain kernel for products that a library does not take
+//! beside ── kernels that need not wait for each other, as one   Sources -> Source
 //! ```
 //!
 //! A dialect is data about a language, not a device: nothing here needs a GPU, and the tests compile both
 //! dialects as C++ and run them. The text is specialised to the kernel's extents and strides, so that a compiler
 //! turns divisions into multiplications and keeps a row in registers.
 
+mod beside;
 mod body;
 mod call;
 mod cuda;
@@ -25,6 +27,7 @@ mod product;
 mod scalar;
 mod text;
 
+pub use beside::{Ahead, beside};
 pub use call::{Call, Part, Place, Status, call};
 pub use dialect::Dialect;
 pub use launch::{Launch, Limits, Team, launch};

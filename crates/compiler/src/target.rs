@@ -16,7 +16,13 @@ pub struct Target {
     pub max_operands: usize,
     /// A LoRA branch of at most this rank is one call, [`LibraryCall::LowRank`](crate::LibraryCall::LowRank); 0 for none.
     pub max_low_rank: usize,
+    /// Buffers of up to so many bytes do not share memory with neighbours in time, so that steps which need not wait for each
+    /// other's values need not wait for each other's memory either.
+    pub apart_bytes: usize,
 }
+
+/// What few values are: the activations of some tokens, a LoRA factor.
+const FEW_VALUES: usize = 64 << 10;
 
 impl Target {
     /// Any CPU: the interpreter and the plain library calls.
@@ -27,6 +33,7 @@ impl Target {
         max_reduce: 1 << 14,
         max_operands: usize::MAX,
         max_low_rank: 0,
+        apart_bytes: 0,
     };
 
     /// Any NVIDIA GPU. Parameters take 4 KiB at most: 512 addresses.
@@ -37,6 +44,7 @@ impl Target {
         max_reduce: 1 << 14,
         max_operands: 512,
         max_low_rank: 0,
+        apart_bytes: FEW_VALUES,
     };
 
     /// Any GPU of Apple's. A buffer argument table has 31 entries.
@@ -47,6 +55,7 @@ impl Target {
         max_reduce: 1 << 14,
         max_operands: 31,
         max_low_rank: 64,
+        apart_bytes: FEW_VALUES,
     };
 
     /// Whether this target has a library call for `composite`; otherwise it is expanded and fused.

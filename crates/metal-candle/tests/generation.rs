@@ -13,7 +13,8 @@ mod tiny;
 use crate::testbed::device;
 use metal_candle::ErrorKind;
 use metal_candle::generate::{
-    Finish, Generated, Generator, GeneratorConfig, Sampling, SamplingStrategy, Session, StreamToken,
+    Finish, Generated, Generator, GeneratorConfig, KVCache, Sampling, SamplingStrategy, Session,
+    StreamToken,
 };
 use metal_candle::models::{BaseWeights, load_decoder};
 use metal_candle::nn::ApplyAdapter;
@@ -86,6 +87,29 @@ fn awaited_tokens_are_the_tokens_and_no_thread_waits_for_them() {
     assert!(pending > 0, "every step was waited for");
     let got = tokens.into_generated();
     assert_eq!((got.ids, got.text, got.finish), (want.ids, want.text, want.finish));
+}
+
+/// Log-probabilities ask for all logits; without them the token is chosen where the model is.
+#[test]
+fn the_best_token_is_the_same_wherever_it_is_chosen() {
+    let g = generator();
+    let greedy = GeneratorConfig { sampling: Sampling::default(), ..config() };
+    let by_logits = run(&g, &GeneratorConfig { logprobs: Some(0), ..greedy.clone() }).0;
+    let late = GeneratorConfig { min_tokens: 6, ..greedy.clone() };
+    let by_logits_late = run(&g, &GeneratorConfig { logprobs: Some(0), ..late.clone() }).0;
+    assert!(!by_logits.ids.is_empty());
+    assert_eq!(run(&g, &greedy).0.ids, by_logits.ids);
+    assert_eq!(run(&g, &late).0.ids, by_logits_late.ids);
+    let mut tokens = g.stream("Hello", &greedy).unwrap();
+    block_on(async { while tokens.next().await.transpose().unwrap().is_some() {} });
+    assert_eq!(tokens.into_generated().ids, by_logits.ids);
+
+    let decoder = Tiny::new().load().decoder;
+    let [mut one, mut other] = [0, 1].map(|_| KVCache::new(&decoder, 1, 32).unwrap());
+    let logits = g.logits(&[1, 2, 3], &mut one).unwrap();
+    let best = g.best(&[1, 2, 3], &mut other).unwrap();
+    assert!(logits.iter().all(|logit| *logit <= logits[best as usize]));
+    assert_eq!((one.len(), other.len()), (3, 3));
 }
 
 #[test]

@@ -9,6 +9,7 @@ mod replay;
 #[allow(dead_code, reason = "shared with other tests")]
 mod testbed;
 #[path = "support/values.rs"]
+#[allow(dead_code, reason = "shared with other tests")]
 mod values;
 
 use metal_candle::graph::NodeId;

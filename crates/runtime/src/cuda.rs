@@ -6,6 +6,7 @@
 //! staging ──── small values, which travel together
 //! graph ────── a run recorded, to be replayed
 //! command ──── a plan's steps: launches of kernels, and products
+//! join ─────── which kernels are launched as one
 //! product ──── products by cuBLASLt
 //! compile ──── rendered text to machine code, kept on disk
 //! marks ────── what a step takes
@@ -21,6 +22,7 @@ mod compile;
 mod executable;
 mod gpu;
 mod graph;
+mod join;
 mod marks;
 mod memory;
 mod product;

@@ -23,6 +23,8 @@ mod element;
 mod error;
 mod executable;
 mod executor;
+#[cfg(any(feature = "cuda", feature = "metal", test))]
+mod hazards;
 mod mapped;
 #[cfg(any(test, feature = "metal"))]
 mod metal;

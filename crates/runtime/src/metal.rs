@@ -3,7 +3,6 @@
 //! ```text
 //! executable ─ a plan's commands in one command buffer, whose completion handler gives the results
 //! command ──── a launch of a kernel, or a product, with its buffers
-//! hazards ──── which commands must wait for those before them
 //! product ──── Candle's GEMM and GEMV; a plain kernel for what they do not take
 //! library ──── rendered text, compiled once and kept
 //! memory ───── memory that both processors see
@@ -13,7 +12,7 @@
 //! Candle keeps its own queue to itself, so plans have one of theirs on the same device. A run first waits for what Candle
 //! has asked for, if an input is Candle's; its results are there when Candle sees them.
 //!
-//! No machine of Apple's is needed to test `hazards`, `product` and `library`: they are plain data, and tests of every system.
+//! No machine of Apple's is needed to test `product` and `library`: they are plain data, and tests of every system.
 
 #[cfg(feature = "metal")]
 mod command;
@@ -21,7 +20,6 @@ mod command;
 mod executable;
 #[cfg(feature = "metal")]
 mod gpu;
-mod hazards;
 mod library;
 #[cfg(feature = "metal")]
 mod memory;

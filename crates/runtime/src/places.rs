@@ -1,10 +1,11 @@
 //! Where the commands of a GPU find what they work on.
 
+use crate::hazards::{Span, Touched};
 use metal_candle_compiler::render::Binding;
 use metal_candle_compiler::{Operand, Plan, Slot, Step};
 
 /// Where a buffer starts: so many bytes into one of the run's allocations.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Place {
     pub(crate) base: usize,
     pub(crate) offset_bytes: usize,
@@ -42,6 +43,29 @@ impl Place {
         };
         Place { base, offset_bytes: start + further }
     }
+}
+
+impl Touched {
+    /// What bindings of a step read and write.
+    pub(crate) fn new(plan: &Plan, step: &Step, bindings: &[Binding]) -> Touched {
+        let mut touched = Touched::default();
+        for binding in bindings {
+            let reads = matches!(binding, Binding::Arg(_) | Binding::ArgAt { .. });
+            let touches = if reads { &mut touched.reads } else { &mut touched.writes };
+            touches.extend(span(plan, step, *binding));
+        }
+        touched
+    }
+}
+
+/// The bytes that an operand may touch; none of the status, to which all add alike.
+fn span(plan: &Plan, step: &Step, binding: Binding) -> Option<Span> {
+    let bytes = match operand(step, binding).map(|operand| operand.slot) {
+        Some(Slot::Arena { offset_bytes, len_bytes }) => offset_bytes..offset_bytes + len_bytes,
+        Some(Slot::Input(_) | Slot::Output(_)) | None => 0..usize::MAX,
+    };
+    let base = Place::new(plan, step, binding).base;
+    (binding != Binding::Status).then_some(Span { base, bytes })
 }
 
 /// What of the step a binding names, if it is of the step.

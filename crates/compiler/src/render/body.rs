@@ -130,7 +130,7 @@ impl<'a> Body<'a> {
         let head = dialect.kernel.replace("{block}", &self.launch.block.to_string());
         let parameters = parameters.join(",\n    ");
         self.text.open(format!("{}(\n    {parameters}\n)", head.replace("{name}", name)));
-        first_lines.iter().for_each(|line| self.text.line(line));
+        first_lines.iter().chain(dialect.wait).for_each(|line| self.text.line(line));
     }
 
     // ---- elements ----

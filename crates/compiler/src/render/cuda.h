@@ -48,6 +48,19 @@ FN void after_predecessor() {
 #endif
 }
 
+// Asks for a line of 128 bytes, whatever will be in it.
+FN void prefetch(const void* at) {
+#ifdef __CUDA_ARCH__
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
+#endif
+}
+
+// An operand of any type, for a kernel that calls others.
+struct Any {
+    void* at;
+    template <typename T> __device__ operator T*() const { return (T*)at; }
+};
+
 FN void barrier() { __syncthreads(); }
 // Whether this thread is the first one to put `mark` in the place of 0.
 FN bool claim(u32* at, u32 mark) { return atomicCAS(at, 0u, mark) == 0u; }

@@ -16,9 +16,11 @@ pub(super) const DIALECT: Dialect = Dialect {
     argument: "const {type}* {name}",
     output: "{type}* {name}",
     ids: &[],
-    first_lines: &[
-        "const u32 tid = threadIdx.x, block = blockIdx.x, blocks = gridDim.x;",
-        "after_predecessor();",
-    ],
+    first_lines: &["const u32 tid = threadIdx.x, block = blockIdx.x, blocks = gridDim.x;"],
+    wait: &["after_predecessor();"],
+    function: Some([
+        "FN void {name}(const u32 block, const u32 blocks,",
+        "const u32 tid = threadIdx.x;",
+    ]),
     shared: Shared::Line("extern __shared__ __align__(256) u64 shared[];"),
 };

@@ -24,6 +24,11 @@ pub struct Dialect {
     pub(super) ids: &'static [&'static str],
     /// The same, as the first lines of the body.
     pub(super) first_lines: &'static [&'static str],
+    /// The line after those that waits for the kernel before this one, where kernels are launched early.
+    pub(super) wait: &'static [&'static str],
+    /// A kernel as a function of `{name}` that is told its block, up to its first operand; and its first line. None where
+    /// a kernel's parameters are no function's.
+    pub(super) function: Option<[&'static str; 2]>,
     /// Memory that a block shares: a parameter, or a line of the body.
     pub(super) shared: Shared,
 }
@@ -66,6 +71,17 @@ impl Dialect {
     /// What comes before the kernels of a source file.
     pub fn header(&self) -> String {
         self.headers.join("\n")
+    }
+
+    /// `kernel` as a function of this name that other kernels call.
+    pub(super) fn as_function(&self, kernel: &Source, name: &str) -> String {
+        let [head, line] = self.function.expect("metal-candle bug: kernels that are no functions");
+        let own = self.kernel.replace("{block}", &kernel.launch.block.to_string());
+        let own = own.replace("{name}", &kernel.name) + "(";
+        let text = kernel.text.replacen(&own, &head.replace("{name}", name), 1);
+        let function = text.replacen(self.first_lines[0], line, 1);
+        assert!(text != kernel.text && function != text, "metal-candle bug: no kernel\n{text}");
+        function
     }
 
     /// What comes before this kernel alone: a fused one needs no templates of library calls, which take their time to

@@ -12,6 +12,8 @@ const ACCESS_BYTES: usize = 16;
 const BLOCK: usize = 256;
 /// The longest row of a SIMD group: 32 elements a lane.
 const SIMD_ROW: usize = 1024;
+/// Rows that cannot fill a device.
+const FEW_ROWS: usize = 32;
 /// How often a grid fills the device: more even out what blocks take, fewer cost less to start.
 const WAVES: usize = 4;
 
@@ -134,8 +136,11 @@ pub fn launch(kernel: &Kernel, limits: &Limits) -> Result<Launch, RenderError> {
     let vector = vector(kernel, team);
     let block = match team {
         Team::Element | Team::Simd | Team::Column { .. } => BLOCK,
-        // About four accesses a thread.
-        Team::Block => (kernel.cols() / (4 * vector)).next_power_of_two().clamp(128, 1024),
+        // About four accesses a thread; of few rows, as many threads as other kernels have that it may be launched with.
+        Team::Block => {
+            let least = if kernel.rows() <= FEW_ROWS { BLOCK } else { 128 };
+            (kernel.cols() / (4 * vector)).next_power_of_two().clamp(least, 1024)
+        }
     };
     let block = block.min(limits.max_block);
     let blocks = match team {

@@ -22,6 +22,10 @@ FN f32 f16_of_bits(u16 bits) { return f32(as_type<half>(bits)); }
 FN f32 f32_of_bits(u32 bits) { return as_type<float>(bits); }
 #define INF f32_of_bits(0x7f800000u)
 
+// Barriers between commands wait for those before; memory comes when it is read.
+FN void after_predecessor() {}
+FN void prefetch(device const void*) {}
+
 FN void barrier() { threadgroup_barrier(mem_flags::mem_threadgroup | mem_flags::mem_device); }
 // Whether this thread is the first one to put `mark` in the place of 0.
 FN bool claim(device u32* at, u32 mark) {

@@ -17,5 +17,7 @@ pub(super) const DIALECT: Dialect = Dialect {
         "uint blocks [[threadgroups_per_grid]]",
     ],
     first_lines: &[],
+    wait: &[],
+    function: None,
     shared: Shared::Parameter("threadgroup u64* shared [[threadgroup(0)]]"),
 };

@@ -122,7 +122,7 @@ impl Product<'_> {
         };
         let mut parameters: Vec<String> = operands.into_iter().enumerate().map(parameter).collect();
         parameters.extend(dialect.ids.iter().map(|id| (*id).to_owned()));
-        let mut lines: Vec<&str> = dialect.first_lines.to_vec();
+        let mut lines: Vec<&str> = [dialect.first_lines, dialect.wait].concat();
         match dialect.shared {
             Shared::Parameter(shared) => parameters.push(shared.to_owned()),
             Shared::Line(shared) => lines.push(shared),

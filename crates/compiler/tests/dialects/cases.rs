@@ -78,6 +78,10 @@ impl Case {
         self.kernel.tape.iter().map(|i| i.dtype).chain(stores).any(|d| d == DType::F64)
     }
 
+    pub(crate) fn buffers(&self) -> usize {
+        self.before.len()
+    }
+
     pub(crate) fn program(&self, source: &Source) -> Program {
         let start = |buffer| Address { buffer, offset_bytes: 0 };
         let region = |(i, buffer): (usize, &Buffer)| Region {

@@ -18,10 +18,10 @@ mod support;
 mod walk;
 
 use cases::Case;
-use machine::{DIALECTS, Machine, Unit, units};
+use machine::{CUDA, DIALECTS, Machine, Unit, units};
 use metal_candle_compiler::kernel::Kernel;
-use metal_candle_compiler::render::{Dialect, Limits, RenderError, Source, render};
-use metal_candle_graph::{DType, oracle};
+use metal_candle_compiler::render::{Dialect, Limits, RenderError, Source, beside, render};
+use metal_candle_graph::{Composite, ComputationGraph, DType, Operation, oracle};
 use plans::{Rendered, Renderer, Task};
 use program::Program;
 use random::{Limits as Draw, Rng, SMALL, case, seeds};
@@ -108,6 +108,67 @@ const KERNELS: Draw = Draw { calls: false, ..SMALL };
 fn kernels_of_random_graphs_equal_the_walk() {
     let all = all_random_cases();
     DIALECTS.into_iter().for_each(|dialect| check("random", dialect, &all));
+}
+
+/// Up to four neighbours of one block size, and the first of them once more, on memory of its own.
+#[test]
+fn kernels_side_by_side_do_what_they_do_alone() {
+    let (all, dialect) = (real_cases(), Dialect::CUDA);
+    let sources = sources(&all, dialect, &CUDA);
+    let work: Vec<(&Case, &Source)> = all.iter().zip(sources.iter().flatten()).collect();
+    let mut groups: Vec<(Source, Vec<(&Case, &Source)>)> = Vec::new();
+    for work in work.chunk_by(|a, b| a.1.launch.block == b.1.launch.block).flat_map(|c| c.chunks(4))
+    {
+        let members = [work, &work[..1]].concat();
+        let sources: Vec<&Source> = members.iter().map(|(_, source)| *source).collect();
+        groups.push((beside(&sources, None, dialect).expect("several of CUDA's"), members));
+    }
+    let machine = Machine::build(dialect, "beside", &units(groups.iter().map(|g| &g.0), dialect));
+    let programs: Vec<Program> = groups
+        .iter()
+        .map(|(joined, members)| {
+            let alone = members.iter().map(|(case, source)| case.program(source));
+            Program::beside(alone.collect(), &joined.name, joined.launch)
+        })
+        .collect();
+    for ((joined, members), result) in groups.iter().zip(machine.run(&programs)) {
+        let mut buffers = &result.unwrap_or_else(|fault| panic!("{fault}\n{}", joined.text))[..];
+        for (case, _) in members {
+            case.check(buffers, joined);
+            buffers = &buffers[case.buffers()..];
+        }
+    }
+    assert!(groups.len() > 10, "{} groups", groups.len());
+}
+
+/// A norm of one row, and two products of that row: as three kernels, and as one that makes the norm in every block.
+#[test]
+fn what_is_made_ahead_is_what_the_kernel_alone_makes() {
+    let mut graph = ComputationGraph::new();
+    let [x, norm] =
+        [(0, &[1, 64][..]), (1, &[64])].map(|(i, dims)| graph.input(i, support::f32(dims)));
+    let eps = support::eps();
+    let normed = support::composite(&mut graph, Composite::RmsNorm { eps }, &[x, norm]);
+    graph.outputs = [(2, 96), (3, 40)]
+        .map(|(i, columns)| {
+            let weight = graph.input(i, support::f32(&[columns, 64]));
+            let transposed = graph.permute(weight, &[1, 0]).unwrap();
+            graph.add(Operation::Dot, &[normed, transposed]).unwrap()
+        })
+        .to_vec();
+    let inputs = cases::inputs(&graph);
+    let want = oracle::evaluate(&graph, &inputs).unwrap();
+    let mut renderer = Renderer::new(Dialect::CUDA, CUDA);
+    let rendered = renderer.plan(&graph, &[]).unwrap();
+    for joined in [false, true] {
+        let outcome = renderer.run_joined(&rendered, &inputs, joined);
+        for (got, want) in outcome.outputs.iter().zip(&want) {
+            assert_eq!(got.len(), want.data.len());
+            for (got, want) in got.iter().zip(&want.data) {
+                assert!((got - want).abs() <= 1e-5 * (1.0 + want.abs()), "{got} for {want}");
+            }
+        }
+    }
 }
 
 /// What a kernel may do wrong, as a change of its text or of its headers, and what the machine says of it.

@@ -6,7 +6,8 @@ use crate::program::{Address, Part as Do, Program, Region};
 use crate::walk;
 use metal_candle_compiler::kernel::Kernel;
 use metal_candle_compiler::render::{
-    self, Binding, Call, Dialect, Limits, Part, Place, RenderError, Source, Status, render,
+    self, Ahead, Binding, Call, Dialect, Limits, Part, Place, RenderError, Source, Status, beside,
+    render,
 };
 use metal_candle_compiler::{OutputSource, Plan, Slot, Step, Target, Work};
 use metal_candle_graph::oracle::Value;
@@ -103,6 +104,44 @@ impl Renderer {
             }
         };
         all.iter().zip(machine.run(&programs)).map(outcome).collect()
+    }
+}
+
+impl Renderer {
+    /// Runs a plan of kernels only, the first of which is read by all others: one by one, or as one.
+    pub(crate) fn run_joined(&self, rendered: &Rendered, inputs: &[Value], join: bool) -> Outcome {
+        let kernels: Vec<&Source> = sources([rendered]).collect();
+        let (first, readers) = kernels.split_first().unwrap();
+        let mut program = rendered.program(inputs);
+        let [made, addresses]: [Vec<Address>; 2] = {
+            let operands = |part: &Do| match part {
+                Do::Launch { operands, .. } => operands.clone(),
+                Do::Product { .. } => panic!("a product"),
+            };
+            let (first, readers) = program.parts.split_first().unwrap();
+            [operands(first), readers.iter().flat_map(operands).collect()]
+        };
+        let is_output = |n: &usize| matches!(first.bindings[*n], Binding::Out(_));
+        let outputs: Vec<usize> = (0..first.bindings.len()).filter(is_output).collect();
+        let output = |address: &Address| outputs.iter().copied().find(|n| made[*n] == *address);
+        let readers_of: Vec<(usize, usize)> =
+            addresses.iter().enumerate().filter_map(|(i, at)| Some((i, output(at)?))).collect();
+        assert_eq!(readers_of.len(), readers.len());
+        let len = |n: &usize| rendered.plan.steps[0].outs[*n].layout.shape.len() * 4;
+        let outputs = outputs.iter().enumerate().map(|(i, n)| (*n, len(&i))).collect();
+        let ahead = Ahead { source: first, outputs, readers: readers_of };
+        let one = beside(readers, Some(&ahead), self.dialect).unwrap();
+        let mut all: Vec<Source> = kernels.iter().map(|source| (*source).clone()).collect();
+        if join {
+            program = Program::joined(program, &one.name, one.launch);
+            all = vec![one];
+        }
+        let name = format!("joined-{join}");
+        let machine = Machine::build(self.dialect, &name, &units(&all, self.dialect));
+        match machine.run(&[program]).remove(0) {
+            Ok(buffers) => rendered.outcome(&buffers),
+            Err(fault) => panic!("{fault}\n{}", all[0].text),
+        }
     }
 }
 

@@ -11,7 +11,7 @@ pub(crate) struct Program {
 }
 
 /// A byte of a buffer.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Address {
     pub(crate) buffer: usize,
     pub(crate) offset_bytes: usize,
@@ -20,6 +20,43 @@ pub(crate) struct Address {
 impl Address {
     pub(crate) fn further(self, bytes: usize) -> Address {
         Address { offset_bytes: self.offset_bytes + bytes, ..self }
+    }
+}
+
+impl Program {
+    /// The launches of all, as one of `kernel`; their buffers and operands follow each other.
+    pub(crate) fn beside(all: Vec<Program>, kernel: &str, launch: Launch) -> Program {
+        let mut joined = Program::default();
+        for Program { buffers, mut parts } in all {
+            let further = joined.buffers.len();
+            joined.buffers.extend(buffers);
+            for part in &mut parts {
+                let Part::Launch { regions, operands, .. } = part else { panic!("a product") };
+                operands.iter_mut().for_each(|at| at.buffer += further);
+                regions.iter_mut().for_each(|region| region.start.buffer += further);
+            }
+            joined.parts.append(&mut parts);
+        }
+        joined.joined(kernel, launch)
+    }
+
+    /// Its launches as one of `kernel`, whose operands are theirs.
+    pub(crate) fn joined(self, kernel: &str, launch: Launch) -> Program {
+        let (mut every_region, mut every_operand): (Vec<Region>, Vec<_>) = Default::default();
+        for part in self.parts {
+            let Part::Launch { regions, operands, .. } = part else { panic!("a product") };
+            every_operand.extend(operands);
+            for region in regions {
+                match every_region.iter_mut().find(|other| other.start == region.start) {
+                    Some(other) => other.writable |= region.writable,
+                    None => every_region.push(region),
+                }
+            }
+        }
+        let kernel = kernel.to_owned();
+        let (regions, operands) = (every_region, every_operand);
+        let parts = vec![Part::Launch { kernel, launch, regions, operands }];
+        Program { buffers: self.buffers, parts }
     }
 }
 

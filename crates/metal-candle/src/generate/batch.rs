@@ -1,7 +1,7 @@
 //! Several texts at once.
 
 use super::generator::{CACHE_BUCKET, Generator};
-use super::run::Run;
+use super::run::{Run, Scores};
 use super::step::{self, PREFILL_BUCKET};
 use super::{Generated, GeneratorConfig, KVCache, StreamToken};
 use crate::{LazyTensor, Result};
@@ -43,7 +43,7 @@ impl Generator {
                 if run.is_finished() {
                     continue;
                 }
-                if let Some(token) = run.accept(logits, rows.has_room(i))? {
+                if let Some(token) = run.accept(Scores::Logits(logits), rows.has_room(i))? {
                     on_token(i, &token);
                 }
             }

@@ -1,7 +1,7 @@
 //! The loop around the decode step.
 
-use super::run::Run;
-use super::step::{self, DecodeShape};
+use super::run::{Run, Scores};
+use super::step::{self, DecodeShape, Wanted};
 use super::{Generated, GeneratorConfig, KVCache, Session, StreamToken, TokenStream};
 use crate::error::ErrorKind;
 use crate::io::tokenizer::Tokenizer;
@@ -16,8 +16,33 @@ use std::sync::Arc;
 pub struct Generator {
     decoder: Arc<Decoder>,
     tokenizer: Arc<Tokenizer>,
-    one: Compiled,
+    steps: Steps,
+}
+
+/// The compiled steps of a decoder with its adapter; each is traced when it first runs.
+#[derive(Debug)]
+struct Steps {
+    logits: Compiled,
+    best: Compiled,
+    /// Over several texts.
     many: Compiled,
+}
+
+impl Steps {
+    fn new(decoder: &Arc<Decoder>) -> Steps {
+        Steps {
+            logits: step::one(Arc::clone(decoder), Wanted::Logits),
+            best: step::one(Arc::clone(decoder), Wanted::Best),
+            many: step::many(Arc::clone(decoder)),
+        }
+    }
+
+    fn one(&self, wanted: Wanted) -> &Compiled {
+        match wanted {
+            Wanted::Logits => &self.logits,
+            Wanted::Best => &self.best,
+        }
+    }
 }
 
 /// The cache holds a multiple of this many positions.
@@ -27,8 +52,8 @@ impl Generator {
     /// # Errors
     /// Never; a step is traced when it first runs.
     pub fn new(decoder: Arc<Decoder>, tokenizer: Arc<Tokenizer>) -> Result<Generator> {
-        let (one, many) = steps(&decoder);
-        Ok(Generator { decoder, tokenizer, one, many })
+        let steps = Steps::new(&decoder);
+        Ok(Generator { decoder, tokenizer, steps })
     }
 
     /// What a step of this shape would run, and on what; nothing is allocated, and the decoder's
@@ -45,7 +70,7 @@ impl Generator {
         let mut decoder = Decoder::clone(&self.decoder);
         let changed = change(&mut decoder)?;
         self.decoder = Arc::new(decoder);
-        (self.one, self.many) = steps(&self.decoder);
+        self.steps = Steps::new(&self.decoder);
         Ok(changed)
     }
 
@@ -76,8 +101,8 @@ impl Generator {
     ) -> Result<Generated> {
         let (mut run, mut cache, mut next) = self.begin(session, prompt, config.clone())?;
         while !run.is_finished() {
-            let logits = self.logits(&next, &mut cache)?;
-            if let Some(token) = run.accept(logits, cache.has_room())? {
+            let scores = self.step(run.wants(), &next, &mut cache)?;
+            if let Some(token) = run.accept(scores, cache.has_room())? {
                 on_token(&token);
             }
             next = vec![run.last()];
@@ -90,11 +115,31 @@ impl Generator {
     /// himself.
     ///
     /// # Errors
-    /// Where there are no ids, or more than the cache has room for; the cache is then lost with the step.
+    /// Where there are no ids, or more than the cache has room for; where a logit is not a number; the cache is then lost
+    /// with the step.
     pub fn logits(&self, ids: &[u32], cache: &mut KVCache) -> Result<Vec<f32>> {
+        match self.step(Wanted::Logits, ids, cache)? {
+            Scores::Logits(logits) => Ok(logits),
+            Scores::Best(_) => panic!("metal-candle bug: a step that gives no logits"),
+        }
+    }
+
+    /// Puts `ids` into the cache and gives the likeliest token after the last of them, the first of equals. It is chosen
+    /// where the model is, so that a GPU's logits need not come to the host.
+    ///
+    /// # Errors
+    /// As [`Generator::logits`].
+    pub fn best(&self, ids: &[u32], cache: &mut KVCache) -> Result<u32> {
+        match self.step(Wanted::Best, ids, cache)? {
+            Scores::Best(id) => Ok(id),
+            Scores::Logits(_) => panic!("metal-candle bug: a step that gives no token"),
+        }
+    }
+
+    fn step(&self, wanted: Wanted, ids: &[u32], cache: &mut KVCache) -> Result<Scores> {
         let tokens = check_room(ids, cache)?;
-        let results = self.one.call(step::arguments(ids, cache)?)?;
-        self.results(results, tokens, cache)
+        let results = self.steps.one(wanted).call(step::arguments(ids, cache)?)?;
+        self.scores(wanted, results, tokens, cache)
     }
 
     /// What [`Generator::logits`] of these ids would compute, and from what: logits, then keys and values. The cache
@@ -104,7 +149,7 @@ impl Generator {
     /// As [`Generator::logits`].
     pub fn recording(&self, ids: &[u32], cache: &KVCache) -> Result<Recording> {
         check_room(ids, cache)?;
-        step::recording(&self.one, ids, cache)
+        step::recording(&self.steps.logits, ids, cache)
     }
 
     /// As [`Generator::generate`], but awaited: token by token, and no thread is blocked.
@@ -152,15 +197,16 @@ impl Generator {
         Ok((Run::new(&self.tokenizer, config, ids, cache.len()), cache, next))
     }
 
-    /// Puts `ids` into the cache and returns the logits after the last of them.
+    /// As [`Generator::step`], awaited.
     pub(super) async fn step_async(
         &self,
+        wanted: Wanted,
         ids: Vec<u32>,
         mut cache: KVCache,
-    ) -> Result<(Vec<f32>, KVCache)> {
-        let results = self.one.call_async(step::arguments(&ids, &mut cache)?).await?;
-        let logits = self.results(results, ids.len(), &mut cache)?;
-        Ok((logits, cache))
+    ) -> Result<(Scores, KVCache)> {
+        let results = self.steps.one(wanted).call_async(step::arguments(&ids, &mut cache)?).await?;
+        let scores = self.scores(wanted, results, ids.len(), &mut cache)?;
+        Ok((scores, cache))
     }
 
     /// The logits of a step over several texts, `[b, vocabulary]`.
@@ -170,25 +216,51 @@ impl Generator {
         tokens: usize,
         cache: &mut KVCache,
     ) -> Result<Vec<f32>> {
-        self.results(self.many.call(args)?, tokens, cache)
+        let results = self.steps.many.call(args)?;
+        let logits = self.remember(results, 1, tokens, cache)[0].to_vec::<f32>()?;
+        self.check(&logits)?;
+        Ok(logits)
     }
 
-    /// The logits of a step that took in `tokens`; its keys and values are the cache again.
-    fn results(
+    /// What a step says that took in `tokens`.
+    fn scores(
         &self,
-        mut results: Vec<LazyTensor>,
+        wanted: Wanted,
+        results: Vec<LazyTensor>,
         tokens: usize,
         cache: &mut KVCache,
-    ) -> Result<Vec<f32>> {
-        cache.values = results.split_off(1 + self.decoder.config.num_layers);
-        cache.keys = results.split_off(1);
+    ) -> Result<Scores> {
+        let results = self.remember(results, wanted.results(), tokens, cache);
+        let last = results.last().expect("metal-candle bug: a step without results");
+        let logits = last.to_vec::<f32>()?;
+        self.check(&logits)?;
+        Ok(match wanted {
+            Wanted::Logits => Scores::Logits(logits),
+            Wanted::Best => Scores::Best(results[0].to_vec::<u32>()?[0]),
+        })
+    }
+
+    /// The keys and values that a step of `tokens` gave after its first results are the cache again.
+    fn remember(
+        &self,
+        mut results: Vec<LazyTensor>,
+        first: usize,
+        tokens: usize,
+        cache: &mut KVCache,
+    ) -> Vec<LazyTensor> {
+        cache.values = results.split_off(first + self.decoder.config.num_layers);
+        cache.keys = results.split_off(first);
         cache.advance(tokens);
-        let logits = results[0].to_vec::<f32>()?;
-        if logits.iter().any(|logit| logit.is_nan()) {
-            self.decoder.check_weights()?;
-            return Err(ErrorKind::LogitsNotFinite.into());
+        results
+    }
+
+    /// One that is NaN is the largest, wherever that is looked for.
+    fn check(&self, logits: &[f32]) -> Result<()> {
+        if !logits.iter().any(|logit| logit.is_nan()) {
+            return Ok(());
         }
-        Ok(logits)
+        self.decoder.check_weights()?;
+        Err(ErrorKind::LogitsNotFinite.into())
     }
 }
 
@@ -215,9 +287,4 @@ fn check_room(ids: &[u32], cache: &KVCache) -> Result<usize> {
         true => Err(ErrorKind::PromptLength { tokens, context }.into()),
         false => Ok(tokens),
     }
-}
-
-/// The compiled steps of a decoder with its adapter, over one text and over several.
-fn steps(decoder: &Arc<Decoder>) -> (Compiled, Compiled) {
-    (step::one(Arc::clone(decoder)), step::many(Arc::clone(decoder)))
 }

@@ -1,11 +1,20 @@
 //! One generation in progress: it is given logits and says which token they make.
 
-use super::logits::{adjust, forbid, logprobs};
+use super::logits::{LogProbs, adjust, forbid, logprobs};
+use super::step::Wanted;
 use super::stop::{Settled, StopStrings};
 use super::{Finish, Generated, GeneratorConfig, StreamToken, sample_token};
 use crate::Result;
 use crate::io::tokenizer::{TextStream, Tokenizer};
 use std::time::{Duration, Instant};
+
+/// What a step says of the next token.
+#[derive(Debug)]
+pub(super) enum Scores {
+    Logits(Vec<f32>),
+    /// The likeliest one.
+    Best(u32),
+}
 
 /// What is known between two steps. It runs nothing itself, so that blocking and awaiting callers
 /// share it.
@@ -55,23 +64,27 @@ impl<'r> Run<'r> {
         }
     }
 
+    /// Whether the end may come: not before as many tokens as were asked for.
+    fn has_enough(&self) -> bool {
+        self.out.ids.len() >= self.config.min_tokens
+    }
+
+    /// What of the next step is enough to choose its token.
+    pub(super) fn wants(&self) -> Wanted {
+        let plain = self.config.sampling.takes_the_best() && self.config.logprobs.is_none();
+        if plain && self.has_enough() { Wanted::Best } else { Wanted::Logits }
+    }
+
     /// Chooses the next token. `room` says whether the cache has a place for it.
     ///
     /// `None` where the model ended and nothing was held back.
-    pub(super) fn accept(
-        &mut self,
-        mut logits: Vec<f32>,
-        room: bool,
-    ) -> Result<Option<StreamToken>> {
-        let draw = self.out.ids.len() as u64;
-        let enough = self.out.ids.len() >= self.config.min_tokens;
-        adjust(&mut logits, &self.config.sampling, &self.seen);
-        if !enough {
-            forbid(&mut logits, &self.end_tokens);
-        }
-        let id = sample_token(&logits, self.config.sampling.strategy, self.config.seed, draw);
-        let logprobs = self.config.logprobs.map(|top| logprobs(&logits, id, top));
-        if draw == 0 {
+    pub(super) fn accept(&mut self, scores: Scores, room: bool) -> Result<Option<StreamToken>> {
+        let enough = self.has_enough();
+        let (id, logprobs) = match scores {
+            Scores::Best(id) => (id, None),
+            Scores::Logits(logits) => self.choose(logits),
+        };
+        if self.out.ids.is_empty() {
             self.out.prefill = self.started.elapsed();
         }
         if enough && self.end_tokens.contains(&id) {
@@ -84,6 +97,16 @@ impl<'r> Run<'r> {
         let text = self.text.push(id)?;
         let text = self.settle(text, enough, room)?;
         Ok(Some(StreamToken { id, text, logprobs }))
+    }
+
+    fn choose(&self, mut logits: Vec<f32>) -> (u32, Option<LogProbs>) {
+        adjust(&mut logits, &self.config.sampling, &self.seen);
+        if !self.has_enough() {
+            forbid(&mut logits, &self.end_tokens);
+        }
+        let draw = self.out.ids.len() as u64;
+        let id = sample_token(&logits, self.config.sampling.strategy, self.config.seed, draw);
+        (id, self.config.logprobs.map(|top| logprobs(&logits, id, top)))
     }
 
     /// What can be given out of new text; ends the run where it must.

@@ -66,6 +66,13 @@ impl From<SamplingStrategy> for Sampling {
 }
 
 impl Sampling {
+    /// Whether it is the likeliest token that is taken, whatever was seen.
+    pub(super) fn takes_the_best(&self) -> bool {
+        self.strategy == SamplingStrategy::Greedy
+            && self.repetition_penalty == 1.0
+            && self.logit_bias.is_empty()
+    }
+
     /// Whether every setting is one that means something.
     ///
     /// # Errors

@@ -24,9 +24,37 @@ pub struct DecodeShape {
 const ONE_ARGS: usize = 3;
 const MANY_ARGS: usize = 5;
 
-/// One text: `[ids [1, t], position, last, k.., v..]` give `[logits of token last, k.., v..]`, the
-/// cache updated in place.
-pub(super) fn one(decoder: Arc<Decoder>) -> Compiled {
+/// What a step of one text is to say of the token after its last one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Wanted {
+    /// `[logits: f32 [vocabulary]]`
+    Logits,
+    /// The likeliest token and its logit, `[id: u32 [1], logit: f32 [1]]`: little to bring to the host.
+    Best,
+}
+
+impl Wanted {
+    /// Results before keys and values.
+    pub(super) fn results(self) -> usize {
+        match self {
+            Wanted::Logits => 1,
+            Wanted::Best => 2,
+        }
+    }
+
+    fn of(self, logits: &LazyTensor) -> Result<Vec<LazyTensor>> {
+        if self == Wanted::Logits {
+            return Ok(vec![logits.to_dtype(DType::F32)?]);
+        }
+        let id = logits.argmax_keepdim(0)?;
+        let logit = logits.index_select(&id, 0)?.to_dtype(DType::F32)?;
+        Ok(vec![id, logit])
+    }
+}
+
+/// One text: `[ids [1, t], position, last, k.., v..]` give what is wanted of the logits of token last, and `[k.., v..]`,
+/// the cache updated in place.
+pub(super) fn one(decoder: Arc<Decoder>, wanted: Wanted) -> Compiled {
     let layers = decoder.config.num_layers;
     let step = move |args: &[LazyTensor]| {
         let (keys, values) = args[ONE_ARGS..].split_at(layers);
@@ -35,8 +63,7 @@ pub(super) fn one(decoder: Arc<Decoder>) -> Compiled {
         // Only one position's logits are wanted: [1, t, hidden] -> [1, 1, hidden] -> [vocabulary]
         let last = hidden.dynamic_slice(1, &args[2], 1)?;
         let logits = decoder.logits(&last)?.reshape(&[decoder.config.vocab_size])?;
-        let logits = logits.to_dtype(DType::F32)?;
-        Ok([vec![logits], keys, values].concat())
+        Ok([wanted.of(&logits)?, keys, values].concat())
     };
     compile(step).donate(ONE_ARGS..ONE_ARGS + 2 * layers)
 }
@@ -79,7 +106,7 @@ pub(super) fn outline(decoder: Arc<Decoder>, shape: DecodeShape) -> Result<Outli
     for _ in 0..2 * c.num_layers {
         args.push(hold(&cache, decoder.activations())?);
     }
-    let step = if batch == 1 { one(decoder) } else { many(decoder) };
+    let step = if batch == 1 { one(decoder, Wanted::Logits) } else { many(decoder) };
     step.outline(&args)
 }
 

@@ -1,7 +1,7 @@
 //! Tokens to be awaited.
 
 use super::generator::Generator;
-use super::run::Run;
+use super::run::{Run, Scores};
 use super::{Generated, KVCache, StreamToken};
 use crate::Result;
 use futures_core::Stream;
@@ -9,7 +9,7 @@ use std::future::{Future, poll_fn};
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
-type Step<'g> = dyn Future<Output = Result<(Vec<f32>, KVCache)>> + Send + 'g;
+type Step<'g> = dyn Future<Output = Result<(Scores, KVCache)>> + Send + 'g;
 
 /// The tokens of one generation, as they come: a [`Stream`], and usable without any library for
 /// such.
@@ -67,7 +67,8 @@ impl<'g> TokenStream<'g> {
         while !self.run.is_finished() {
             match std::mem::replace(&mut self.state, State::Done) {
                 State::Ready(ids, cache) => {
-                    self.state = State::Running(Box::pin(self.generator.step_async(ids, cache)));
+                    let step = self.generator.step_async(self.run.wants(), ids, cache);
+                    self.state = State::Running(Box::pin(step));
                 }
                 State::Running(mut step) => {
                     let Poll::Ready(result) = step.as_mut().poll(context) else {
@@ -85,9 +86,9 @@ impl<'g> TokenStream<'g> {
         Poll::Ready(None)
     }
 
-    fn accept(&mut self, result: Result<(Vec<f32>, KVCache)>) -> Result<Option<StreamToken>> {
-        let (logits, cache) = result?;
-        let token = self.run.accept(logits, cache.has_room())?;
+    fn accept(&mut self, result: Result<(Scores, KVCache)>) -> Result<Option<StreamToken>> {
+        let (scores, cache) = result?;
+        let token = self.run.accept(scores, cache.has_room())?;
         self.state = State::Ready(vec![self.run.last()], cache);
         Ok(token)
     }

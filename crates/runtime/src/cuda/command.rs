@@ -1,10 +1,12 @@
-//! What a step asks of the device: launches of kernels, and products.
+//! What the steps ask of the device: launches of kernels, and products.
 
 use super::Gpu;
 use super::compile::Function;
 use super::gpu::Said;
+use super::join::join;
 use super::product::Product;
 use crate::Result;
+use crate::hazards::Touched;
 use crate::parts::parts;
 use crate::places::Place;
 use cudarc::driver::DriverError;
@@ -16,7 +18,8 @@ use std::ffi::c_void;
 
 /// One launch or product.
 pub(super) struct Command {
-    pub(super) step: usize,
+    /// The steps that it is of, in order; mostly one.
+    pub(super) steps: SmallVec<[usize; 1]>,
     pub(super) places: SmallVec<[Place; 4]>,
     action: Action,
 }
@@ -33,75 +36,86 @@ pub(super) struct Commands {
 }
 
 /// A command whose kernel is not compiled yet.
-enum Draft {
+pub(super) struct Draft {
+    pub(super) steps: SmallVec<[usize; 1]>,
+    pub(super) bindings: Vec<Binding>,
+    /// Of each binding.
+    pub(super) places: SmallVec<[Place; 4]>,
+    pub(super) touched: Touched,
+    pub(super) work: Work,
+}
+
+pub(super) enum Work {
     Kernel(Source),
     Product(Product),
+}
+
+impl Work {
+    pub(super) fn kernel(&self) -> Option<&Source> {
+        match self {
+            Work::Kernel(source) => Some(source),
+            Work::Product(_) => None,
+        }
+    }
 }
 
 impl Commands {
     /// # Errors
     /// [`crate::Error::Render`] for a step that the device cannot run; [`crate::Error::Compile`]; what the driver says.
     pub(super) fn new(gpu: &Gpu, plan: &Plan) -> Result<Commands> {
-        let mut drafts: Vec<(usize, SmallVec<[Place; 4]>, Draft)> = Vec::new();
-        let mut scratch_bytes = 0;
+        let (mut drafts, mut scratch_bytes) = (Vec::new(), 0);
         for (index, step) in plan.steps.iter().enumerate() {
             let call = parts(plan, index, Dialect::CUDA, &gpu.limits)?;
             scratch_bytes = scratch_bytes.max(call.workspace_bytes);
             for part in call.parts {
-                let (bindings, draft) = draft(gpu, part)?;
-                let Some(draft) = draft else { continue };
+                let (bindings, work) = work(gpu, part)?;
+                if matches!(&work, Work::Kernel(source) if source.launch.grid == 0) {
+                    continue;
+                }
                 let places = bindings.iter().map(|b| Place::new(plan, step, *b)).collect();
-                drafts.push((index, places, draft));
+                let (steps, touched) =
+                    (SmallVec::from_elem(index, 1), Touched::new(plan, step, &bindings));
+                drafts.push(Draft { steps, bindings, places, touched, work });
             }
         }
-        let list = compile(gpu, drafts)?;
+        let list = compile(gpu, join(drafts, plan, &gpu.limits))?;
         Ok(Commands { list, scratch_bytes })
     }
 }
 
-/// A part as a command to be, and what it is bound to; none where there is nothing to do.
-fn draft(gpu: &Gpu, part: Part) -> Result<(Vec<Binding>, Option<Draft>)> {
+/// A part as a command to be, and what it is bound to.
+fn work(gpu: &Gpu, part: Part) -> Result<(Vec<Binding>, Work)> {
     Ok(match part {
-        Part::Kernel(source) => {
-            let bindings = source.bindings.clone();
-            (bindings, (source.launch.grid > 0).then_some(Draft::Kernel(source)))
-        }
+        Part::Kernel(source) => (source.bindings.clone(), Work::Kernel(source)),
         Part::Product { alpha, accumulate, a, b, out } => {
             let bindings = vec![a.binding, b.binding, out.binding];
             let places = [&a, &b, &out];
-            let draft = match gpu.library.product(places, alpha, accumulate)? {
-                Some(product) => Draft::Product(product),
+            let work = match gpu.library.product(places, alpha, accumulate)? {
+                Some(product) => Work::Product(product),
                 None => {
                     let (dialect, limits) = (Dialect::CUDA, &gpu.limits);
-                    Draft::Kernel(render::product(places, alpha, accumulate, dialect, limits))
+                    Work::Kernel(render::product(places, alpha, accumulate, dialect, limits))
                 }
             };
-            let something = !matches!(&draft, Draft::Kernel(source) if source.launch.grid == 0);
-            (bindings, something.then_some(draft))
+            (bindings, work)
         }
     })
 }
 
-fn compile(gpu: &Gpu, drafts: Vec<(usize, SmallVec<[Place; 4]>, Draft)>) -> Result<Vec<Command>> {
-    let sources: Vec<&Source> = drafts
-        .iter()
-        .filter_map(|(_, _, draft)| match draft {
-            Draft::Kernel(source) => Some(source),
-            Draft::Product(_) => None,
-        })
-        .collect();
+fn compile(gpu: &Gpu, drafts: Vec<Draft>) -> Result<Vec<Command>> {
+    let sources: Vec<&Source> = drafts.iter().filter_map(|draft| draft.work.kernel()).collect();
     let mut functions = gpu.kernels.get(gpu, &sources)?.into_iter();
-    let command = |(step, places, draft)| {
-        let action = match draft {
-            Draft::Product(product) => Action::Product(product),
-            Draft::Kernel(source) => Action::Launch {
+    let command = |Draft { steps, places, work, .. }| {
+        let action = match work {
+            Work::Product(product) => Action::Product(product),
+            Work::Kernel(source) => Action::Launch {
                 function: functions.next().expect("metal-candle bug: a kernel is missing"),
                 grid: source.launch.grid as u32,
                 block: source.launch.block as u32,
                 shared_bytes: source.launch.shared_bytes as u32,
             },
         };
-        Command { step, places, action }
+        Command { steps, places, action }
     };
     Ok(drafts.into_iter().map(command).collect())
 }
@@ -128,7 +142,7 @@ impl Command {
                 // SAFETY: the function takes as many addresses; the caller's promise for what lies there. It waits
                 // for the kernel before it by itself, if it is launched early.
                 unsafe { launch(gpu, config, *function, &mut parameters) }
-                    .said(|| format!("launching step {}", self.step))
+                    .said(|| format!("launching step {}", self.steps[0]))
             }
             Action::Product(product) => {
                 let addresses = [0, 1, 2].map(|i| at(&self.places[i]));

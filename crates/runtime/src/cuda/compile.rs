@@ -8,7 +8,7 @@ use cudarc::driver::{result, sys};
 use cudarc::nvrtc;
 use metal_candle_compiler::render::{Dialect, Source};
 use rayon::prelude::*;
-use rustc_hash::{FxHashMap, FxHasher};
+use rustc_hash::{FxHashMap, FxHashSet, FxHasher};
 use std::ffi::{CStr, CString, c_char};
 use std::hash::Hasher;
 use std::path::{Path, PathBuf};
@@ -40,15 +40,10 @@ impl Kernels {
     /// [`Error::Compile`] with the compiler's log; what the driver says.
     pub(super) fn get(&self, gpu: &Gpu, sources: &[&Source]) -> Result<Vec<Function>> {
         let new = {
-            let loaded = self.lock();
-            let mut new: Vec<&Source> = Vec::new();
-            for source in sources {
-                let known = loaded.contains_key(&source.text);
-                if !known && new.iter().all(|other| other.text != source.text) {
-                    new.push(source);
-                }
-            }
-            new
+            let (loaded, mut seen) = (self.lock(), FxHashSet::default());
+            let mut is_new = |text| !loaded.contains_key(text) && seen.insert(text);
+            let all = sources.iter().copied();
+            all.filter(|source| is_new(&source.text)).collect::<Vec<&Source>>()
         };
         // Not under the lock: other plans compile meanwhile, if need be the same kernel.
         let toolchain = Toolchain::of(gpu)?;

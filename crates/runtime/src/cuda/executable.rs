@@ -141,24 +141,27 @@ impl CudaExecutable {
                 zero(bases[Bases::outputs(plan) + i], output.ty.size_bytes(), "a result")?;
             }
         }
-        let mut reached = 0;
-        for command in &self.commands.list {
-            while let Some(marks) = marks.filter(|_| reached <= command.step) {
-                marks.set(reached, stream)?;
-                reached += 1;
-            }
+        for (number, command) in self.commands.list.iter().enumerate() {
+            marks.map_or(Ok(()), |marks| marks.set(number, stream))?;
             // SAFETY: the plan has been verified; the run holds the memory at `bases`, of the plan's sizes, until the
             // stream is through.
             unsafe { command.enqueue(&self.gpu, bases, stream) }.map_err(|error| {
-                let label = plan.steps[command.step].label.clone();
-                Error::Step { step: command.step, label, source: Box::new(error) }
+                let (step, source) = (command.steps[0], Box::new(error));
+                Error::Step { step, label: plan.steps[step].label.clone(), source }
             })?;
         }
-        while let Some(marks) = marks.filter(|_| reached <= plan.steps.len()) {
-            marks.set(reached, stream)?;
-            reached += 1;
+        marks.map_or(Ok(()), |marks| marks.set(self.commands.list.len(), stream))
+    }
+
+    /// The seconds of commands as those of the steps: what steps do together is shared out by the bytes that they move.
+    fn by_step(&self, plan: &Plan, seconds: &[f64]) -> Vec<f64> {
+        let mut of_steps = vec![0.0; plan.steps.len()];
+        for (command, seconds) in self.commands.list.iter().zip(seconds) {
+            let bytes = |step: &usize| (plan.steps[*step].bytes + 1) as f64;
+            let all: f64 = command.steps.iter().map(bytes).sum();
+            command.steps.iter().for_each(|step| of_steps[*step] += seconds * bytes(step) / all);
         }
-        Ok(())
+        of_steps
     }
 
     /// Copies a part of the staging memory there or back.
@@ -186,8 +189,9 @@ impl CudaExecutable {
     ) -> Result<()> {
         let mut held = Held::default();
         let timing = clock.as_ref().map(|clock| clock.timing);
-        let marks =
-            timing.map(|timing| Marks::new(&self.gpu, timing, plan.steps.len())).transpose()?;
+        let marks = timing
+            .map(|timing| Marks::new(&self.gpu, timing, self.commands.list.len()))
+            .transpose()?;
         let outcome = (|| {
             let bases = self.bind(plan, workspace, inputs, outputs, &mut held)?;
             for range in &held.staged {
@@ -200,7 +204,10 @@ impl CudaExecutable {
         let waited = self.gpu.synchronize();
         outcome.and(waited)?;
         if let (Some(clock), Some(marks)) = (clock, marks) {
-            clock.seconds = marks.seconds()?;
+            clock.seconds = match timing {
+                Some(Timing::Steps) => self.by_step(plan, &marks.seconds()?),
+                _ => marks.seconds()?,
+            };
         }
         let status = Status::from_bytes(&workspace.host.bytes()[self.staging.status..]);
         status.check().map_err(Error::Graph)

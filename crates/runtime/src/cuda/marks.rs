@@ -1,4 +1,4 @@
-//! When the device reached a step.
+//! When the device reached a command.
 
 use super::Gpu;
 use super::gpu::Said;
@@ -7,17 +7,17 @@ use crate::executable::Timing;
 use cudarc::driver::result::event;
 use cudarc::driver::sys::{CUevent, CUevent_flags, CUstream};
 
-/// An event before every step, or before them all, and one after the last.
+/// An event before every command, or before them all, and one after the last.
 pub(super) struct Marks {
     pub(super) timing: Timing,
     events: Vec<CUevent>,
 }
 
 impl Marks {
-    pub(super) fn new(gpu: &Gpu, timing: Timing, steps: usize) -> Result<Marks> {
+    pub(super) fn new(gpu: &Gpu, timing: Timing, commands: usize) -> Result<Marks> {
         gpu.bind()?;
         let intervals = match timing {
-            Timing::Steps => steps,
+            Timing::Steps => commands,
             Timing::Whole => 1,
         };
         let mut marks = Marks { timing, events: Vec::with_capacity(intervals + 1) };

@@ -2,16 +2,16 @@
 
 use super::Gpu;
 use super::gpu::Said;
-use super::hazards::{self, Span, Touched};
 use super::library::Wanted;
 use super::product::{Addend, Parameters, Product};
+use crate::hazards::{self, Touched};
 use crate::parts::parts;
 use crate::places::{Bases, Place, operand};
 use crate::{Error, PlanFault, Result};
 use candle_metal_kernels::metal::{Buffer, ComputePipeline, ConstantValues, Value};
 use candle_metal_kernels::source::Source as CandleSource;
+use metal_candle_compiler::Plan;
 use metal_candle_compiler::render::{self, Binding, Dialect, Part, Source};
-use metal_candle_compiler::{Plan, Slot, Step};
 use objc2::runtime::ProtocolObject;
 use objc2_metal::{MTLBarrierScope, MTLComputeCommandEncoder, MTLSize};
 use smallvec::SmallVec;
@@ -122,7 +122,7 @@ fn draft(gpu: &Gpu, plan: &Plan, index: usize, part: Part) -> Result<Option<Draf
     if matches!(&work, DraftWork::Kernel(source) if source.launch.grid == 0) {
         return Ok(None);
     }
-    let mut touched = Touched::default();
+    let touched = Touched::new(plan, step, &bindings);
     let mut places = SmallVec::new();
     for binding in bindings {
         let place = Place::new(plan, step, binding);
@@ -134,21 +134,9 @@ fn draft(gpu: &Gpu, plan: &Plan, index: usize, part: Part) -> Result<Option<Draf
             let (label, fault) = (step.label.clone(), PlanFault::Misaligned { slot, dtype });
             return Err(Error::Plan { step: index, label, fault });
         }
-        let reads = matches!(binding, Binding::Arg(_) | Binding::ArgAt { .. });
-        let touches = if reads { &mut touched.reads } else { &mut touched.writes };
-        touches.extend(span(place, step, binding));
         places.push(place);
     }
     Ok(Some(Draft { step: index, places, touched, work }))
-}
-
-/// The bytes that an operand may touch; none of the status, to which all add alike.
-fn span(place: Place, step: &Step, binding: Binding) -> Option<Span> {
-    let bytes = match operand(step, binding).map(|operand| operand.slot) {
-        Some(Slot::Arena { offset_bytes, len_bytes }) => offset_bytes..offset_bytes + len_bytes,
-        Some(Slot::Input(_) | Slot::Output(_)) | None => 0..usize::MAX,
-    };
-    (binding != Binding::Status).then_some(Span { base: place.base, bytes })
 }
 
 fn compile(gpu: &Gpu, plan: &Plan, drafts: Vec<Draft>, barriers: &[bool]) -> Result<Vec<Command>> {

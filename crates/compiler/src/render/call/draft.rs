@@ -61,6 +61,7 @@ pub(super) struct Draft<'a> {
     constants: Vec<String>,
     functions: Vec<String>,
     align_bytes: usize,
+    waits: bool,
 }
 
 struct Operand {
@@ -83,6 +84,7 @@ impl<'a> Draft<'a> {
             constants: Vec::new(),
             functions: Vec::new(),
             align_bytes: 1,
+            waits: false,
         }
     }
 
@@ -126,6 +128,11 @@ impl<'a> Draft<'a> {
     pub(super) fn aligned(mut self, bytes: usize) -> Draft<'a> {
         self.align_bytes = self.align_bytes.max(bytes);
         self
+    }
+
+    /// The template calls `after_predecessor` itself, before it touches what earlier kernels write.
+    pub(super) fn waits(self) -> Draft<'a> {
+        Draft { waits: true, ..self }
     }
 
     pub(super) fn typedef(mut self, name: &str, is: &str) -> Draft<'a> {
@@ -191,7 +198,8 @@ impl<'a> Draft<'a> {
         };
         let mut parameters: Vec<String> = self.operands.iter().enumerate().map(parameter).collect();
         parameters.extend(dialect.ids.iter().map(|id| (*id).to_owned()));
-        let mut lines: Vec<&str> = dialect.first_lines.to_vec();
+        let wait = if self.waits { &[] } else { dialect.wait };
+        let mut lines: Vec<&str> = [dialect.first_lines, wait].concat();
         match dialect.shared {
             _ if launch.shared_bytes == 0 => {}
             Shared::Parameter(text) => parameters.push(text.to_owned()),

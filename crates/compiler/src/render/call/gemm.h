@@ -12,9 +12,15 @@ FN void times_columns(DEVICE const T* x, DEVICE const T* w, DEVICE T* out, Threa
     typedef typename K::I I;
     typedef typename K::A A;
     const I groups = K::BLOCK / 32;
+    // The weight is the same whatever the kernel before this one writes.
+    for (I col = I(t.block) * groups + t.tid / 32, k = t.tid % 32 * 64; k < K::INNER && k < 1024; k += 32 * 64) {
+        if (col < K::COLS) prefetch(w + (K::weight(col) + k));
+    }
+    after_predecessor();
     for (I col = I(t.block) * groups + t.tid / 32; col < K::COLS; col += I(t.blocks) * groups) {
         A sum[M];
         for (i32 m = 0; m < M; ++m) sum[m] = 0;
+#pragma unroll 4
         for (I k = t.tid % 32 * 8; k < K::INNER; k += 32 * 8) {
             A b[8], a[8];
             load_run<16 / sizeof(T), 1>(w + (K::weight(col) + k), b);
@@ -35,6 +41,7 @@ template <typename K, i32 M, typename T>
 FN void times_rows(DEVICE const T* x, DEVICE const T* w, DEVICE T* out, Thread t, SHARED u64* shared) {
     typedef typename K::I I;
     typedef typename K::A A;
+    after_predecessor();
     const i32 V = 16 / sizeof(T), width = 8 * V, groups = K::BLOCK / 32;
     SHARED A* const part = (SHARED A*)shared;
     for (I block = t.block; block < (K::COLS + width - 1) / width; block += t.blocks) {

@@ -77,7 +77,7 @@ impl Kernel<'_> {
         };
         let mut parameters: Vec<String> = self.parameters.iter().enumerate().map(form).collect();
         parameters.extend(dialect.ids.iter().map(|id| (*id).to_owned()));
-        let mut lines: Vec<&str> = dialect.first_lines.to_vec();
+        let mut lines: Vec<&str> = [dialect.first_lines, dialect.wait].concat();
         match dialect.shared {
             Shared::Parameter(text) => parameters.push(text.to_owned()),
             Shared::Line(text) => lines.push(text),

@@ -1,0 +1,133 @@
+//! Which kernels are launched as one: those that need not wait for each other, and before them a kernel so small that every
+//! block of theirs makes its results for itself.
+
+use super::command::{Draft, Work};
+use crate::hazards::{Room, Touched, side_by_side};
+use crate::places::{Place, operand};
+use metal_candle_compiler::render::{self, Ahead, Binding, Dialect, Limits, Source};
+use metal_candle_compiler::{Plan, Slot};
+
+/// How often the kernels of one launch fill the device at most: what is larger than that takes its own time.
+const FULL: usize = 4;
+/// A kernel whose blocks share more keeps others from running beside them.
+const SHARED_BYTES: usize = 16 << 10;
+/// What a kernel ahead of others may read and write: by itself, and in all of their blocks.
+const AHEAD_BYTES: usize = 32 << 10;
+const AHEAD_IN_ALL_BYTES: usize = 4 << 20;
+/// What each block keeps of it.
+const KEPT_BYTES: usize = 16 << 10;
+
+/// The drafts of a plan with some joined, in an order that its hazards allow.
+pub(super) fn join(drafts: Vec<Draft>, plan: &Plan, limits: &Limits) -> Vec<Draft> {
+    let wish = |draft: &Draft| (draft.touched.clone(), room(&draft.work));
+    let wishes: Vec<(Touched, Option<Room>)> = drafts.iter().map(wish).collect();
+    let most_threads = FULL * limits.resident_threads;
+    // The rest of the parameters is for a kernel ahead.
+    let groups = side_by_side(&wishes, most_threads, limits.max_operands / 2);
+    let mut drafts: Vec<Option<Draft>> = drafts.into_iter().map(Some).collect();
+    let mut take =
+        |at: usize| -> Draft { drafts[at].take().expect("metal-candle bug: in two groups") };
+    let mut groups = groups.into_iter().map(|g| g.into_iter().map(&mut take).collect::<Vec<_>>());
+    let mut joined = Vec::new();
+    let mut next: Option<Vec<Draft>> = groups.next();
+    while let Some(mut members) = next {
+        next = groups.next();
+        let mut source = one(&members, None);
+        if let (1, Some(readers)) = (members.len(), next.as_mut()) {
+            let ahead = ahead(&members[0], readers, plan);
+            source = ahead.and_then(|ahead| one(readers, Some(&ahead)));
+            if source.is_some() {
+                members.append(readers);
+                next = groups.next();
+            }
+        }
+        match source {
+            Some(source) => joined.push(merged(members, source)),
+            None => joined.append(&mut members),
+        }
+    }
+    joined
+}
+
+/// What a kernel wants of a launch that it shares; none where it must be alone.
+fn room(work: &Work) -> Option<Room> {
+    let Work::Kernel(Source { launch, bindings, .. }) = work else { return None };
+    let room =
+        Room { block: launch.block, threads: launch.grid * launch.block, operands: bindings.len() };
+    (launch.shared_bytes <= SHARED_BYTES).then_some(room)
+}
+
+/// The kernels of a group as one.
+fn one(members: &[Draft], ahead: Option<&Ahead<'_>>) -> Option<Source> {
+    let sources: Option<Vec<&Source>> = members.iter().map(|m| m.work.kernel()).collect();
+    render::beside(&sources?, ahead, Dialect::CUDA)
+}
+
+fn merged(members: Vec<Draft>, source: Source) -> Draft {
+    let mut touched = Touched::default();
+    for member in &members {
+        touched.reads.extend(member.touched.reads.iter().cloned());
+        touched.writes.extend(member.touched.writes.iter().cloned());
+    }
+    Draft {
+        steps: members.iter().flat_map(|member| member.steps.iter().copied()).collect(),
+        bindings: members.iter().flat_map(|member| member.bindings.iter().copied()).collect(),
+        places: members.iter().flat_map(|member| member.places.iter().copied()).collect(),
+        touched,
+        work: Work::Kernel(source),
+    }
+}
+
+/// How every block of `readers` can run `first` for itself, if that is less than a launch.
+fn ahead<'a>(first: &'a Draft, readers: &[Draft], plan: &Plan) -> Option<Ahead<'a>> {
+    let source = first.work.kernel().filter(|source| !source.is_call)?;
+    let step = &plan.steps[first.steps[0]];
+    let (mut blocks, bytes) = (0, step.bytes as usize);
+    for reader in readers {
+        let launch = reader.work.kernel()?.launch;
+        blocks += launch.grid;
+        // What a late block still reads must stay.
+        let overwrites = Touched { reads: Vec::new(), writes: reader.touched.writes.clone() };
+        if launch.block != source.launch.block || overwrites.conflicts(&first.touched) {
+            return None;
+        }
+    }
+    let in_place = Touched { reads: first.touched.reads.clone(), writes: Vec::new() };
+    if in_place.conflicts(&first.touched)
+        || bytes > AHEAD_BYTES
+        || bytes * blocks > AHEAD_IN_ALL_BYTES
+    {
+        return None;
+    }
+    let mut outputs = Vec::new();
+    for (n, binding) in first.bindings.iter().enumerate() {
+        if matches!(binding, Binding::Out(_)) {
+            outputs.push((n, len_bytes(plan, operand(step, *binding)?.slot)));
+        }
+    }
+    let places = readers.iter().flat_map(|reader| &reader.places).enumerate();
+    let made = |(reader, place): (usize, &Place)| {
+        let output = outputs.iter().find(|(n, _)| first.places[*n] == *place)?;
+        Some((reader, output.0))
+    };
+    let made: Vec<(usize, usize)> = places.filter_map(made).collect();
+    let kept: usize = outputs.iter().map(|(_, bytes)| bytes).sum();
+    // All that is read of it, each reader knows where.
+    let by_readers: usize = readers.iter().map(|reader| reads(reader, first)).sum();
+    let suits = kept <= KEPT_BYTES && by_readers == made.len() && by_readers > 0;
+    suits.then_some(Ahead { source, outputs, readers: made })
+}
+
+/// How many operands of `reader` meet what `first` writes.
+fn reads(reader: &Draft, first: &Draft) -> usize {
+    let writes = &first.touched.writes;
+    reader.touched.reads.iter().filter(|span| writes.iter().any(|w| w.meets(span))).count()
+}
+
+fn len_bytes(plan: &Plan, slot: Slot) -> usize {
+    match slot {
+        Slot::Arena { len_bytes, .. } => len_bytes,
+        Slot::Input(i) => plan.inputs[i as usize].ty.size_bytes(),
+        Slot::Output(i) => plan.outputs[i as usize].ty.size_bytes(),
+    }
+}
