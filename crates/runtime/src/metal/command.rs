@@ -11,7 +11,7 @@ use crate::{Error, PlanFault, Result};
 use candle_metal_kernels::metal::{Buffer, ComputePipeline, ConstantValues, Value};
 use candle_metal_kernels::source::Source as CandleSource;
 use metal_candle_compiler::Plan;
-use metal_candle_compiler::render::{self, Binding, Dialect, Part, Source};
+use metal_candle_compiler::render::{self, Dialect, Part, Source};
 use objc2::runtime::ProtocolObject;
 use objc2_metal::{MTLBarrierScope, MTLComputeCommandEncoder, MTLSize};
 use smallvec::SmallVec;
