@@ -40,6 +40,10 @@ fn call_flops(call: &LibraryCall, args: &[Operand], outs: &[Operand]) -> u64 {
     let out = outs.first().map_or(0, len);
     match call {
         LibraryCall::Gemm { .. } => 2 * out * args[0].layout.shape.last().unwrap_or(0) as u64,
+        LibraryCall::LowRank { .. } => {
+            let rank = args[1].layout.shape.last().unwrap_or(0) as u64;
+            2 * rank * (len(&args[0]) + out)
+        }
         LibraryCall::QuantGemm { .. } => 2 * out * args[0].layout.shape.last().unwrap_or(0) as u64,
         LibraryCall::Attention(_) => {
             // q kᵀ and p v, every pair counted.

@@ -1,7 +1,8 @@
 //! Which products run as one GEMM with its scale and its addend: `out = addend + alpha · a b`.
 //!
 //! This is how LoRA is lowered: `x W + s (x A) B` is a product, a thin product, and a thin product that
-//! accumulates onto the first one's result. No operation of the graph knows about it.
+//! accumulates onto the first one's result. No operation of the graph knows about it. Targets may have a call for the thin two
+//! ([`crate::low_rank`]).
 
 use crate::analysis::{Analysis, Kind, Located};
 use metal_candle_graph::{BinaryOp, NodeId, Operation};
@@ -15,13 +16,18 @@ pub(crate) struct Gemm {
     pub(crate) alpha: f64,
     /// The stored result onto which this one accumulates, in place.
     pub(crate) addend: Option<NodeId>,
+    /// The product that gives `a`, where one call computes both.
+    pub(crate) low: Option<NodeId>,
+    /// Whether it is such a product: no call of its own computes it.
+    pub(crate) is_low: bool,
 }
 
 /// The products, by the node that holds their final result.
 pub(crate) type Gemms = FxHashMap<NodeId, Gemm>;
 
-/// Finds the products. Their results become calls; the nodes that they absorb are dead afterwards.
-pub(crate) fn find(a: &mut Analysis) -> Gemms {
+/// Finds the products. Their results become calls; the nodes that they absorb are dead afterwards. Of two that are
+/// added, a LoRA branch of at most `max_low_rank` accumulates onto the other one.
+pub(crate) fn find(a: &mut Analysis, max_low_rank: usize) -> Gemms {
     let mut gemms = Gemms::default();
     for id in a.g.ids() {
         if !matches!(a.kind(id), Kind::Call | Kind::Map) {
@@ -31,10 +37,12 @@ pub(crate) fn find(a: &mut Analysis) -> Gemms {
             Operation::Dot => {
                 let (lhs, l) = unscaled(a, a.operand(id, 0));
                 let (rhs, r) = unscaled(a, a.operand(id, 1));
-                gemms.insert(id, Gemm { a: lhs, b: rhs, alpha: l * r, addend: None });
+                let alpha = l * r;
+                let gemm = Gemm { a: lhs, b: rhs, alpha, addend: None, low: None, is_low: false };
+                gemms.insert(id, gemm);
             }
             Operation::Binary(BinaryOp::Mul) => absorb_scale(a, id, &mut gemms),
-            Operation::Binary(BinaryOp::Add) => absorb_addend(a, id, &mut gemms),
+            Operation::Binary(BinaryOp::Add) => absorb_addend(a, id, &mut gemms, max_low_rank),
             _ => {}
         }
     }
@@ -95,13 +103,24 @@ fn starts_from_nothing(gemms: &Gemms, id: NodeId) -> bool {
     gemms.get(&id).is_some_and(|gemm| gemm.addend.is_none())
 }
 
-fn absorb_addend(a: &mut Analysis, id: NodeId, gemms: &mut Gemms) {
+fn absorb_addend(a: &mut Analysis, id: NodeId, gemms: &mut Gemms, max_low_rank: usize) {
     let (l, r) = (a.operand(id, 0), a.operand(id, 1));
     let (left, right) = (sole_product(a, gemms, l, id), sole_product(a, gemms, r, id));
     let (Some(left), Some(right)) = (left, right) else { return };
     // The product that starts from nothing accumulates onto the other; the later one can wait.
+    // A branch waits in any case: for the product that it begins with.
+    let is_branch = |id| {
+        let depth = |gemm: &Gemm| gemm.a.layout.shape.last().unwrap_or(0);
+        let is = |gemm: &Gemm| depth(gemm) <= max_low_rank && gemms.contains_key(&gemm.a.base);
+        starts_from_nothing(gemms, id) && gemms.get(&id).is_some_and(is)
+    };
+    let left_is_last = match (is_branch(left), is_branch(right)) {
+        (true, false) => true,
+        (false, true) => false,
+        _ => left > right,
+    };
     let (onto, product) = if starts_from_nothing(gemms, right)
-        && (left < right || !starts_from_nothing(gemms, left))
+        && (!left_is_last || !starts_from_nothing(gemms, left))
     {
         (left, right)
     } else if starts_from_nothing(gemms, left) {

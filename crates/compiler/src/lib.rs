@@ -18,6 +18,7 @@ mod gemm;
 pub mod kernel;
 mod layout;
 mod library;
+mod low_rank;
 mod lower;
 mod memory;
 mod operands;

@@ -12,6 +12,10 @@ pub enum LibraryCall {
     /// `out = alpha · a b`, or `out += alpha · a b` if `accumulate`. `args = [a: [.., m, k], b: [.., k, n]]`,
     /// equal leading dims; accumulates in f32 (f64 for F64).
     Gemm { alpha: f64, accumulate: bool },
+    /// `low = low_scale · x a; out += scale · low b`: a LoRA branch, in place on the output, which holds the base.
+    /// `args = [x: [.., m, k], a: [.., k, r], b: [.., r, n]]`, one a and one b, repeated over leading dims; a second output
+    /// is low, where anything else reads it.
+    LowRank { low_scale: f64, scale: f64 },
     /// See `Operation::QuantDot`. `args = [x, w: u8[bytes]]`. A backend may round x to eight bits, relative to the
     /// largest of every 32 elements, or both factors to bf16; F64 it may not round.
     QuantGemm { format: BlockFormat, rows: usize, cols: usize, transposed: bool },
@@ -51,6 +55,7 @@ impl LibraryCall {
     pub const fn name(&self) -> &'static str {
         match self {
             LibraryCall::Gemm { .. } => "gemm",
+            LibraryCall::LowRank { .. } => "low_rank",
             LibraryCall::QuantGemm { .. } => "quant_gemm",
             LibraryCall::Dequantize { .. } => "dequantize",
             LibraryCall::Attention(_) => "attention",

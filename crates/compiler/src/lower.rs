@@ -2,10 +2,10 @@
 
 use crate::analysis::{Analysis, Kind, Located};
 use crate::emit::{self, Draft, Emitter, Stored};
-use crate::gemm::{self, Gemms};
+use crate::gemm::{self, Gemm, Gemms};
 use crate::library::LibraryCall;
 use crate::region::Regions;
-use crate::{Layout, PlanInput, Target, Work, schedule};
+use crate::{Layout, PlanInput, Target, Work, low_rank, schedule};
 use metal_candle_graph::composite::AttentionInput;
 use metal_candle_graph::{
     Composite, ComputationGraph, DType, NodeId, Operation, Shape, TensorType,
@@ -73,9 +73,10 @@ pub(crate) fn inputs(g: &ComputationGraph, donated: &[bool]) -> Vec<PlanInput> {
 
 pub(crate) fn lower(g: &ComputationGraph, target: &Target, inputs: Vec<PlanInput>) -> Lowered {
     let mut a = Analysis::new(g);
-    let gemms = gemm::find(&mut a);
+    let mut gemms = gemm::find(&mut a, target.max_low_rank);
     let cheap = emit::cheap(&a);
     let regions = Regions::form(&a, &cheap, target);
+    low_rank::join(&mut a, &mut gemms, &regions, target.max_low_rank);
     let outputs: Vec<Output> = (0..g.outputs.len()).map(|i| output(&a, i)).collect();
     let mut stored = Stored::new(&a, &regions, cheap);
     let units = units(&a, &gemms, &regions, &outputs, &mut stored);
@@ -164,8 +165,11 @@ fn require_operands(
     found: &mut Vec<NodeId>,
 ) {
     if let Some(gemm) = gemms.get(&id) {
-        stored.require(gemm.a.base, found);
-        stored.require(gemm.b.base, found);
+        let operands = match gemm.low.map(|low| &gemms[&low]) {
+            Some(low) => vec![low.a, low.b, gemm.b],
+            None => vec![gemm.a, gemm.b],
+        };
+        operands.iter().for_each(|operand| stored.require(operand.base, found));
         return;
     }
     let copied = copied_operands(&a.node(id).op);
@@ -201,8 +205,8 @@ fn calls(a: &Analysis, gemms: &Gemms) -> Vec<Unit> {
     let mut units: Vec<Unit> = Vec::new();
     let mut shared: FxHashMap<(Composite, &[NodeId]), usize> = FxHashMap::default();
     for id in a.g.ids() {
-        if gemms.contains_key(&id) {
-            units.push(Unit::Gemm(id));
+        if let Some(gemm) = gemms.get(&id) {
+            units.extend((!gemm.is_low).then_some(Unit::Gemm(id)));
         } else if a.kind(id) == Kind::Call {
             let node = a.node(id);
             let Some(group) = sharing(&node.op) else {
@@ -239,7 +243,7 @@ fn draft(a: &Analysis, gemms: &Gemms, stored: &Stored, unit: &Unit, outputs: &[O
     let one = |draft| Drafts { steps: vec![draft], base: None };
     match unit {
         Unit::Region(index) => one(Emitter::region(stored, *index)),
-        Unit::Gemm(id) => draft_gemm(gemms, *id),
+        Unit::Gemm(id) => draft_gemm(a, gemms, *id),
         Unit::Materialise(id) => {
             let own = Located { base: *id, layout: Layout::contiguous(*a.node(*id).shape()) };
             one(Emitter::position(stored, own))
@@ -256,25 +260,32 @@ fn draft(a: &Analysis, gemms: &Gemms, stored: &Stored, unit: &Unit, outputs: &[O
     }
 }
 
-fn draft_gemm(gemms: &Gemms, id: NodeId) -> Drafts {
+fn draft_gemm(a: &Analysis, gemms: &Gemms, id: NodeId) -> Drafts {
     let gemm = &gemms[&id];
     // The result has the shape of the product, whatever view the addition saw.
-    let (l, r) = (&gemm.a.layout.shape, &gemm.b.layout.shape);
-    let rank = l.rank();
-    let product = Layout::contiguous(l.with(rank - 1, r[rank - 1]));
-    let own = Located { base: id, layout: product };
-    let call = LibraryCall::Gemm { alpha: gemm.alpha, accumulate: gemm.addend.is_some() };
-    let label = match gemm.addend {
-        Some(_) => "matmul+add",
-        None => "matmul",
+    let own = |id: NodeId, gemm: &Gemm| {
+        let (l, r) = (&gemm.a.layout.shape, &gemm.b.layout.shape);
+        let rank = l.rank();
+        Located { base: id, layout: Layout::contiguous(l.with(rank - 1, r[rank - 1])) }
     };
-    let draft = Draft {
-        work: Work::Call(call),
-        args: vec![gemm.a, gemm.b],
-        outs: vec![own],
-        label: label.into(),
+    let mut outs = vec![own(id, gemm)];
+    let base = gemm.addend.map(|id| own(id, gemm));
+    let (call, label, args) = match (gemm.low, base) {
+        (Some(low), _) => {
+            let product = &gemms[&low];
+            if a.kind(low) == Kind::Call {
+                outs.push(own(low, product));
+            }
+            let call = LibraryCall::LowRank { low_scale: product.alpha, scale: gemm.alpha };
+            (call, "low_rank", vec![product.a, product.b, gemm.b])
+        }
+        (None, base) => {
+            let call = LibraryCall::Gemm { alpha: gemm.alpha, accumulate: base.is_some() };
+            let label = if base.is_some() { "matmul+add" } else { "matmul" };
+            (call, label, vec![gemm.a, gemm.b])
+        }
     };
-    let base = gemm.addend.map(|id| Located { base: id, layout: product });
+    let draft = Draft { work: Work::Call(call), args, outs, label: label.into() };
     Drafts { steps: vec![draft], base }
 }
 

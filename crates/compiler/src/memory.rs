@@ -134,7 +134,13 @@ fn drop_copies(lowered: &mut Lowered, uses: &Uses) -> FxHashMap<usize, NodeId> {
     }
     lowered.bases.retain(|step, base| {
         let draft = &lowered.drafts[*step];
-        if matches!(draft.work, Work::Call(LibraryCall::Gemm { accumulate: true, .. })) {
+        let adds = match draft.work {
+            Work::Call(LibraryCall::Gemm { accumulate, .. }) => accumulate,
+            Work::Call(LibraryCall::LowRank { .. }) => true,
+            _ => false,
+        };
+        // No copy stands before these.
+        if adds {
             return true;
         }
         let base_len = lowered.types[base.base.index()].shape.len();

@@ -55,6 +55,9 @@ fn step(i: usize, step: &Step, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 write!(f, "  in place")?;
             }
         }
+        Work::Call(LibraryCall::LowRank { low_scale, scale }) => {
+            write!(f, "  alpha={low_scale}, {scale}  in place")?;
+        }
         Work::Call(_) => {}
     }
     writeln!(f, "  {} flops, {}", Si(step.flops), Bytes(step.bytes as usize))

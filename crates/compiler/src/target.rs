@@ -14,6 +14,8 @@ pub struct Target {
     pub max_reduce: usize,
     /// Fused kernels read and write at most so many buffers.
     pub max_operands: usize,
+    /// A LoRA branch of at most this rank is one call, [`LibraryCall::LowRank`](crate::LibraryCall::LowRank); 0 for none.
+    pub max_low_rank: usize,
     /// Buffers of up to so many bytes do not share memory with neighbours in time, so that steps which need not wait for each
     /// other's values need not wait for each other's memory either.
     pub apart_bytes: usize,
@@ -30,6 +32,7 @@ impl Target {
         align_bytes: 64,
         max_reduce: 1 << 14,
         max_operands: usize::MAX,
+        max_low_rank: 0,
         apart_bytes: 0,
     };
 
@@ -40,6 +43,7 @@ impl Target {
         align_bytes: 256,
         max_reduce: 1 << 14,
         max_operands: 512,
+        max_low_rank: 0,
         apart_bytes: FEW_VALUES,
     };
 
@@ -50,6 +54,7 @@ impl Target {
         align_bytes: 256,
         max_reduce: 1 << 14,
         max_operands: 31,
+        max_low_rank: 64,
         apart_bytes: FEW_VALUES,
     };
 

@@ -5,7 +5,7 @@
 mod support;
 
 use metal_candle_compiler::render::{Dialect, Launch, Limits, Part, Team, call, launch, render};
-use metal_candle_compiler::{LibraryCall, Operand, Plan, Slot, Step, Target, Work, plan};
+use metal_candle_compiler::{LibraryCall, Plan, Slot, Step, Target, Work, plan};
 use metal_candle_graph::{BinaryOp, Composite, ComputationGraph, DType, Shape, TensorType};
 use support::{composite, eps, gradients, lora_forward, lora_step, total};
 
@@ -20,8 +20,14 @@ fn reads(step: &Step, slot: Slot) -> bool {
     step.args.iter().any(|arg| arg.slot == slot)
 }
 
-fn gemms(plan: &Plan) -> impl Iterator<Item = &Step> {
-    plan.steps.iter().filter(|s| matches!(s.work, Work::Call(LibraryCall::Gemm { .. })))
+/// What is done for a step.
+fn parts(step: &Step) -> Vec<Part> {
+    match &step.work {
+        Work::Kernel(kernel) => {
+            vec![Part::Kernel(render(kernel, Dialect::METAL, &LIMITS, "k").unwrap())]
+        }
+        Work::Call(c) => call(c, &step.args, &step.outs, Dialect::METAL, &LIMITS).unwrap().parts,
+    }
 }
 
 /// Its fused kernel multiplied x by A again for every element of the output.
@@ -33,14 +39,20 @@ fn x_a_is_computed_once_and_not_for_every_output_element() {
     let (x, a) = (Slot::Input(0), Slot::Input(2));
     for (name, graph) in [("forward", lora_forward()), ("a step", lora_step())] {
         let plan = planned(&graph);
-        let low: Vec<&Step> = gemms(&plan).filter(|s| reads(s, x) && reads(s, a)).collect();
-        assert_eq!(low.len(), 1, "{name}: {plan}");
-        let shape = |o: &Operand| o.layout.shape;
-        assert_eq!(shape(&low[0].outs[0]).dims(), [ROWS as usize, RANK as usize], "{name}: {plan}");
+        let calls = plan.steps.iter().filter(|s| reads(s, x) && reads(s, a));
+        let calls: Vec<&Work> = calls.map(|step| &step.work).collect();
+        assert!(matches!(calls[..], [Work::Call(LibraryCall::LowRank { .. })]), "{name}: {plan}");
     }
     // The base, x A, and what that times B is: nothing is multiplied twice.
     let products = 2 * ROWS * (WIDTH * WIDTH + 2 * WIDTH * RANK);
-    assert_eq!(planned(&lora_forward()).flops(), products);
+    let forward = planned(&lora_forward());
+    assert_eq!((forward.flops(), forward.steps.len()), (products, 2), "{forward}");
+    // The same where there is no such call: three products.
+    let cpu = plan(&lora_forward(), &Target::CPU, &[]).unwrap();
+    assert_eq!((cpu.flops(), cpu.steps.len()), (products, 3), "{cpu}");
+    // And for a rank above that of the call.
+    let none = Target { max_low_rank: RANK as usize - 1, ..Target::METAL };
+    assert_eq!(plan(&lora_forward(), &none, &[]).unwrap().steps.len(), 3);
 }
 
 fn norm_with_gradients(norm: &str, dtype: DType, dims: &[usize]) -> ComputationGraph {
@@ -105,15 +117,7 @@ fn every_kernel_has_its_gradient_in_metal() {
             assert!(written, "{name}: nothing writes output {i} of {}\n{plan}", output.ty);
         }
         for step in &plan.steps {
-            let parts = match &step.work {
-                Work::Kernel(kernel) => {
-                    vec![Part::Kernel(render(kernel, Dialect::METAL, &LIMITS, "k").unwrap())]
-                }
-                Work::Call(c) => {
-                    call(c, &step.args, &step.outs, Dialect::METAL, &LIMITS).unwrap().parts
-                }
-            };
-            assert!(!parts.is_empty(), "{name}: nothing is done for {}", step.label);
+            assert!(!parts(step).is_empty(), "{name}: nothing is done for {}", step.label);
         }
     }
 }
@@ -126,22 +130,26 @@ fn launches_and_argument_tables_are_within_metals_limits() {
     const BUFFERS: usize = 31;
     for graph in [lora_step(), support::swiglu_with_loss(), support::rms_norm_with_gradients()] {
         for step in &planned(&graph).steps {
-            let Work::Kernel(kernel) = &step.work else { continue };
-            let source = render(kernel, Dialect::METAL, &LIMITS, "k").unwrap();
-            let Launch { grid, block, shared_bytes, .. } = source.launch;
-            assert!(block <= THREADS_OF_A_GROUP && block.is_multiple_of(32), "{}", step.label);
-            assert!(grid * block < 1 << 32, "{}: threads are counted in 32 bits", step.label);
-            assert!(shared_bytes <= THREADGROUP_BYTES, "{}", step.label);
-            assert!(shared_bytes.is_multiple_of(16), "{}: lengths are so in Metal", step.label);
-            assert!(source.bindings.len() <= BUFFERS, "{}", step.label);
-            for i in 0..source.bindings.len() {
-                assert!(source.text.contains(&format!("[[buffer({i})]]")), "{}", source.text);
+            for part in parts(step) {
+                let Part::Kernel(source) = part else { continue };
+                let Launch { grid, block, shared_bytes, .. } = source.launch;
+                assert!(block <= THREADS_OF_A_GROUP && block.is_multiple_of(32), "{}", step.label);
+                assert!(grid * block < 1 << 32, "{}: threads are counted in 32 bits", step.label);
+                assert!(shared_bytes <= THREADGROUP_BYTES, "{}", step.label);
+                assert!(shared_bytes.is_multiple_of(16), "{}: lengths are so in Metal", step.label);
+                assert!(source.bindings.len() <= BUFFERS, "{}", step.label);
+                for i in 0..source.bindings.len() {
+                    assert!(source.text.contains(&format!("[[buffer({i})]]")), "{}", source.text);
+                }
+                let is_aligned = |slot: &Slot| match slot {
+                    Slot::Arena { offset_bytes, .. } => {
+                        offset_bytes.is_multiple_of(source.align_bytes)
+                    }
+                    Slot::Input(_) | Slot::Output(_) => true,
+                };
+                let mut operands = step.args.iter().chain(&step.outs);
+                assert!(operands.all(|operand| is_aligned(&operand.slot)), "{}", step.label);
             }
-            let operand = |slot: &Slot| match slot {
-                Slot::Arena { offset_bytes, .. } => offset_bytes.is_multiple_of(source.align_bytes),
-                Slot::Input(_) | Slot::Output(_) => true,
-            };
-            assert!(step.args.iter().chain(&step.outs).all(|o| operand(&o.slot)), "{}", step.label);
         }
     }
 }

@@ -28,7 +28,7 @@ pub use metal_candle_runtime::{
     AsyncGraphExecutor, Device, Element, Memory, Pending, Rendezvous, Timing, World, WorldError,
     allow_tf32,
 };
-pub use transform::{Compiled, InputSource, Outline, compile, grad, value_and_grad};
+pub use transform::{Compiled, InputSource, Outline, Recording, compile, grad, value_and_grad};
 
 #[cfg(doctest)]
 #[doc = include_str!("../../../README.md")]

@@ -2,6 +2,8 @@
 
 mod compile;
 mod grad;
+mod recording;
 
 pub use compile::{Compiled, InputSource, Outline, compile};
 pub use grad::{grad, value_and_grad};
+pub use recording::Recording;

@@ -8,6 +8,9 @@ mod replay;
 #[path = "support/testbed.rs"]
 #[allow(dead_code, reason = "shared with other tests")]
 mod testbed;
+#[path = "support/values.rs"]
+#[allow(dead_code, reason = "shared with other tests")]
+mod values;
 
 use metal_candle::graph::NodeId;
 use metal_candle::graph::oracle::{self, Value};
@@ -39,7 +42,7 @@ fn assert_near(seed: u64, case: &Case, got: &[LazyTensor], want: &[Value]) {
     for (i, (got, want)) in got.iter().zip(want).enumerate() {
         assert_eq!(got.dims(), want.ty.shape.dims(), "graph {seed}, output {i}");
         let slack = testbed::slack_of(got.dtype(), want.data.iter().copied());
-        let got = replay::values(got).unwrap();
+        let got = values::values(got).unwrap();
         for (at, (got, want)) in got.iter().zip(&want.data).enumerate() {
             let near = (got - want).abs() <= case.tolerances[i] * (1.0 + want.abs()) + slack;
             assert!(
@@ -54,7 +57,7 @@ fn assert_near(seed: u64, case: &Case, got: &[LazyTensor], want: &[Value]) {
 fn check_eval(seed: u64, limits: &Limits) {
     let case = case(seed, limits);
     let want = oracle::evaluate(&case.graph, &case.inputs).unwrap();
-    let inputs: Vec<LazyTensor> = case.inputs.iter().map(replay::tensor).collect();
+    let inputs: Vec<LazyTensor> = case.inputs.iter().map(values::tensor).collect();
     let got =
         outputs(&case, &inputs).unwrap_or_else(|e| panic!("graph {seed}: {e}\n{}", case.graph));
     let roots: Vec<&LazyTensor> = got.iter().filter(|x| !x.is_evaluated()).collect();
@@ -78,7 +81,7 @@ fn check_compiled(seed: u64, limits: &Limits) {
     let traced = Arc::clone(&case);
     let f = compile(move |args: &[LazyTensor]| outputs(&traced, args)).donate(donated);
     for _ in 0..2 {
-        let args = case.inputs.iter().map(replay::tensor).collect();
+        let args = case.inputs.iter().map(values::tensor).collect();
         let got = f.call(args).unwrap_or_else(|e| panic!("graph {seed}: {e}\n{}", case.graph));
         assert_near(seed, &case, &got, &want);
     }

@@ -7,11 +7,26 @@
 mod call;
 #[path = "reference/coverage.rs"]
 mod coverage;
+#[path = "reference/dialects.rs"]
+mod dialects;
+#[path = "../../compiler/tests/dialects/machine.rs"]
+#[allow(dead_code, reason = "shared with the compiler's tests")]
+mod machine;
+#[path = "../../compiler/tests/dialects/plans.rs"]
+#[allow(dead_code, reason = "shared with the compiler's tests")]
+mod plans;
+#[path = "../../compiler/tests/dialects/program.rs"]
+mod program;
 #[path = "reference/quantised.rs"]
 mod quantised;
 #[path = "support/testbed.rs"]
 #[allow(dead_code, reason = "shared with other tests")]
 mod testbed;
+#[path = "support/values.rs"]
+#[allow(dead_code, reason = "shared with other tests")]
+mod values;
+#[path = "../../runtime/tests/support/walk.rs"]
+mod walk;
 
 use candle_core::{DType, Device, Tensor};
 use metal_candle::{LazyTensor, grad};
@@ -93,7 +108,8 @@ impl Vectors {
                 continue;
             }
             for case in self.cases.iter().filter(|case| case.tol.contains_key(dtype)) {
-                let found = Run { vectors: self, case, dtype, layout }.check();
+                let slack = testbed::slack_of_device;
+                let found = Run { vectors: self, case, dtype, layout, slack }.check();
                 wrong.extend(
                     found.iter().map(|what| format!("{}/{} {dtype}: {what}", case.op, case.case)),
                 );
@@ -132,6 +148,8 @@ struct Run<'a> {
     case: &'a Case,
     dtype: &'a str,
     layout: Layout,
+    /// How much further off than the tolerance what runs it may be.
+    slack: fn(metal_candle::DType) -> f64,
 }
 
 impl Run<'_> {
@@ -141,16 +159,26 @@ impl Run<'_> {
     }
 
     fn values(&self) -> Result<Vec<String>, Box<dyn std::error::Error>> {
+        let (y, gradients) = self.results()?;
+        // Computed before y and without it: as in a training step, nothing but the gradients leaves the plan.
+        let gradients = LazyTensor::eval_all(&gradients.iter().collect::<Vec<_>>())?;
+        Ok(self.wrong(&y.eval()?, &gradients)?)
+    }
+
+    /// The output, and the gradients that there are vectors of, recorded.
+    fn results(&self) -> Result<(LazyTensor, Vec<LazyTensor>), Box<dyn std::error::Error>> {
         let inputs = self.inputs()?;
         let y = self.call(&inputs)?;
         let wrt: Vec<&LazyTensor> = self.case.grads.keys().map(|i| &inputs[*i]).collect();
-        // Recorded before y is computed, and computed without it: as in a training step, nothing
-        // but the gradients leaves the plan.
         let gradients = if wrt.is_empty() { vec![] } else { grad(&self.loss(&y)?, &wrt)? };
-        let gradients = LazyTensor::eval_all(&gradients.iter().collect::<Vec<_>>())?;
+        Ok((y, gradients))
+    }
+
+    /// Everything that is wrong with these values.
+    fn wrong(&self, y: &Tensor, gradients: &[Tensor]) -> candle_core::Result<Vec<String>> {
         let tolerance = self.case.tol[self.dtype];
-        let mut wrong = self.compare("y", &y.eval()?, &self.case.output, tolerance)?;
-        for ((i, name), got) in self.case.grads.iter().zip(&gradients) {
+        let mut wrong = self.compare("y", y, &self.case.output, tolerance)?;
+        for ((i, name), got) in self.case.grads.iter().zip(gradients) {
             let tolerance = self.case.grad_tol[self.dtype];
             wrong.extend(self.compare(&format!("d{i}"), got, name, tolerance)?);
         }
@@ -221,7 +249,7 @@ impl Run<'_> {
             });
         }
         let [relative, absolute] = tolerance;
-        let slack = testbed::slack_of(dtype_from_candle(dtype), floats(want)?);
+        let slack = (self.slack)(dtype_from_candle(dtype)) * testbed::largest(floats(want)?);
         let tolerance = [relative, absolute + slack];
         // What the dtype cannot hold is infinite in it.
         let held = floats(&want.to_dtype(dtype)?)?;
@@ -253,6 +281,19 @@ fn see(x: &LazyTensor, view: &View) -> metal_candle::Result<LazyTensor> {
         "broadcast_as" => x.broadcast_as(a),
         "flip" => a.iter().try_fold(x.clone(), |x, dim| x.flip(*dim)),
         other => panic!("the manifest has a view {other}, which no method is known for"),
+    }
+}
+
+/// A dtype in Candle's words.
+fn candle_dtype(dtype: metal_candle::DType) -> DType {
+    match dtype {
+        metal_candle::DType::U8 => DType::U8,
+        metal_candle::DType::U32 => DType::U32,
+        metal_candle::DType::I64 => DType::I64,
+        metal_candle::DType::BF16 => DType::BF16,
+        metal_candle::DType::F16 => DType::F16,
+        metal_candle::DType::F32 => DType::F32,
+        metal_candle::DType::F64 => DType::F64,
     }
 }
 
@@ -314,6 +355,11 @@ macro_rules! families {
             #[test]
             fn values_and_gradients_equal_pytorch_on_strided_tensors() {
                 Vectors::of(stringify!($family)).check(Layout::Strided);
+            }
+
+            #[test]
+            fn values_and_gradients_equal_pytorch_in_metal() {
+                crate::dialects::check(stringify!($family));
             }
         }
     )*};

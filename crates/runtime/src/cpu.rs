@@ -16,6 +16,7 @@ mod executable;
 mod gemm;
 mod index;
 mod kernel;
+mod low_rank;
 mod math;
 mod matrix;
 mod number;
@@ -41,6 +42,9 @@ fn call(call: &LibraryCall, args: &[Arg], outs: &mut [Out], parallel: bool) -> R
     match *call {
         LibraryCall::Gemm { alpha, accumulate } => {
             gemm::call(args, outs, alpha, accumulate, parallel);
+        }
+        LibraryCall::LowRank { low_scale, scale } => {
+            low_rank::call(args, outs, [low_scale, scale], parallel);
         }
         LibraryCall::QuantGemm { format, rows, cols, transposed } => {
             quant::call_gemm(args, outs, format, [rows, cols], transposed, parallel);

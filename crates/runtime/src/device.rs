@@ -222,7 +222,7 @@ impl TryFrom<&candle_core::Device> for Device {
 
 #[cfg(test)]
 mod tests {
-    use super::Device;
+    use super::{Device, Error};
 
     #[test]
     fn names_are_read_as_they_are_written() {
@@ -246,6 +246,22 @@ mod tests {
             assert!(name.ends_with(&format!("({device})")), "{name}");
         }
         assert!(all.contains(&Device::best()));
+    }
+
+    #[test]
+    fn a_machine_without_the_gpu_says_which_ones_it_has() {
+        let message = |device, names: &[&str]| {
+            let names = names.iter().map(|name| (*name).to_owned()).collect();
+            Error::NotInMachine { device, names }.to_string()
+        };
+        let none = message(Device::Metal(0), &[]);
+        assert_eq!(none, "metal:0: this machine has no GPU that Metal can use");
+        let one = message(Device::Metal(1), &["Apple M2 Pro"]);
+        assert_eq!(one, "metal:1: this machine has one GPU of this kind, number 0: Apple M2 Pro");
+        let two = message(Device::Cuda(2), &["A", "B"]);
+        assert_eq!(two, "cuda:2: this machine has GPUs 0 to 1: A, B");
+        let none = message(Device::Cuda(0), &[]);
+        assert!(none.contains("no NVIDIA GPU") && none.contains("nvidia-smi"), "{none}");
     }
 
     #[test]

@@ -53,6 +53,7 @@ pub(crate) fn barriers(commands: &[Touched]) -> Vec<bool> {
 }
 
 /// What a command needs of a launch that it shares.
+#[cfg(any(test, feature = "cuda"))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Room {
     /// Threads of a block: those of one launch have blocks of one size.

@@ -29,6 +29,8 @@ mod mapped;
 #[cfg(any(test, feature = "metal"))]
 mod metal;
 mod pages;
+#[cfg(any(test, feature = "cuda", feature = "metal"))]
+mod parts;
 mod pending;
 #[cfg(any(feature = "cuda", feature = "metal"))]
 mod places;

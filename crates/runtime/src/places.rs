@@ -1,9 +1,8 @@
-//! Where the commands of a GPU find what they work on, and what a step becomes for them.
+//! Where the commands of a GPU find what they work on.
 
 use crate::hazards::{Span, Touched};
-use crate::{Error, Result};
-use metal_candle_compiler::render::{self, Binding, Call, Dialect, Limits, Part};
-use metal_candle_compiler::{Operand, Plan, Slot, Step, Work};
+use metal_candle_compiler::render::Binding;
+use metal_candle_compiler::{Operand, Plan, Slot, Step};
 
 /// Where a buffer starts: so many bytes into one of the run's allocations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,19 +75,4 @@ pub(crate) fn operand(step: &Step, binding: Binding) -> Option<&Operand> {
         Binding::Out(i) | Binding::OutAt { out: i, .. } => Some(&step.outs[i as usize]),
         Binding::Workspace { .. } | Binding::Status => None,
     }
-}
-
-/// What a device does for a step of this number.
-///
-/// # Errors
-/// [`Error::Render`]
-pub(crate) fn parts(plan: &Plan, step: usize, dialect: &Dialect, limits: &Limits) -> Result<Call> {
-    let Step { work, args, outs, label, .. } = &plan.steps[step];
-    let rendered = match work {
-        // One name for all: kernels of one text are one kernel, whichever plan they are in.
-        Work::Kernel(kernel) => render::render(kernel, dialect, limits, "fused")
-            .map(|source| Call { parts: vec![Part::Kernel(source)], workspace_bytes: 0 }),
-        Work::Call(call) => render::call(call, args, outs, dialect, limits),
-    };
-    rendered.map_err(|source| Error::Render { step, label: label.clone(), source })
 }

@@ -1,7 +1,7 @@
 //! A library call as what a GPU does for it: kernels and products, in order.
 //!
 //! ```text
-//! gemm, index, along, rope, quant, cross_entropy
+//! gemm, low_rank, index, along, rope, quant, cross_entropy
 //!        which template of a header, with which extents and places
 //! attention, attention_few
 //!        tiles of scores; attention_shape ── what they are specialised by; kernel ── the text around them
@@ -20,6 +20,7 @@ mod factor;
 mod gemm;
 mod index;
 mod kernel;
+mod low_rank;
 mod quant;
 mod rope;
 mod walk;
@@ -148,6 +149,9 @@ pub fn call(
     Ok(match *call {
         LibraryCall::Gemm { alpha, accumulate } => {
             gemm::gemm(gpu, args, &outs[0], alpha, accumulate)
+        }
+        LibraryCall::LowRank { low_scale, scale } => {
+            low_rank::low_rank(gpu, args, outs, [low_scale, scale])
         }
         LibraryCall::Rope { layout } => rope::rope(gpu, args, &outs[0], layout),
         LibraryCall::Gather { dim } => index::gather(gpu, args, outs, dim),

@@ -1,8 +1,9 @@
 //! Attention's kernels against the graph's meaning in f64: every attribute, dtype and layout, in both dialects.
 
+use crate::machine::{CUDA, DIALECTS, METAL};
 use crate::plans::{self, Task};
 use crate::random::Rng;
-use crate::{CUDA, DIALECTS, METAL, walk};
+use crate::walk;
 use metal_candle_compiler::render::{Dialect, Limits};
 use metal_candle_graph::composite::{AttentionAttrs, AttentionInput};
 use metal_candle_graph::oracle::{self, Value};

@@ -5,9 +5,10 @@ mod bad;
 mod moves;
 mod products;
 
+use crate::machine::DIALECTS;
 use crate::plans::{Task, check};
 use crate::random::Rng;
-use crate::{DIALECTS, refused};
+use crate::refused;
 use metal_candle_compiler::render::{Dialect, Limits};
 use metal_candle_graph::composite::CrossEntropyAttrs;
 use metal_candle_graph::oracle::{self, Value};

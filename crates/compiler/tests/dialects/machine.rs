@@ -1,16 +1,46 @@
 //! Compiles rendered kernels as C++ and runs them: see `machine/machine.h` for what they are held to.
 
 use crate::program::{self, Program};
-use metal_candle_compiler::render::{Dialect, Source};
+use metal_candle_compiler::render::{Dialect, Limits, Source};
+use std::collections::HashSet;
+use std::hash::{DefaultHasher, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+/// So few threads at once that grids go round several times.
+pub(crate) const CUDA: Limits = Limits::cuda(1, 512);
+pub(crate) const METAL: Limits = Limits::metal(1);
+
+pub(crate) const DIALECTS: [(&str, &Dialect, Limits); 2] =
+    [("cuda", Dialect::CUDA, CUDA), ("metal", Dialect::METAL, METAL)];
+
+/// Files for the kernels of a machine at most, and kernels of one at least: clang takes as long for the headers as for a
+/// dozen kernels, and cores want work.
+const UNITS: usize = 8;
+const KERNELS_OF_UNIT: usize = 12;
+
 /// Kernels that are compiled together.
 pub(crate) struct Unit {
     pub(crate) header: String,
     pub(crate) sources: Vec<Source>,
+}
+
+/// The kernels of all sources, each once, in units of about the same size.
+pub(crate) fn units<'a>(
+    sources: impl IntoIterator<Item = &'a Source>,
+    dialect: &Dialect,
+) -> Vec<Unit> {
+    let mut known = HashSet::new();
+    let sources: Vec<&Source> =
+        sources.into_iter().filter(|source| known.insert(&source.name)).collect();
+    let n = (sources.len() / KERNELS_OF_UNIT).clamp(2, UNITS);
+    let unit = |i: usize| {
+        let sources = sources.iter().skip(i).step_by(n).map(|source| (*source).clone()).collect();
+        Unit { header: dialect.header(), sources }
+    };
+    (0..n).map(unit).collect()
 }
 
 /// Compiled kernels, to be run.
@@ -22,19 +52,21 @@ impl Machine {
     /// `name` tells programs of one test run apart.
     pub(crate) fn build(dialect: &Dialect, name: &str, units: &[Unit]) -> Machine {
         let folder = folder(name);
-        let here = machine_sources();
-        let own = ["machine", "program", "tensor_cores"].map(|name| {
-            (here.join(name).with_extension("cpp"), folder.join(name).with_extension("o"), false)
-        });
-        let mut jobs = own.to_vec();
+        let (own, new) = own_objects(&folder);
+        let mut jobs: Vec<Job> = new.iter().map(|(job, _)| job.clone()).collect();
         for (i, unit) in units.iter().enumerate() {
-            let path = folder.join(format!("unit{i}.cpp"));
-            std::fs::write(&path, unit_text(dialect, unit)).unwrap();
-            jobs.push((path, folder.join(format!("unit{i}.o")), true));
+            let from = folder.join(format!("unit{i}.cpp"));
+            std::fs::write(&from, unit_text(dialect, unit)).unwrap();
+            jobs.push(Job { to: from.with_extension("o"), from, checked: true });
         }
         compile_all(&jobs);
+        for (job, kept) in &new {
+            // As a whole or not at all: other tests may look for it now.
+            std::fs::rename(&job.to, kept).unwrap();
+        }
+        let kernels = jobs[new.len()..].iter().map(|job| &job.to);
         let mut link = compiler();
-        link.args(jobs.iter().map(|(_, object, _)| object));
+        link.args(own.iter().chain(kernels));
         execute(link.arg("-o").arg(folder.join("machine")));
         Machine { folder }
     }
@@ -81,7 +113,8 @@ fn folder(name: &str) -> PathBuf {
 }
 
 fn machine_sources() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/dialects/machine")
+    // Tests of other crates have it, too.
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../compiler/tests/dialects/machine")
 }
 
 /// A file of C++: the kernels as they are, and how to call them.
@@ -98,19 +131,51 @@ fn unit_text(dialect: &Dialect, unit: &Unit) -> String {
     text
 }
 
+/// A file to be compiled.
+#[derive(Clone)]
+struct Job {
+    from: PathBuf,
+    to: PathBuf,
+    /// Whether it is made of kernels.
+    checked: bool,
+}
+
+/// The objects of the machine itself, which all tests share; and those that are yet to be compiled, to `folder`, with
+/// the places where they are kept.
+fn own_objects(folder: &Path) -> (Vec<PathBuf>, Vec<(Job, PathBuf)>) {
+    let here = machine_sources();
+    let mut files: Vec<PathBuf> =
+        std::fs::read_dir(&here).unwrap().map(|entry| entry.unwrap().path()).collect();
+    files.sort();
+    let mut hash = DefaultHasher::new();
+    files.iter().for_each(|file| hash.write(&std::fs::read(file).unwrap()));
+    let kept = self::folder(&format!("machine-{:016x}", hash.finish()));
+    let objects = ["machine", "program", "tensor_cores"];
+    let job = |name: &&str| {
+        let (from, to) = (here.join(name).with_extension("cpp"), folder.join(name));
+        (
+            Job { from, to: to.with_extension("o"), checked: false },
+            kept.join(name).with_extension("o"),
+        )
+    };
+    let jobs = objects.iter().map(job);
+    let new = jobs.filter(|(_, kept)| !kept.exists()).collect();
+    (objects.iter().map(|name| kept.join(name).with_extension("o")).collect(), new)
+}
+
 /// Calls the machine before every access to memory, and where C++ is left.
 const CHECKS: &str = "-fsanitize=thread,alignment,bounds,signed-integer-overflow,shift,\
                       integer-divide-by-zero,float-cast-overflow";
 
 /// On every core.
-fn compile_all(jobs: &[(PathBuf, PathBuf, bool)]) {
+fn compile_all(jobs: &[Job]) {
     let (next, failed) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     std::thread::scope(|scope| {
         for _ in 0..cores {
             scope.spawn(|| {
-                while let Some((from, to, checked)) = jobs.get(next.fetch_add(1, Ordering::Relaxed))
-                {
+                while let Some(job) = jobs.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    let Job { from, to, checked } = job;
                     let mut command = compiler();
                     command.args(checked.then_some(CHECKS));
                     command.arg("-c").arg(from).arg("-o").arg(to);

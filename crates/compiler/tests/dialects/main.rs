@@ -5,6 +5,7 @@ mod attention;
 mod calls;
 mod cases;
 mod graphs;
+mod lora;
 mod machine;
 mod plans;
 mod products;
@@ -17,25 +18,15 @@ mod support;
 mod walk;
 
 use cases::Case;
-use machine::{Machine, Unit};
+use machine::{CUDA, DIALECTS, Machine, Unit, units};
 use metal_candle_compiler::kernel::Kernel;
 use metal_candle_compiler::render::{Dialect, Limits, RenderError, Source, beside, render};
 use metal_candle_graph::{Composite, ComputationGraph, DType, Operation, oracle};
 use plans::{Rendered, Renderer, Task};
-use program::Program;
+use program::{Part, Program};
 use random::{Limits as Draw, Rng, SMALL, case, seeds};
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::path::Path;
-
-/// So few threads at once that grids go round several times.
-const CUDA: Limits = Limits::cuda(1, 512);
-const METAL: Limits = Limits::metal(1);
-
-/// Kernels of one file: clang takes a second for the headers, and two cores want work.
-const UNITS: usize = 8;
-
-const DIALECTS: [(&str, &Dialect, Limits); 2] =
-    [("cuda", Dialect::CUDA, CUDA), ("metal", Dialect::METAL, METAL)];
 
 /// Renders each kernel once; `None` where Metal has no such numbers.
 fn sources(cases: &[Case], dialect: &Dialect, limits: &Limits) -> Vec<Option<Source>> {
@@ -51,19 +42,6 @@ fn sources(cases: &[Case], dialect: &Dialect, limits: &Limits) -> Vec<Option<Sou
         rendered.clone()
     };
     cases.iter().map(|case| source(case, &case.kernel)).collect()
-}
-
-/// The kernels of all sources, each once, in units of about the same size.
-fn units<'a>(sources: impl IntoIterator<Item = &'a Source>, dialect: &Dialect) -> Vec<Unit> {
-    let mut units: Vec<Unit> =
-        (0..UNITS).map(|_| Unit { header: dialect.header(), sources: Vec::new() }).collect();
-    let mut known = HashSet::new();
-    for source in sources {
-        if known.insert(&source.name) {
-            units[known.len() % UNITS].sources.push(source.clone());
-        }
-    }
-    units
 }
 
 /// Runs all cases in a dialect, and says how many there were.
@@ -132,6 +110,22 @@ fn kernels_of_random_graphs_equal_the_walk() {
     DIALECTS.into_iter().for_each(|dialect| check("random", dialect, &all));
 }
 
+/// The parts of all, each on buffers of its own.
+fn one_after_the_other(all: impl Iterator<Item = Program>) -> Program {
+    let mut joined = Program::default();
+    for Program { buffers, mut parts } in all {
+        let further = joined.buffers.len();
+        joined.buffers.extend(buffers);
+        for part in &mut parts {
+            let Part::Launch { regions, operands, .. } = part else { panic!("a product") };
+            operands.iter_mut().for_each(|at| at.buffer += further);
+            regions.iter_mut().for_each(|region| region.start.buffer += further);
+        }
+        joined.parts.append(&mut parts);
+    }
+    joined
+}
+
 /// Up to four neighbours of one block size, and the first of them once more, on memory of its own.
 #[test]
 fn kernels_side_by_side_do_what_they_do_alone() {
@@ -150,7 +144,7 @@ fn kernels_side_by_side_do_what_they_do_alone() {
         .iter()
         .map(|(joined, members)| {
             let alone = members.iter().map(|(case, source)| case.program(source));
-            Program::beside(alone.collect(), &joined.name, joined.launch)
+            one_after_the_other(alone).joined(&joined.name, joined.launch)
         })
         .collect();
     for ((joined, members), result) in groups.iter().zip(machine.run(&programs)) {

@@ -1,9 +1,9 @@
 //! Whole plans, as a backend runs them: fused kernels, the kernels of calls, and products as its library would do them,
 //! against the graph's oracle.
 
-use crate::machine::Machine;
+use crate::machine::{Machine, units};
 use crate::program::{Address, Part as Do, Program, Region};
-use crate::{units, walk};
+use crate::walk;
 use metal_candle_compiler::kernel::Kernel;
 use metal_candle_compiler::render::{
     self, Ahead, Binding, Call, Dialect, Limits, Part, Place, RenderError, Source, Status, beside,
@@ -42,12 +42,15 @@ pub(crate) struct Rendered {
 pub(crate) struct Renderer {
     pub(crate) dialect: &'static Dialect,
     pub(crate) limits: Limits,
+    /// The dialect's, if nobody changes it.
+    pub(crate) target: Target,
     known: HashMap<Kernel, Source>,
 }
 
 impl Renderer {
     pub(crate) fn new(dialect: &'static Dialect, limits: Limits) -> Renderer {
-        Renderer { dialect, limits, known: HashMap::new() }
+        let target = if dialect.has_f64 { Target::CUDA } else { Target::METAL };
+        Renderer { dialect, limits, target, known: HashMap::new() }
     }
 
     /// # Errors
@@ -57,8 +60,7 @@ impl Renderer {
         g: &ComputationGraph,
         donated: &[bool],
     ) -> Result<Rendered, RenderError> {
-        let target = if self.dialect.has_f64 { Target::CUDA } else { Target::METAL };
-        let plan = metal_candle_compiler::plan(g, &target, donated).unwrap();
+        let plan = metal_candle_compiler::plan(g, &self.target, donated).unwrap();
         let steps = plan.steps.iter().map(|step| self.step(step)).collect::<Result<_, _>>()?;
         Ok(Rendered { plan, steps })
     }
@@ -299,7 +301,16 @@ pub(crate) fn check(
     tasks: &[Task],
     skips: impl Fn(&RenderError) -> bool,
 ) {
-    let mut renderer = Renderer::new(dialect, limits);
+    check_by(Renderer::new(dialect, limits), name, tasks, skips);
+}
+
+/// [`check`] by this renderer.
+pub(crate) fn check_by(
+    mut renderer: Renderer,
+    name: &str,
+    tasks: &[Task],
+    skips: impl Fn(&RenderError) -> bool,
+) {
     let (mut all, mut of) = (Vec::new(), Vec::new());
     for task in tasks {
         match renderer.plan(&task.graph, &task.donated) {
@@ -328,6 +339,6 @@ pub(crate) fn check(
             }
         }
     }
-    println!("{}: {} plans of {} run", dialect.language, all.len(), tasks.len());
+    println!("{}: {} plans of {} run", renderer.dialect.language, all.len(), tasks.len());
     assert!(all.len() > tasks.len() / 2, "most were refused");
 }

@@ -1,6 +1,6 @@
 //! The plain kernel of a product, for what a backend's library does not take.
 
-use crate::DIALECTS;
+use crate::machine::DIALECTS;
 use crate::machine::{Machine, Unit};
 use crate::program::{Address, Part, Program, Region};
 use crate::random::Rng;

@@ -24,22 +24,6 @@ impl Address {
 }
 
 impl Program {
-    /// The launches of all, as one of `kernel`; their buffers and operands follow each other.
-    pub(crate) fn beside(all: Vec<Program>, kernel: &str, launch: Launch) -> Program {
-        let mut joined = Program::default();
-        for Program { buffers, mut parts } in all {
-            let further = joined.buffers.len();
-            joined.buffers.extend(buffers);
-            for part in &mut parts {
-                let Part::Launch { regions, operands, .. } = part else { panic!("a product") };
-                operands.iter_mut().for_each(|at| at.buffer += further);
-                regions.iter_mut().for_each(|region| region.start.buffer += further);
-            }
-            joined.parts.append(&mut parts);
-        }
-        joined.joined(kernel, launch)
-    }
-
     /// Its launches as one of `kernel`, whose operands are theirs.
     pub(crate) fn joined(self, kernel: &str, launch: Launch) -> Program {
         let (mut every_region, mut every_operand): (Vec<Region>, Vec<_>) = Default::default();

@@ -7,7 +7,7 @@ use crate::error::ErrorKind;
 use crate::io::tokenizer::Tokenizer;
 use crate::models::Decoder;
 use crate::nn::{ApplyAdapter, LoRAAdapter};
-use crate::{Compiled, LazyTensor, Outline, Result, Timing};
+use crate::{Compiled, LazyTensor, Outline, Recording, Result, Timing};
 use std::sync::Arc;
 
 /// Generates text with a decoder and the adapter that is on it. Another one is put on by
@@ -146,7 +146,8 @@ impl Generator {
         cache: &mut KVCache,
         timing: Timing,
     ) -> Result<(u32, Vec<f64>)> {
-        let args = Self::arguments(ids, cache)?;
+        check_room(ids, cache)?;
+        let args = step::arguments(ids, cache)?;
         let (results, seconds) = self.steps.one(Wanted::Best).profile(args, timing)?;
         match self.scores(Wanted::Best, results, ids.len(), cache)? {
             Scores::Best(id) => Ok((id, seconds)),
@@ -155,17 +156,19 @@ impl Generator {
     }
 
     fn step(&self, wanted: Wanted, ids: &[u32], cache: &mut KVCache) -> Result<Scores> {
-        let results = self.steps.one(wanted).call(Self::arguments(ids, cache)?)?;
-        self.scores(wanted, results, ids.len(), cache)
+        let tokens = check_room(ids, cache)?;
+        let results = self.steps.one(wanted).call(step::arguments(ids, cache)?)?;
+        self.scores(wanted, results, tokens, cache)
     }
 
-    /// Those of a step, if the cache has room.
-    fn arguments(ids: &[u32], cache: &mut KVCache) -> Result<Vec<LazyTensor>> {
-        let (tokens, context) = (ids.len(), cache.capacity() - cache.len());
-        if tokens == 0 || tokens > context {
-            return Err(ErrorKind::PromptLength { tokens, context }.into());
-        }
-        step::arguments(ids, cache)
+    /// What [`Generator::logits`] of these ids would compute, and from what: logits, then keys and values. The cache
+    /// stays as it is.
+    ///
+    /// # Errors
+    /// As [`Generator::logits`].
+    pub fn recording(&self, ids: &[u32], cache: &KVCache) -> Result<Recording> {
+        check_room(ids, cache)?;
+        step::recording(&self.steps.logits, ids, cache)
     }
 
     /// As [`Generator::generate`], but awaited: token by token, and no thread is blocked.
@@ -293,5 +296,14 @@ impl ApplyAdapter for Generator {
 
     fn adapter(&self) -> Option<&LoRAAdapter> {
         self.decoder.adapter()
+    }
+}
+
+/// How many tokens there are, if there are some and the cache has room for them.
+fn check_room(ids: &[u32], cache: &KVCache) -> Result<usize> {
+    let (tokens, context) = (ids.len(), cache.capacity() - cache.len());
+    match tokens == 0 || tokens > context {
+        true => Err(ErrorKind::PromptLength { tokens, context }.into()),
+        false => Ok(tokens),
     }
 }

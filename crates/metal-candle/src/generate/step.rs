@@ -3,7 +3,7 @@
 use super::KVCache;
 use crate::models::{CacheInput, Decoder, PaddedRows};
 use crate::nn::ApplyAdapter;
-use crate::{Compiled, DType, Device, LazyTensor, Outline, Result, compile};
+use crate::{Compiled, DType, Device, LazyTensor, Outline, Recording, Result, compile};
 use std::sync::Arc;
 
 /// Prompts are padded to a multiple of this many tokens, so that few plans serve all lengths.
@@ -112,6 +112,20 @@ pub(super) fn outline(decoder: Arc<Decoder>, shape: DecodeShape) -> Result<Outli
 
 /// The arguments of [`one`]; keys and values are taken out of the cache.
 pub(super) fn arguments(ids: &[u32], cache: &mut KVCache) -> Result<Vec<LazyTensor>> {
+    let mut args = tokens(ids, cache)?;
+    args.append(&mut cache.keys);
+    args.append(&mut cache.values);
+    Ok(args)
+}
+
+/// What the step of these tokens would compute, and from what; the cache stays as it is.
+pub(super) fn recording(step: &Compiled, ids: &[u32], cache: &KVCache) -> Result<Recording> {
+    let args = [tokens(ids, cache)?, cache.keys.clone(), cache.values.clone()].concat();
+    step.recording(&args)
+}
+
+/// The arguments of [`one`] before keys and values.
+fn tokens(ids: &[u32], cache: &KVCache) -> Result<Vec<LazyTensor>> {
     let padded = match ids.len() {
         1 => 1,
         n => n.next_multiple_of(PREFILL_BUCKET).min(cache.capacity() - cache.len()),
@@ -119,14 +133,11 @@ pub(super) fn arguments(ids: &[u32], cache: &mut KVCache) -> Result<Vec<LazyTens
     // Padding stands after the prompt: nothing that counts sees it, and later tokens overwrite it.
     let mut row = ids.to_vec();
     row.resize(padded, 0);
-    let mut args = vec![
+    Ok(vec![
         LazyTensor::from_vec(row, &[1, padded], cache.device())?,
         scalar(cache.len(), cache.device())?,
         scalar(ids.len() - 1, cache.device())?,
-    ];
-    args.append(&mut cache.keys);
-    args.append(&mut cache.values);
-    Ok(args)
+    ])
 }
 
 pub(super) fn scalar(value: usize, device: &Device) -> Result<LazyTensor> {

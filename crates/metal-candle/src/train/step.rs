@@ -9,7 +9,9 @@ use crate::io::data::Batch;
 use crate::lazy::one_device;
 use crate::models::Decoder;
 use crate::nn::LoRAAdapter;
-use crate::{Compiled, DType, Device, LazyTensor, Outline, Result, Timing, World, compile};
+use crate::{
+    Compiled, DType, Device, LazyTensor, Outline, Recording, Result, Timing, World, compile,
+};
 use std::sync::Arc;
 
 /// What one step did.
@@ -337,6 +339,17 @@ impl TrainStep {
         let mut args = self.state.clone();
         args.extend(shape.arguments(&self.device, self.traced.in_world)?);
         self.step.plan(&args)
+    }
+
+    /// What the next step on these batches would compute, and from what. Its results are the norm of the gradients, the
+    /// loss, and the state.
+    ///
+    /// # Errors
+    /// Where the step could not be traced.
+    pub fn recording(&self, batches: &[Batch], rate: f64) -> Result<Recording> {
+        let mut args = self.state.clone();
+        args.extend(self.arguments(batches, rate, false)?);
+        self.step.recording(&args)
     }
 
     /// The scratch memory that its steps hold now: the arenas of the plans that ran.

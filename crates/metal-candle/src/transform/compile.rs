@@ -1,5 +1,6 @@
 //! Trace once, call many times.
 
+use super::Recording;
 use crate::error::{AtCaller, ErrorKind};
 use crate::lazy::{LazyTensor, Leaf, Trace, one_device, trace};
 use crate::{Device, Error, Result};
@@ -170,6 +171,17 @@ impl Compiled {
         };
         let inputs = trace.leaves.iter().zip(trace.inputs()).map(source).collect();
         Ok(Outline { plan, inputs })
+    }
+
+    /// What a call with these arguments would compute, and from what. Nothing is run, and nothing is given away.
+    ///
+    /// # Errors
+    /// Those of the function when it is traced.
+    #[track_caller]
+    pub fn recording(&self, args: &[LazyTensor]) -> Result<Recording> {
+        let Planned { plan, trace, .. } = self.planned(args)?;
+        let donated = plan.inputs.iter().map(|input| input.donated).collect();
+        Ok(Recording::new(&trace, args, donated))
     }
 
     /// The scratch memory that is held now: [`Plan::arena_bytes`] of every shape that was called,

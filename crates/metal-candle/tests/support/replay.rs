@@ -1,44 +1,11 @@
 //! A graph recorded again, node by node, through the methods of `LazyTensor`.
 
 use crate::testbed::device;
-use half::{bf16, f16};
 use metal_candle::graph::composite::{AttentionAttrs, CrossEntropyAttrs, RopeLayout};
-use metal_candle::graph::oracle::Value;
 use metal_candle::graph::{
     ArgReduceOp, BinaryOp, Composite, Node, NodeId, ReduceOp, Scalar, UnaryOp,
 };
-use metal_candle::{
-    Attention, ComputationGraph, CrossEntropy, DType, LazyTensor, Operation, Result,
-};
-
-/// The tensor of these values.
-pub(crate) fn tensor(value: &Value) -> LazyTensor {
-    let (dims, data) = (value.ty.shape.dims(), value.data.iter().copied());
-    let on = device();
-    match value.ty.dtype {
-        DType::U8 => LazyTensor::from_vec(data.map(|x| x as u8).collect(), dims, on),
-        DType::U32 => LazyTensor::from_vec(data.map(|x| x as u32).collect(), dims, on),
-        DType::I64 => LazyTensor::from_vec(data.map(|x| x as i64).collect(), dims, on),
-        DType::BF16 => LazyTensor::from_vec(data.map(bf16::from_f64).collect(), dims, on),
-        DType::F16 => LazyTensor::from_vec(data.map(f16::from_f64).collect(), dims, on),
-        DType::F32 => LazyTensor::from_vec(data.map(|x| x as f32).collect(), dims, on),
-        DType::F64 => LazyTensor::from_vec(data.collect(), dims, on),
-    }
-    .unwrap()
-}
-
-/// The elements, as the oracle holds them.
-pub(crate) fn values(x: &LazyTensor) -> Result<Vec<f64>> {
-    Ok(match x.dtype() {
-        DType::U8 => x.to_vec::<u8>()?.into_iter().map(f64::from).collect(),
-        DType::U32 => x.to_vec::<u32>()?.into_iter().map(f64::from).collect(),
-        DType::I64 => x.to_vec::<i64>()?.into_iter().map(|x| x as f64).collect(),
-        DType::BF16 => x.to_vec::<bf16>()?.into_iter().map(bf16::to_f64).collect(),
-        DType::F16 => x.to_vec::<f16>()?.into_iter().map(f16::to_f64).collect(),
-        DType::F32 => x.to_vec::<f32>()?.into_iter().map(f64::from).collect(),
-        DType::F64 => x.to_vec::<f64>()?,
-    })
-}
+use metal_candle::{Attention, ComputationGraph, CrossEntropy, LazyTensor, Operation, Result};
 
 /// Records what `wanted` need. By node; `None` where nothing needs it.
 pub(crate) fn replay(

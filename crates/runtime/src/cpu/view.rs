@@ -85,6 +85,11 @@ impl<'a> Out<'a> {
         &self.operand.layout.shape
     }
 
+    /// What has been written, to be read while nobody writes more.
+    pub(crate) fn written(&self) -> Arg<'_> {
+        Arg { base: self.base, operand: self.operand }
+    }
+
     /// The elements, dense.
     pub(crate) fn slice<T: Element>(&mut self) -> &mut [T] {
         check_dtype::<T>(self.operand);

@@ -19,8 +19,8 @@ struct Index { unsigned x; };
 #define blockIdx (Index{machine::ids().block})
 #define gridDim (Index{machine::ids().blocks})
 
-inline void __syncthreads() { machine::barrier(); }
-template <typename T> T __shfl_xor_sync(unsigned, T x, unsigned mask) { return machine::shuffle_xor(x, mask); }
+TOGETHER inline void __syncthreads() { machine::barrier(); }
+template <typename T> TOGETHER T __shfl_xor_sync(unsigned, T x, unsigned mask) { return machine::shuffle_xor(x, mask); }
 
 inline unsigned atomicCAS(unsigned* at, unsigned expected, unsigned desired) {
     return machine::compare_exchange(at, expected, desired);
@@ -57,4 +57,4 @@ template <typename T> void multiply_add(float (&to)[4], const unsigned (&a)[4], 
 }
 template <typename T> unsigned pair_of(float a, float b, T) { return unsigned(T(a).bits) | unsigned(T(b).bits) << 16; }
 inline float power_of_2(float x) { return exp2f(x); }
-inline void simd_barrier() { machine::shuffle_xor(0u, 0); }
+TOGETHER inline void simd_barrier() { machine::shuffle_xor(0u, 0); }

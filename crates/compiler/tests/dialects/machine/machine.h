@@ -23,15 +23,18 @@ namespace machine {
 
 struct Ids { unsigned tid, block, blocks; };
 
+/// What all threads do together, and where: a compiler may not copy it into the branches that some of them take.
+#define TOGETHER __attribute__((convergent))
+
 /// Of the running thread.
 Ids ids();
-void barrier();
+TOGETHER void barrier();
 /// Gives `bits` to the other lanes, and takes those of lane `lane ^ mask`.
-uint64_t shuffle_xor(uint64_t bits, unsigned mask);
+TOGETHER uint64_t shuffle_xor(uint64_t bits, unsigned mask);
 
 /// Gives up to 32 bytes to the other lanes, and takes those of all, in order: each lane's begin at a multiple of `bytes`. `site` is
 /// where all lanes must be.
-const void* gather(const void* mine, size_t bytes, void* site);
+TOGETHER const void* gather(const void* mine, size_t bytes, void* site);
 
 /// Of the running thread, to memory that it does not itself touch.
 void access(const void* address, size_t bytes, bool write);
@@ -40,7 +43,7 @@ void access(const void* address, size_t bytes, bool write);
 /// Writes `desired` if `expected` is there; gives what was there.
 unsigned compare_exchange(unsigned* at, unsigned expected, unsigned desired);
 
-template <typename T> T shuffle_xor(T x, unsigned mask) {
+template <typename T> TOGETHER T shuffle_xor(T x, unsigned mask) {
     static_assert(sizeof(T) <= sizeof(uint64_t));
     uint64_t bits = 0;
     std::memcpy(&bits, &x, sizeof(T));
