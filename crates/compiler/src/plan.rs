@@ -123,7 +123,7 @@ pub fn plan(g: &ComputationGraph, target: &Target, donated: &[bool]) -> Result<P
     // Of the graph as it was given: the caller passes an input even where the passes drop it.
     let inputs = lower::inputs(g, donated);
     let g = pass::expand(g, |c| target.keeps(c))?;
-    let g = pass::simplify(&g)?;
+    let g = pass::share_factors(&pass::simplify(&g)?)?;
     let g = pass::split_reductions(&g, target.max_reduce)?;
     let lowered = lower::lower(&g, target, inputs);
     memory::place(lowered, target)

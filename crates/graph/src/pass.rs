@@ -2,9 +2,11 @@
 //! [`ComputationGraph::rebuild`](crate::ComputationGraph::rebuild).
 
 mod expand;
+mod share;
 mod simplify;
 mod split_reduce;
 
 pub use expand::expand;
+pub use share::share_factors;
 pub use simplify::simplify;
 pub use split_reduce::split_reductions;

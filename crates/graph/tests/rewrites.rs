@@ -294,3 +294,50 @@ fn what_no_output_needs_is_gone_after_a_rebuild() {
         "%0 = input{0}() : f32[3]\n%1 = sin(%0) : f32[3]\noutputs: %1, %1\n"
     );
 }
+
+/// How many products a graph has, and what its outputs are on these values.
+fn products(g: &ComputationGraph, inputs: &[Value]) -> (usize, Vec<Value>) {
+    let live = g.rebuild(|out, node, inputs| Ok(out.copy(node, inputs))).unwrap();
+    let count = live.nodes().iter().filter(|node| node.op == Operation::Dot).count();
+    (count, oracle::evaluate(&live, inputs).unwrap())
+}
+
+fn counted(dims: &[&[usize]]) -> (ComputationGraph, Vec<NodeId>, Vec<Value>) {
+    let mut g = ComputationGraph::new();
+    let (mut ids, mut values) = (Vec::new(), Vec::new());
+    for (i, dims) in dims.iter().enumerate() {
+        ids.push(input(&mut g, i as u32, dims));
+        let ty = TensorType::new(DType::F32, shape(dims));
+        let data = (0..ty.shape.len()).map(|j| ((i * 7 + j * 13) % 11) as f64 - 5.0).collect();
+        values.push(Value { ty, data });
+    }
+    (g, ids, values)
+}
+
+#[test]
+fn thin_products_that_share_a_factor_are_one() {
+    let (mut g, ids, values) =
+        counted(&[&[40, 32], &[32, 8], &[32, 4], &[32, 40], &[8, 40], &[4, 40]]);
+    let [x, a, b, wide, c, d] = ids[..] else { unreachable!() };
+    // Columns, rows, and one that is not thin.
+    let pairs = [(x, a), (x, b), (x, wide), (c, x), (d, x)];
+    g.outputs = pairs.map(|(l, r)| g.add(Operation::Dot, &[l, r]).unwrap()).to_vec();
+    let (before, want) = products(&g, &values);
+    let (after, got) = products(&pass::share_factors(&g).unwrap(), &values);
+    assert_eq!((before, after), (5, 3));
+    assert_eq!(got, want);
+}
+
+#[test]
+fn a_product_that_needs_another_one_is_not_joined_with_it() {
+    let (mut g, ids, values) = counted(&[&[32, 32], &[32, 4], &[32, 4]]);
+    let [x, a, other] = ids[..] else { unreachable!() };
+    // x (x a) shares x with x a, and cannot be made together with it; x other can.
+    let first = g.add(Operation::Dot, &[x, a]).unwrap();
+    let second = g.add(Operation::Dot, &[x, first]).unwrap();
+    let third = g.add(Operation::Dot, &[x, other]).unwrap();
+    g.outputs = vec![first, second, third];
+    let (_, want) = products(&g, &values);
+    let (_, got) = products(&pass::share_factors(&g).unwrap(), &values);
+    assert_eq!(got, want);
+}
