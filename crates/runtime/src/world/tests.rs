@@ -63,7 +63,7 @@ fn a_rank_that_leaves_ends_the_others_with_its_number() {
     let start = Instant::now();
     let said = ranks(4, |world| {
         let world = world.unwrap();
-        let mut bytes = [0; 4 << 20];
+        let mut bytes = vec![0; 4 << 20];
         world.sum(&mut bytes, DType::F32).unwrap();
         if world.rank() == 2 {
             return String::new();
