@@ -5,9 +5,7 @@ use metal_candle::graph::composite::{AttentionAttrs, CrossEntropyAttrs, RopeLayo
 use metal_candle::graph::{
     ArgReduceOp, BinaryOp, Composite, Node, NodeId, ReduceOp, Scalar, UnaryOp,
 };
-use metal_candle::{
-    Attention, ComputationGraph, CrossEntropy, DType, LazyTensor, Operation, Result,
-};
+use metal_candle::{Attention, ComputationGraph, CrossEntropy, LazyTensor, Operation, Result};
 
 /// Records what `wanted` need. By node; `None` where nothing needs it.
 pub(crate) fn replay(
