@@ -8,6 +8,7 @@ mod machine;
 #[allow(dead_code, reason = "shared with the compiler's tests")]
 mod plans;
 #[path = "../../compiler/tests/dialects/program.rs"]
+#[allow(dead_code, reason = "shared with the compiler's tests")]
 mod program;
 #[path = "io/support.rs"]
 #[allow(dead_code, reason = "only the GGUF writer is used here")]

@@ -16,6 +16,7 @@ mod machine;
 #[allow(dead_code, reason = "shared with the compiler's tests")]
 mod plans;
 #[path = "../../compiler/tests/dialects/program.rs"]
+#[allow(dead_code, reason = "shared with the compiler's tests")]
 mod program;
 #[path = "reference/quantised.rs"]
 mod quantised;

@@ -7,6 +7,7 @@ mod cases;
 mod graphs;
 mod lora;
 mod machine;
+#[allow(dead_code, reason = "shared with the library's tests")]
 mod plans;
 mod products;
 mod program;

@@ -29,6 +29,8 @@ pub(crate) struct Task {
 /// What a run gave.
 pub(crate) struct Outcome {
     pub(crate) outputs: Vec<Vec<f64>>,
+    /// The same as they are in memory: not every whole number is one of f64's.
+    pub(crate) bytes: Vec<Vec<u8>>,
     pub(crate) status: Status,
 }
 
@@ -89,21 +91,29 @@ impl Renderer {
 
     /// Runs each on its inputs.
     pub(crate) fn run(&self, name: &str, all: &[(Rendered, &[Value])]) -> Vec<Outcome> {
+        let all: Vec<_> = all.iter().map(|(plan, inputs)| (plan, encoded(inputs))).collect();
+        self.run_on_bytes(name, all)
+    }
+
+    /// [`Renderer::run`] on inputs as they are in memory.
+    pub(crate) fn run_on_bytes(
+        &self,
+        name: &str,
+        all: Vec<(&Rendered, Vec<Vec<u8>>)>,
+    ) -> Vec<Outcome> {
         let name = format!("{name}-{}", self.dialect.language.replace(' ', "-"));
         let machine = Machine::build(
             self.dialect,
             &name,
-            &units(sources(all.iter().map(|r| &r.0)), self.dialect),
+            &units(sources(all.iter().map(|r| r.0)), self.dialect),
         );
-        let programs: Vec<Program> =
-            all.iter().map(|(rendered, inputs)| rendered.program(inputs)).collect();
-        let outcome = |((rendered, _), result): (&(Rendered, _), Result<Vec<Vec<u8>>, String>)| {
-            match result {
-                Ok(buffers) => rendered.outcome(&buffers),
-                Err(fault) => panic!("{fault}\n{}\n{}", rendered.plan, rendered.text()),
-            }
+        let (plans, programs): (Vec<&Rendered>, Vec<Program>) =
+            all.into_iter().map(|(plan, inputs)| (plan, plan.program(inputs))).unzip();
+        let outcome = |(plan, result): (&Rendered, Result<Vec<Vec<u8>>, String>)| match result {
+            Ok(buffers) => plan.outcome(&buffers),
+            Err(fault) => panic!("{fault}\n{}\n{}", plan.plan, plan.text()),
         };
-        all.iter().zip(machine.run(&programs)).map(outcome).collect()
+        plans.into_iter().zip(machine.run(&programs)).map(outcome).collect()
     }
 }
 
@@ -112,7 +122,7 @@ impl Renderer {
     pub(crate) fn run_joined(&self, rendered: &Rendered, inputs: &[Value], join: bool) -> Outcome {
         let kernels: Vec<&Source> = sources([rendered]).collect();
         let (first, readers) = kernels.split_first().unwrap();
-        let mut program = rendered.program(inputs);
+        let mut program = rendered.program(encoded(inputs));
         let [made, addresses]: [Vec<Address>; 2] = {
             let operands = |part: &Do| match part {
                 Do::Launch { operands, .. } => operands.clone(),
@@ -170,11 +180,9 @@ impl Rendered {
         parts.map(text).collect()
     }
 
-    /// Memory: inputs, outputs, arena, workspace, status. What nobody wrote is NaN, or a large number.
-    fn program(&self, inputs: &[Value]) -> Program {
+    /// Memory: the inputs' buffers, then outputs, arena, workspace, status. What nobody wrote is NaN, or a large number.
+    fn program(&self, mut buffers: Vec<Vec<u8>>) -> Program {
         let unwritten = |len: usize| vec![0xff; len];
-        let mut buffers: Vec<Vec<u8>> =
-            inputs.iter().map(|v| walk::encode(v.ty.dtype, &v.data)).collect();
         buffers.extend(self.plan.outputs.iter().map(|o| unwritten(o.ty.size_bytes())));
         let workspace = self.steps.iter().map(|step| step.workspace_bytes).max().unwrap_or(0);
         buffers.extend([self.plan.arena_bytes, workspace].map(unwritten));
@@ -270,21 +278,27 @@ impl Rendered {
     }
 
     fn outcome(&self, buffers: &[Vec<u8>]) -> Outcome {
-        let mut outputs: Vec<Vec<f64>> = Vec::new();
+        let (mut outputs, mut all): (Vec<Vec<f64>>, Vec<Vec<u8>>) = (Vec::new(), Vec::new());
         for (i, output) in self.plan.outputs.iter().enumerate() {
             let slot = match output.source {
                 OutputSource::Written => Slot::Output(i as u32),
                 OutputSource::Donated(input) | OutputSource::Input(input) => Slot::Input(input),
                 OutputSource::SameAs(other) => {
                     outputs.push(outputs[other as usize].clone());
+                    all.push(all[other as usize].clone());
                     continue;
                 }
             };
             let bytes = &buffers[self.address(slot).buffer][..output.ty.size_bytes()];
             outputs.push(walk::decode(output.ty.dtype, bytes));
+            all.push(bytes.to_vec());
         }
-        Outcome { outputs, status: status(&buffers[buffers.len() - 1]) }
+        Outcome { outputs, bytes: all, status: status(&buffers[buffers.len() - 1]) }
     }
+}
+
+fn encoded(inputs: &[Value]) -> Vec<Vec<u8>> {
+    inputs.iter().map(|v| walk::encode(v.ty.dtype, &v.data)).collect()
 }
 
 fn status(bytes: &[u8]) -> Status {

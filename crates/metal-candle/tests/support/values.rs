@@ -3,7 +3,7 @@
 use crate::testbed::device;
 use half::{bf16, f16};
 use metal_candle::graph::oracle::Value;
-use metal_candle::{DType, LazyTensor, Result};
+use metal_candle::{DType, Element, LazyTensor, Result};
 
 /// The tensor of these values.
 pub(crate) fn tensor(value: &Value) -> LazyTensor {
@@ -24,6 +24,22 @@ pub(crate) fn tensor(value: &Value) -> LazyTensor {
 /// The value of a tensor, which is computed if need be.
 pub(crate) fn value(x: &LazyTensor) -> Value {
     Value::new(x.dtype(), x.dims(), values(x).unwrap()).expect("as many elements as it has")
+}
+
+/// The elements as they are in memory.
+pub(crate) fn bytes(x: &LazyTensor) -> Vec<u8> {
+    fn of<T: Element, const N: usize>(x: &LazyTensor, bytes: fn(T) -> [u8; N]) -> Vec<u8> {
+        x.to_vec::<T>().unwrap().into_iter().flat_map(bytes).collect()
+    }
+    match x.dtype() {
+        DType::U8 => of(x, u8::to_ne_bytes),
+        DType::U32 => of(x, u32::to_ne_bytes),
+        DType::I64 => of(x, i64::to_ne_bytes),
+        DType::BF16 => of(x, bf16::to_ne_bytes),
+        DType::F16 => of(x, f16::to_ne_bytes),
+        DType::F32 => of(x, f32::to_ne_bytes),
+        DType::F64 => of(x, f64::to_ne_bytes),
+    }
 }
 
 /// The elements, as the oracle holds them.
