@@ -33,10 +33,10 @@ pub(crate) fn run() -> Result<()> {
 fn missing() -> Result<Option<&'static str>> {
     let mut folder = program("rustc");
     let folder = output(folder.args(["--print", "target-libdir", "--target", TARGET]))?;
-    Ok(match () {
-        () if !Path::new(folder.trim()).is_dir() => Some("standard library for the target"),
-        () if !works(program(LINKER).arg("--version")) => Some(LINKER),
-        () if !works(program(EMULATOR[0]).arg("--version")) => Some(EMULATOR[0]),
-        () => None,
-    })
+    let needed = [
+        ("standard library for the target", Path::new(folder.trim()).is_dir()),
+        (LINKER, works(program(LINKER).arg("--version"))),
+        (EMULATOR[0], works(program(EMULATOR[0]).arg("--version"))),
+    ];
+    Ok(needed.into_iter().find(|(_, is_there)| !is_there).map(|(what, _)| what))
 }
