@@ -123,7 +123,11 @@ pub fn plan(g: &ComputationGraph, target: &Target, donated: &[bool]) -> Result<P
     // Of the graph as it was given: the caller passes an input even where the passes drop it.
     let inputs = lower::inputs(g, donated);
     let g = pass::expand(g, |c| target.keeps(c))?;
-    let g = pass::share_factors(&pass::simplify(&g)?)?;
+    let mut g = pass::simplify(&g)?;
+    if target.max_low_rank == 0 {
+        // A target that makes a LoRA branch as one step needs its two products as they are.
+        g = pass::share_factors(&g)?;
+    }
     let g = pass::split_reductions(&g, target.max_reduce)?;
     let lowered = lower::lower(&g, target, inputs);
     memory::place(lowered, target)

@@ -1,8 +1,10 @@
 //! Where the commands of a GPU find what they work on.
 
 use crate::hazards::{Span, Touched};
+use crate::{Error, PlanFault, Result};
 use metal_candle_compiler::render::Binding;
 use metal_candle_compiler::{Operand, Plan, Slot, Step};
+use smallvec::SmallVec;
 
 /// Where a buffer starts: so many bytes into one of the run's allocations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,6 +45,32 @@ impl Place {
         };
         Place { base, offset_bytes: start + further }
     }
+}
+
+/// The places of bindings of the step of this number, at multiples of so many bytes each.
+///
+/// # Errors
+/// [`PlanFault::Misaligned`]
+pub(crate) fn places(
+    plan: &Plan,
+    index: usize,
+    bindings: &[Binding],
+    align_bytes: usize,
+) -> Result<SmallVec<[Place; 4]>> {
+    let step = &plan.steps[index];
+    let place = |binding: &Binding| {
+        let place = Place::new(plan, step, *binding);
+        if place.offset_bytes.is_multiple_of(align_bytes) {
+            return Ok(place);
+        }
+        let (slot, dtype) = operand(step, *binding).map_or_else(
+            || panic!("metal-candle bug: {binding:?} at {}", place.offset_bytes),
+            |operand| (operand.slot, operand.dtype),
+        );
+        let (label, fault) = (step.label.clone(), PlanFault::Misaligned { slot, dtype });
+        Err(Error::Plan { step: index, label, fault })
+    };
+    bindings.iter().map(place).collect()
 }
 
 impl Touched {

@@ -8,7 +8,7 @@ use super::nccl::Sum;
 use super::product::Product;
 use crate::hazards::Touched;
 use crate::parts::parts;
-use crate::places::Place;
+use crate::places::{Place, places};
 use crate::{Result, World};
 use cudarc::driver::DriverError;
 use cudarc::driver::sys::{self, CUdeviceptr, CUstream};
@@ -55,15 +55,15 @@ pub(super) enum Work {
 }
 
 impl Draft {
-    fn new(plan: &Plan, index: usize, bindings: Vec<Binding>, work: Work) -> Draft {
-        let step = &plan.steps[index];
-        Draft {
+    fn new(plan: &Plan, index: usize, bindings: Vec<Binding>, work: Work) -> Result<Draft> {
+        let align_bytes = work.kernel().map_or(1, |source| source.align_bytes);
+        Ok(Draft {
             steps: SmallVec::from_elem(index, 1),
-            places: bindings.iter().map(|b| Place::new(plan, step, *b)).collect(),
-            touched: Touched::new(plan, step, &bindings),
+            places: places(plan, index, &bindings, align_bytes)?,
+            touched: Touched::new(plan, &plan.steps[index], &bindings),
             bindings,
             work,
-        }
+        })
     }
 }
 
@@ -89,7 +89,7 @@ impl Commands {
                     index,
                     vec![Binding::Out(0)],
                     Work::Sum(Sum::new(world, step)),
-                ));
+                )?);
                 continue;
             }
             let call = parts(plan, index, Dialect::CUDA, &gpu.limits)?;
@@ -99,7 +99,7 @@ impl Commands {
                 if matches!(&work, Work::Kernel(source) if source.launch.grid == 0) {
                     continue;
                 }
-                drafts.push(Draft::new(plan, index, bindings, work));
+                drafts.push(Draft::new(plan, index, bindings, work)?);
             }
         }
         let list = compile(gpu, join(drafts, plan, &gpu.limits))?;

@@ -4,10 +4,10 @@ use super::Gpu;
 use super::gpu::Said;
 use super::library::Wanted;
 use super::product::{Addend, Parameters, Product};
+use crate::Result;
 use crate::hazards::{self, Touched};
 use crate::parts::parts;
-use crate::places::{Bases, Place, operand};
-use crate::{Error, PlanFault, Result};
+use crate::places::{Bases, Place, places};
 use candle_metal_kernels::metal::{Buffer, ComputePipeline, ConstantValues, Value};
 use candle_metal_kernels::source::Source as CandleSource;
 use metal_candle_compiler::Plan;
@@ -123,19 +123,7 @@ fn draft(gpu: &Gpu, plan: &Plan, index: usize, part: Part) -> Result<Option<Draf
         return Ok(None);
     }
     let touched = Touched::new(plan, step, &bindings);
-    let mut places = SmallVec::new();
-    for binding in bindings {
-        let place = Place::new(plan, step, binding);
-        if !place.offset_bytes.is_multiple_of(align_bytes) {
-            let (slot, dtype) = operand(step, binding).map_or_else(
-                || panic!("metal-candle bug: {binding:?} at {}", place.offset_bytes),
-                |operand| (operand.slot, operand.dtype),
-            );
-            let (label, fault) = (step.label.clone(), PlanFault::Misaligned { slot, dtype });
-            return Err(Error::Plan { step: index, label, fault });
-        }
-        places.push(place);
-    }
+    let places = places(plan, index, &bindings, align_bytes)?;
     Ok(Some(Draft { step: index, places, touched, work }))
 }
 
