@@ -100,6 +100,8 @@ fn training(name: &str, step: &TrainStep, batches: &[Batch], tolerance: f64) -> 
     let parameters = (task.want.len() - 2) / 3;
     let rounded = tolerance > 1e-2;
     task.tolerances[2..2 + parameters].fill(if rounded { RATE } else { tolerance * RATE });
+    // A square is twice as far off as what was squared.
+    task.tolerances[2 + 2 * parameters..].iter_mut().for_each(|tolerance| *tolerance *= 2.0);
     assert_eq!(task.donated.iter().filter(|donated| **donated).count(), 3 * parameters);
     task
 }

@@ -155,6 +155,9 @@ impl CpuExecutable {
     ) -> Result<()> {
         let at = AtomicUsize::new(0);
         let pool = pool.filter(|_| self.parallel);
+        // A thread of the pool that waits for other ranks might have been lent by one of them, if they are threads of this
+        // process: so the steps between the sums go to the pool, and the sums are waited for here.
+        let (whole_in, each_in) = if self.world.is_some() { (None, pool) } else { (pool, None) };
         let timing = clock.as_ref().map(|clock| clock.timing);
         let whole = timing.map(|_| Instant::now());
         let mut walk = || {
@@ -165,14 +168,20 @@ impl CpuExecutable {
                 // apart from what else it touches; `bases` holds the slots' memory: inputs of the plan's types,
                 // those that are written ours alone, the others locked or immutable; fresh outputs; an arena of
                 // the plan's size. Steps run one after the other.
-                unsafe { prepared.run(step, bases, pool.is_some(), self.world.as_deref())? };
+                let run =
+                    || unsafe { prepared.run(step, bases, pool.is_some(), self.world.as_deref()) };
+                let alone = matches!(step.work, Work::Call(LibraryCall::AllReduce));
+                match each_in.filter(|_| !alone) {
+                    Some(pool) => pool.install(run)?,
+                    None => run()?,
+                }
                 if let (Some(clock), Some(start)) = (clock.as_deref_mut(), start) {
                     clock.seconds.push(start.elapsed().as_secs_f64());
                 }
             }
             Ok(())
         };
-        let outcome = catch_unwind(AssertUnwindSafe(|| match pool {
+        let outcome = catch_unwind(AssertUnwindSafe(|| match whole_in {
             Some(pool) => pool.install(walk),
             None => walk(),
         }));
