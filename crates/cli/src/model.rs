@@ -5,7 +5,7 @@ use crate::ui::note;
 use anyhow::{Context, Result, bail};
 use metal_candle::models::{BaseWeights, LoadedModel, load};
 use metal_candle::nn::{ApplyAdapter, LoRAAdapter};
-use metal_candle::{DType, Device};
+use metal_candle::{BlockFormat, DType, Device};
 use std::path::{Path, PathBuf};
 
 /// Where a model is.
@@ -34,6 +34,10 @@ pub(crate) struct ModelArgs {
     /// Hold the weights as this [default: blocks as they are stored, floats as f32]
     #[arg(long, value_enum)]
     dtype: Option<WeightType>,
+    /// Quantise the weights of the linear layers to this as they are loaded (nf4: as QLoRA does); the others
+    /// are held as --dtype says
+    #[arg(long, value_enum, conflicts_with = "dequantize", value_name = "FORMAT")]
+    quantize: Option<Quantization>,
     /// Hold what lies between the products as this [default: f32; on a GPU that of --dtype]
     #[arg(long, value_enum)]
     activations: Option<WeightType>,
@@ -55,6 +59,33 @@ impl WeightType {
             WeightType::F32 => DType::F32,
             WeightType::Bf16 => DType::BF16,
             WeightType::F16 => DType::F16,
+        }
+    }
+}
+
+/// What floats may be quantised to.
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Quantization {
+    /// 4.5 bits a weight, as bitsandbytes has them
+    Nf4,
+    /// 8.5 bits a weight
+    #[value(name = "q8_0")]
+    Q8_0,
+    /// 5 bits a weight
+    #[value(name = "q4_1")]
+    Q4_1,
+    /// 4.5 bits a weight
+    #[value(name = "q4_0")]
+    Q4_0,
+}
+
+impl Quantization {
+    fn format(self) -> BlockFormat {
+        match self {
+            Quantization::Nf4 => BlockFormat::NF4,
+            Quantization::Q8_0 => BlockFormat::Q8_0,
+            Quantization::Q4_1 => BlockFormat::Q4_1,
+            Quantization::Q4_0 => BlockFormat::Q4_0,
         }
     }
 }
@@ -101,6 +132,10 @@ impl ModelArgs {
 
     /// How its weights are held.
     pub(crate) fn base(&self) -> BaseWeights {
+        if let Some(quantization) = self.quantize {
+            let rest = self.dtype.map_or(DType::F32, WeightType::dtype);
+            return BaseWeights::Quantised { format: quantization.format(), rest };
+        }
         match (self.dtype, self.dequantize) {
             (None, false) => BaseWeights::AsStored,
             (None, true) | (Some(WeightType::F32), _) => BaseWeights::F32,

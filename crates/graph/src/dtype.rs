@@ -70,9 +70,9 @@ impl fmt::Display for DType {
     }
 }
 
-/// A GGUF block format: `block_len` weights in `block_bytes` bytes.
+/// A block format: `block_len` weights in `block_bytes` bytes.
 ///
-/// Layouts are those of ggml's `ggml-common.h`, as Candle reads them.
+/// Layouts are those of ggml's `ggml-common.h`, as Candle reads them, but for NF4, which GGUF files do not have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum BlockFormat {
     Q4_0,
@@ -87,10 +87,14 @@ pub enum BlockFormat {
     Q5K,
     Q6K,
     Q8K,
+    /// 4-bit NormalFloat (Dettmers et al. 2023), 64 weights in 36 bytes: their largest magnitude as a little-endian f32,
+    /// then 32 bytes of two codes each, the earlier one in the high bits, as bitsandbytes has them. A weight is that
+    /// magnitude times the code's entry in [`BlockFormat::NF4_VALUES`], rounded to f32.
+    NF4,
 }
 
 impl BlockFormat {
-    pub const ALL: [BlockFormat; 12] = [
+    pub const ALL: [BlockFormat; 13] = [
         BlockFormat::Q4_0,
         BlockFormat::Q4_1,
         BlockFormat::Q5_0,
@@ -103,6 +107,27 @@ impl BlockFormat {
         BlockFormat::Q5K,
         BlockFormat::Q6K,
         BlockFormat::Q8K,
+        BlockFormat::NF4,
+    ];
+
+    /// What the codes of NF4 stand for: quantiles of the normal distribution, from -1 to 1 (appendix E of the paper).
+    pub const NF4_VALUES: [f32; 16] = [
+        -1.0,
+        -0.696_192_8,
+        -0.525_073_05,
+        -0.394_917_5,
+        -0.284_441_38,
+        -0.184_773_43,
+        -0.091_050_036,
+        0.0,
+        0.079_580_3,
+        0.160_930_2,
+        0.246_112_3,
+        0.337_915_24,
+        0.440_709_83,
+        0.562_617,
+        0.722_956_84,
+        1.0,
     ];
 
     /// Weights in one block.
@@ -114,7 +139,13 @@ impl BlockFormat {
             | BlockFormat::Q5_1
             | BlockFormat::Q8_0
             | BlockFormat::Q8_1 => 32,
-            _ => 256,
+            BlockFormat::NF4 => 64,
+            BlockFormat::Q2K
+            | BlockFormat::Q3K
+            | BlockFormat::Q4K
+            | BlockFormat::Q5K
+            | BlockFormat::Q6K
+            | BlockFormat::Q8K => 256,
         }
     }
 
@@ -133,6 +164,7 @@ impl BlockFormat {
             BlockFormat::Q5K => 176,
             BlockFormat::Q6K => 210,
             BlockFormat::Q8K => 292,
+            BlockFormat::NF4 => 36,
         }
     }
 

@@ -120,6 +120,8 @@ pub enum ErrorKind {
          convert_hf_to_gguf.py first, or leave --export-gguf out for a fused folder", path.display()
     )]
     FuseFolderToGguf { path: PathBuf },
+    #[error("weights cannot be held as {got}: expected f32, bf16 or f16")]
+    BaseType { got: DType },
     #[error("weights are written as F32, F16 or BF16, not as {got}")]
     FuseType { got: DType },
     #[error("{weight} merged with the adapter holds {got}: is one of them damaged?")]

@@ -9,6 +9,7 @@
 //! chat ─────── messages -> text, by the model's own Jinja template
 //! data ─────── rows of JSONL or CSV -> token sequences -> padded batches
 //! adapter ──── LoRA adapters in any tool's format: peft, mlx, gguf::lora
+//! nf4 ──────── floats in blocks of NF4, which bitsandbytes writes too
 //! file ─────── reading, and writing without ever leaving half a file
 //! bytes ────── what a file holds, read or mapped
 //! ```
@@ -29,6 +30,7 @@ mod generation;
 pub mod gguf;
 pub mod hf;
 pub mod mlx;
+mod nf4;
 pub mod peft;
 pub mod tokenizer;
 

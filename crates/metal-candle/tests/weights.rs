@@ -1,6 +1,8 @@
 //! How the frozen weights are held: mapped where the file has them as they are asked for, else in the
 //! dtype that is.
 
+#[path = "weights/nf4.rs"]
+mod nf4;
 #[path = "support/random_model.rs"]
 #[allow(dead_code, reason = "shared with other tests")]
 mod random_model;

@@ -75,7 +75,7 @@ fn pages_of_the_manual_name_every_command_and_exit_code() {
 }
 
 /// A Hugging Face folder whose every token is one printable character.
-fn folder(folder: &Path) -> String {
+pub(super) fn folder(folder: &Path) -> String {
     let llama = testbed::file("data/models/llama");
     for name in ["config.json", "model.safetensors"] {
         std::fs::copy(llama.join(name), folder.join(name)).unwrap();

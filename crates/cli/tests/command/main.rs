@@ -18,6 +18,7 @@ mod generate;
 #[cfg(feature = "hub")]
 mod hub;
 mod plan;
+mod quantize;
 mod ranks;
 mod training;
 

@@ -1,6 +1,7 @@
 // CUDA C for NVRTC: types, qualifiers and what the device computes by itself. No header is needed.
 
 #define FN static __device__ __forceinline__
+#define TABLE static __device__ const
 #define DEVICE
 #define SHARED
 #define THREAD

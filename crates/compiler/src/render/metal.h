@@ -4,6 +4,7 @@
 using namespace metal;
 
 #define FN static inline
+#define TABLE constant
 #define DEVICE device
 #define SHARED threadgroup
 #define THREAD thread

@@ -1,5 +1,5 @@
-//! Quantised products. One format is enough to judge the operation; that each format is read right is judged
-//! against Candle's reader, in the runtime.
+//! Quantised products. One format is enough to judge the operation; that each of GGUF's is read right is judged
+//! against Candle's reader, in the runtime. NF4, which Candle does not read, is read here.
 
 use super::{Value, flat, unflat};
 use crate::{BlockFormat, Node, Operation};
@@ -27,14 +27,26 @@ pub(super) fn apply(node: &Node, x: &[&Value]) -> Vec<f64> {
     }
 }
 
-/// Q8_0: a little-endian f16 scale and 32 signed bytes.
 fn read(format: BlockFormat, bytes: &[f64]) -> Vec<f64> {
-    assert_eq!(format, BlockFormat::Q8_0, "the oracle reads Q8_0 only");
-    let block = |block: &[f64]| -> Vec<f64> {
-        let scale = half(block[0] as u16 | (block[1] as u16) << 8);
-        block[2..].iter().map(|q| scale * f64::from(*q as u8 as i8)).collect()
+    let block = match format {
+        BlockFormat::Q8_0 => q8_0,
+        BlockFormat::NF4 => nf4,
+        _ => panic!("the oracle reads Q8_0 and NF4 only, and no {format:?}"),
     };
     bytes.chunks_exact(format.block_bytes()).flat_map(block).collect()
+}
+
+/// A little-endian f16 scale and 32 signed bytes.
+fn q8_0(block: &[f64]) -> Vec<f64> {
+    let scale = half(block[0] as u16 | (block[1] as u16) << 8);
+    block[2..].iter().map(|q| scale * f64::from(*q as u8 as i8)).collect()
+}
+
+/// A little-endian f32 and 32 pairs of codes, the high bits first.
+fn nf4(block: &[f64]) -> Vec<f64> {
+    let largest = f32::from_le_bytes(std::array::from_fn(|i| block[i] as u8));
+    let weight = |code: u8| f64::from(largest * BlockFormat::NF4_VALUES[usize::from(code)]);
+    block[4..].iter().flat_map(|pair| [*pair as u8 >> 4, *pair as u8 & 15]).map(weight).collect()
 }
 
 /// IEEE 754 binary16.

@@ -221,15 +221,18 @@ impl Gen {
         self.keep(y, &from);
     }
 
-    /// Q8_0 blocks: scale 2^-7 (an f16), and bytes.
+    /// Blocks of Q8_0 (a scale of 2^-7, as an f16, and bytes) or of NF4 (1.5, as an f32, and codes).
     fn quantised(&mut self) {
-        let format = BlockFormat::Q8_0;
-        let (rows, cols) = (1 + self.rng.below(3), 32);
+        let nf4 = self.rng.one_in(2);
+        let (format, scale): (_, &[u8]) = match nf4 {
+            true => (BlockFormat::NF4, &[0, 0, 0xc0, 0x3f]),
+            false => (BlockFormat::Q8_0, &[0, 32]),
+        };
+        let (rows, cols) = (1 + self.rng.below(3), format.block_len());
         let bytes = rows * format.block_bytes();
-        let byte = |i: usize, rng: &mut super::Rng| match i % 34 {
-            0 => 0.0,
-            1 => 32.0,
-            _ => rng.below(256) as f64,
+        let byte = |i: usize, rng: &mut super::Rng| match scale.get(i % format.block_bytes()) {
+            Some(byte) => f64::from(*byte),
+            None => rng.below(256) as f64,
         };
         let data = (0..bytes).map(|i| byte(i, &mut self.rng)).collect();
         let w = self.input_of(DType::U8, Shape::new(&[bytes]).unwrap(), data);

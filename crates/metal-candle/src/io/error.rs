@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use metal_candle_graph::BlockFormat;
+
 use super::{chat, data, gguf, hf, peft, tokenizer};
 
 /// A file that cannot be read, written or understood.
@@ -30,6 +32,9 @@ pub enum Error {
         path.display()
     )]
     WeightRange { path: PathBuf, tensor: String, value: f32 },
+    /// A weight that cannot be quantised as it was asked for.
+    #[error("{}: tensor {tensor:?} cannot be quantised to {format:?}: {problem}", path.display())]
+    WeightQuantise { path: PathBuf, tensor: String, format: BlockFormat, problem: gguf::Problem },
     /// Nothing there to load.
     #[error(
         "{}: no such file or folder: expected a GGUF file, or a folder with config.json, \

@@ -253,7 +253,7 @@ impl GgufFile {
 }
 
 impl Encoding {
-    /// The id in a GGUF file, Candle's name and ours, for every type that can be read.
+    /// The id in a GGUF file, Candle's name and ours, for every type that can be read. NF4 is in none.
     const TABLE: [(u32, GgmlDType, Encoding); 15] = [
         (0, GgmlDType::F32, Encoding::Dense(DType::F32)),
         (1, GgmlDType::F16, Encoding::Dense(DType::F16)),

@@ -1,10 +1,11 @@
 //! A Hugging Face model folder: `config.json`, and the weights in `model.safetensors` or in the
-//! shards that `model.safetensors.index.json` lists.
+//! shards that `model.safetensors.index.json` lists; matrices in floats, or in bitsandbytes' NF4.
 //!
 //! Headers are read and checked against the files' lengths when the folder is opened; then the files
 //! are mapped, so that weights are in memory once at most, and shared by all who run them. See
 //! [`MappedBytes`](super::bytes::MappedBytes) for what must not happen to a mapped file.
 
+mod bitsandbytes;
 mod config;
 mod config_json;
 mod problem;
@@ -15,14 +16,15 @@ mod write;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use metal_candle_graph::DType;
+use metal_candle_graph::{BlockFormat, DType};
 use serde::Deserialize;
 
+use self::bitsandbytes::Nf4;
 pub(crate) use self::config_json::config_json;
 pub use self::problem::Problem;
 use self::shard::Shard;
 pub(crate) use self::write::SafetensorsWriter;
-use super::gguf::StoredTensor;
+use super::gguf::{Encoding, StoredTensor};
 use super::{DecoderConfig, Error, Result, file};
 
 const CONFIG: &str = "config.json";
@@ -35,8 +37,11 @@ pub struct HfFolder {
     path: PathBuf,
     config: DecoderConfig,
     shards: Vec<Shard>,
-    /// Which shard holds a tensor.
+    /// Which shard holds a weight.
     index: BTreeMap<String, usize>,
+    /// The weights in four bits, and which shard holds what belongs to them.
+    nf4: BTreeMap<String, Nf4>,
+    nf4_parts: BTreeMap<String, usize>,
 }
 
 impl HfFolder {
@@ -44,12 +49,13 @@ impl HfFolder {
     ///
     /// # Errors
     /// [`Error::File`], [`Error::Json`]; [`Error::Model`] for what this crate cannot compute, for a
-    /// shard that is missing, and for whatever contradicts the format or a file's length.
+    /// shard that is missing, for weights that bitsandbytes wrote otherwise than in NF4, and for
+    /// whatever contradicts the format or a file's length.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref().to_owned();
         let config = config::read(&path.join(CONFIG))?;
         let (whole, index) = (path.join(WEIGHTS), path.join(INDEX));
-        let (shards, index) = if whole.exists() {
+        let (shards, mut index) = if whole.exists() {
             let shard = Shard::open(whole)?;
             let index = shard.names().map(|name| (name, 0)).collect();
             (vec![shard], index)
@@ -58,7 +64,13 @@ impl HfFolder {
         } else {
             return Err(Error::Model { path, problem: Problem::NoWeights });
         };
-        Ok(Self { path, config, shards, index })
+        let (states, nf4_parts) = bitsandbytes::split(&mut index);
+        let mut folder = Self { path, config, shards, index, nf4: BTreeMap::new(), nf4_parts };
+        for (weight, state) in states {
+            let nf4 = folder.nf4_state(&weight, &state)?;
+            folder.nf4.insert(weight, nf4);
+        }
+        Ok(folder)
     }
 
     /// Where the folder is.
@@ -82,35 +94,68 @@ impl HfFolder {
     /// [`Problem::NoTensor`].
     pub fn weight_shape(&self, name: &str) -> Result<(&Path, &[usize])> {
         let shard = self.shard(name)?;
-        Ok((shard.path(), shard.shape(name)?))
+        let shape = match self.nf4.get(name) {
+            Some(nf4) => &nf4.shape,
+            None => shard.shape(name)?,
+        };
+        Ok((shard.path(), shape))
     }
 
     /// How a weight's elements are stored, without reading it.
     ///
     /// # Errors
     /// [`Problem::NoTensor`], [`Problem::DType`].
-    pub fn weight_dtype(&self, name: &str) -> Result<DType> {
-        self.shard(name)?.dtype(name)
+    pub fn weight_encoding(&self, name: &str) -> Result<Encoding> {
+        match self.nf4.contains_key(name) {
+            true => Ok(Encoding::Blocks(BlockFormat::NF4)),
+            false => self.weight_dtype(name).map(Encoding::Dense),
+        }
     }
 
-    /// What a weight takes in its file.
+    /// The dtype of a weight; of one in four bits, that which it had before.
+    ///
+    /// # Errors
+    /// [`Problem::NoTensor`], [`Problem::DType`].
+    pub fn weight_dtype(&self, name: &str) -> Result<DType> {
+        match self.nf4.get(name) {
+            Some(nf4) => Ok(nf4.dtype),
+            None => self.shard(name)?.dtype(name),
+        }
+    }
+
+    /// What a weight takes as it is stored.
     ///
     /// # Errors
     /// [`Problem::NoTensor`].
     pub fn weight_len_bytes(&self, name: &str) -> Result<usize> {
-        self.shard(name)?.len_bytes(name)
+        match self.nf4.get(name) {
+            Some(nf4) => Ok(nf4.len_bytes()),
+            None => self.shard(name)?.len_bytes(name),
+        }
     }
 
-    /// One weight, where it lies in its file.
+    /// One weight, where it lies in its file; in blocks of memory of its own, if it is in four bits.
     ///
     /// # Errors
     /// [`Problem::NoTensor`], [`Problem::DType`].
     pub fn weight(&self, name: &str) -> Result<StoredTensor> {
-        self.shard(name)?.read(name)
+        match self.nf4.get(name) {
+            Some(nf4) => self.read_nf4(name, nf4),
+            None => self.shard(name)?.read(name),
+        }
     }
 
     fn shard(&self, name: &str) -> Result<&Shard> {
-        match self.index.get(name) {
+        self.shard_at(name, self.index.get(name))
+    }
+
+    /// Of a weight, or of what belongs to one in four bits.
+    fn part_shard(&self, name: &str) -> Result<&Shard> {
+        self.shard_at(name, self.nf4_parts.get(name).or_else(|| self.index.get(name)))
+    }
+
+    fn shard_at(&self, name: &str, at: Option<&usize>) -> Result<&Shard> {
+        match at {
             Some(&shard) => Ok(&self.shards[shard]),
             None => {
                 let problem = Problem::NoTensor { tensor: name.to_owned() };

@@ -4,11 +4,11 @@ mod source;
 
 use self::source::{WeightSource, random};
 use super::{Decoder, DecoderLayer};
-use crate::io::gguf::{Encoding, GgufFile};
+use crate::io::gguf::{self, Encoding, GgufFile};
 use crate::io::tokenizer::Tokenizer;
 use crate::io::{self, DecoderConfig, GenerationConfig, HfFolder};
 use crate::nn::{Embedding, Linear, RmsNorm, Rotary, Weight};
-use crate::{DType, Device, LazyTensor, Result};
+use crate::{BlockFormat, DType, Device, ErrorKind, LazyTensor, Result};
 use std::path::Path;
 
 /// How the frozen matrices are held: those of the linear layers, the embedding and the output layer.
@@ -28,6 +28,14 @@ pub enum BaseWeights {
     BF16,
     /// As f16, if they fit.
     F16,
+    /// Those of the linear layers in blocks, into which they are quantised one by one when they are loaded; what is
+    /// stored in blocks already stays so, if they are these. As PEFT's users do with NF4 (QLoRA).
+    Quantised {
+        /// The blocks: any but Q8_1. A layer's inputs must be a multiple of their length.
+        format: BlockFormat,
+        /// Of the embedding and the output layer: f32, bf16 or f16.
+        rest: DType,
+    },
 }
 
 impl BaseWeights {
@@ -37,6 +45,7 @@ impl BaseWeights {
             BaseWeights::AsStored | BaseWeights::F32 => DType::F32,
             BaseWeights::BF16 => DType::BF16,
             BaseWeights::F16 => DType::F16,
+            BaseWeights::Quantised { rest, .. } => rest,
         }
     }
 }
@@ -162,6 +171,9 @@ struct Builder<'a> {
 
 impl Builder<'_> {
     fn decoder(&self, config: DecoderConfig) -> Result<Decoder> {
+        if let got @ (DType::U8 | DType::U32 | DType::I64 | DType::F64) = self.base.dtype() {
+            return Err(ErrorKind::BaseType { got }.into());
+        }
         let table = [config.vocab_size, config.hidden_size];
         let embed = self.matrix("model.embed_tokens.weight", table)?;
         let output = match config.tie_word_embeddings {
@@ -216,7 +228,10 @@ impl Builder<'_> {
 
     fn linear(&self, module: String, dims: [usize; 2], bias: bool) -> Result<Linear> {
         let name = format!("{module}.weight");
-        let weight = self.matrix(&name, dims)?;
+        let weight = match self.base {
+            BaseWeights::Quantised { format, .. } => self.quantised(&name, dims, format)?,
+            _ => self.matrix(&name, dims)?,
+        };
         let bias = match bias {
             true => Some(self.float(&format!("{module}.bias"), &dims[..1])?),
             false => None,
@@ -241,12 +256,57 @@ impl Builder<'_> {
 
     fn matrix(&self, name: &str, dims: [usize; 2]) -> Result<Weight> {
         match (self.source.encoding(name)?, self.base) {
-            (Encoding::Blocks(format), BaseWeights::AsStored) => {
+            (Encoding::Blocks(format), BaseWeights::AsStored | BaseWeights::Quantised { .. }) => {
                 let ([rows, cols], blocks) = (dims, self.blocks(name, &dims)?);
                 Ok(Weight::Quantised { blocks, format, rows, cols })
             }
             _ => Ok(Weight::Dense(self.dense(name, &dims, self.base.dtype())?)),
         }
+    }
+
+    /// In blocks of this format, which they are or become.
+    fn quantised(&self, name: &str, dims: [usize; 2], format: BlockFormat) -> Result<Weight> {
+        let [rows, cols] = dims;
+        let unfit = |problem| self.source.unfit(name, format, problem);
+        let blocks = match (self.source.encoding(name)?, format.bytes_for(cols)) {
+            (Encoding::Blocks(stored), _) if stored == format => self.blocks(name, &dims)?,
+            (Encoding::Blocks(stored), _) => {
+                return Err(unfit(gguf::Problem::InBlocks { stored })?.into());
+            }
+            (Encoding::Dense(_), None) => {
+                let (row, block) = (cols, format.block_len());
+                return Err(unfit(gguf::Problem::RowOfBlocks { row, block })?.into());
+            }
+            (Encoding::Dense(_), Some(row_bytes)) => {
+                self.into_blocks(name, &dims, format, rows * row_bytes)?
+            }
+        };
+        Ok(Weight::Quantised { blocks, format, rows, cols })
+    }
+
+    fn into_blocks(
+        &self,
+        name: &str,
+        dims: &[usize],
+        format: BlockFormat,
+        len_bytes: usize,
+    ) -> Result<LazyTensor> {
+        self.source.check(name, dims)?;
+        let values = match (self.read, self.source) {
+            (Read::Headers, _) => {
+                let blocks = LazyTensor::placeholder(&[len_bytes], DType::U8, self.device)?;
+                return Ok(blocks.named(name));
+            }
+            (Read::Weights, WeightSource::Random { seed }) => {
+                random(name, dims, DType::F32, seed, self.device)?.to_vec()?
+            }
+            (Read::Weights, _) => {
+                let stored = self.source.read(name)?;
+                self.source.dequantise(name, &stored, DType::F32)?.flatten_all()?.to_vec1()?
+            }
+        };
+        let bytes = self.source.quantise(name, dims, format, &values)?;
+        Ok(LazyTensor::from_bytes(bytes, DType::U8, &[len_bytes], self.device)?.named(name))
     }
 
     /// As stored.

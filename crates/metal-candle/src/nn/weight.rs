@@ -8,7 +8,7 @@ use metal_candle_graph::BlockFormat;
 pub enum Weight {
     /// A float tensor `[out, in]`.
     Dense(LazyTensor),
-    /// GGUF blocks, row by row: stays quantised, is unpacked tile by tile inside the product.
+    /// Blocks, GGUF's or NF4, row by row: stays quantised, is unpacked tile by tile inside the product.
     Quantised {
         /// The blocks, `u8[bytes]`.
         blocks: LazyTensor,

@@ -1,8 +1,10 @@
-//! GGUF blocks against Candle, which PyTorch knows nothing of.
+//! GGUF blocks against Candle, which PyTorch knows nothing of; NF4 against our own reading of it, which `tests/weights`
+//! holds against bitsandbytes'.
 
 use crate::testbed::{computes, device};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor};
+use metal_candle::io::gguf::{Encoding, StoredTensor};
 use metal_candle::{BlockFormat, CrossEntropy, LazyTensor, grad};
 
 const ROWS: usize = 5;
@@ -24,6 +26,8 @@ fn candle(format: BlockFormat) -> Option<GgmlDType> {
         BlockFormat::Q5K => Some(GgmlDType::Q5K),
         BlockFormat::Q6K => Some(GgmlDType::Q6K),
         BlockFormat::Q8K => Some(GgmlDType::Q8K),
+        // None of GGUF's.
+        BlockFormat::NF4 => None,
     }
 }
 
@@ -31,8 +35,16 @@ fn candle(format: BlockFormat) -> Option<GgmlDType> {
 fn weight(format: BlockFormat) -> Option<(LazyTensor, Tensor)> {
     let w =
         LazyTensor::randn(&[ROWS, COLS], metal_candle::DType::F32, 1, &metal_candle::Device::Cpu);
+    let w = w.unwrap().eval().unwrap();
+    if format == BlockFormat::NF4 {
+        let values = w.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let stored = StoredTensor::encode(&values, &[ROWS, COLS], Encoding::Blocks(format));
+        let stored = stored.unwrap();
+        let blocks = LazyTensor::from_vec(stored.bytes.to_vec(), &[stored.bytes.len()], device());
+        return Some((blocks.unwrap(), stored.dequantize().unwrap()));
+    }
     // Candle quantises on the CPU.
-    let quantised = QTensor::quantize(&w.unwrap().eval().unwrap(), candle(format)?).unwrap();
+    let quantised = QTensor::quantize(&w, candle(format)?).unwrap();
     let bytes = quantised.data().unwrap().to_vec();
     let len = bytes.len();
     let blocks = LazyTensor::from_vec(bytes, &[len], device()).unwrap();
@@ -92,12 +104,12 @@ fn check_product(what: &str, got: &Tensor, a: &Tensor, b: &Tensor, part: f64) {
 
 #[test]
 fn a_quantised_product_and_its_gradient_are_those_of_the_f32_weight() {
-    // One row is multiplied in integers, which are exact here; many by bf16 where the processor has it.
+    // Few rows are multiplied in integers, which are exact here, or as they are; many by bf16 where the processor has it.
     for format in BlockFormat::ALL {
-        use BlockFormat::{Q4_0, Q4_1, Q4K, Q5K, Q6K, Q8_0};
+        use BlockFormat::{NF4, Q4_0, Q4_1, Q4K, Q5K, Q6K, Q8_0};
         let Some((blocks, weight)) = weight(format) else { continue };
-        let in_integers = [Q4_0, Q4_1, Q8_0, Q4K, Q5K, Q6K].contains(&format);
-        let few = if in_integers { 1e-6 } else { 1.0 / 256.0 };
+        let by_blocks = [NF4, Q4_0, Q4_1, Q8_0, Q4K, Q5K, Q6K].contains(&format);
+        let few = if by_blocks { 1e-6 } else { 1.0 / 256.0 };
         for (rows, dtype, part) in [
             (1, DType::F32, few),
             (3, DType::F32, few),

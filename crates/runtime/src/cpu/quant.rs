@@ -1,18 +1,20 @@
-//! Weights in GGUF blocks.
+//! Weights in blocks.
 //!
 //! ```text
 //! format ── what a block of each format means     isa ── what the loops ask of an instruction set
 //! unpack ── blocks to f32                         dot ── rows of blocks times a rounded vector
 //!                                                 vnni ─ the same of Q4_1, two blocks to an instruction
+//! nf4 ───── both loops of NF4, a table of f32
 //! ```
 //!
-//! A few rows of activations are multiplied with the blocks as they are, in integers. Many are multiplied by the blocked
+//! A few rows of activations are multiplied with the blocks as they are, in integers (NF4 in f32). Many are multiplied by the blocked
 //! product, which unpacks the weights as it packs them: as bf16, to which it then rounds the activations too, where the
 //! processor multiplies bf16; else as f32. The weight never exists as a whole.
 
 mod dot;
 mod format;
 mod isa;
+mod nf4;
 mod unpack;
 #[cfg(target_arch = "x86_64")]
 mod vnni;
@@ -45,7 +47,16 @@ pub(crate) struct Blocks<'a> {
     format: BlockFormat,
     rows: usize,
     cols: usize,
-    loops: Option<(UnpackFn, DotFn)>,
+    loops: Option<(UnpackFn, Dot)>,
+}
+
+/// A row of blocks times a vector.
+#[derive(Clone, Copy)]
+enum Dot {
+    /// By the vector in eight bits.
+    Rounded(DotFn),
+    /// By the vector as it is.
+    Exact(nf4::DotFn),
 }
 
 /// `f32[rows, cols]` from blocks. `args = [w]`
@@ -105,26 +116,43 @@ pub(crate) fn call_gemm(
     });
 }
 
-/// `out = x wᵀ` for a few rows x: a task is some rows of the weight.
-fn times_few<T: Float>(x: &[f32], w: &Blocks, dot: DotFn, out: &mut [T], parallel: bool) {
+/// `out = x wᵀ` for a few rows x.
+fn times_few<T: Float>(x: &[f32], w: &Blocks, dot: Dot, out: &mut [T], parallel: bool) {
+    match dot {
+        Dot::Rounded(dot) => Rounded::with(x, w.cols, |x| {
+            times_rows(|| x.rows(), w, dot, out, parallel);
+        }),
+        Dot::Exact(dot) => {
+            let rows = || x.chunks_exact(w.cols.max(1));
+            times_rows(rows, w, dot, out, parallel);
+        }
+    }
+}
+
+/// A task is some rows of the weight.
+fn times_rows<'x, T: Float, X: Sync + 'x, R: Iterator<Item = &'x [X]>>(
+    x: impl Fn() -> R + Sync,
+    w: &Blocks,
+    dot: unsafe fn(&[u8], &[X], &mut f32),
+    out: &mut [T],
+    parallel: bool,
+) {
     let row_bytes = w.bytes.len() / w.rows;
     let len = (TASK / w.cols.max(1)).clamp(4, 256);
     let out = Parts::new(out);
-    Rounded::with(x, w.cols, |x| {
-        parallel::for_each(parallel, w.rows.div_ceil(len), |task| {
-            for row in task * len..((task + 1) * len).min(w.rows) {
-                let blocks = &w.bytes[row * row_bytes..(row + 1) * row_bytes];
-                for (i, x) in x.rows().enumerate() {
-                    let mut y = 0.0;
-                    // SAFETY: this processor has what the loop was compiled for.
-                    unsafe { dot(blocks, x, &mut y) };
-                    let mut wide = [T::Acc::ZERO];
-                    T::Acc::from_f32_all(&[y], &mut wide);
-                    // SAFETY: the results of a row of the weight belong to its task.
-                    unsafe { out.part(i * w.rows + row, 1)[0] = T::narrow(wide[0]) };
-                }
+    parallel::for_each(parallel, w.rows.div_ceil(len), |task| {
+        for row in task * len..((task + 1) * len).min(w.rows) {
+            let blocks = &w.bytes[row * row_bytes..(row + 1) * row_bytes];
+            for (i, x) in x().enumerate() {
+                let mut y = 0.0;
+                // SAFETY: this processor has what the loop was compiled for.
+                unsafe { dot(blocks, x, &mut y) };
+                let mut wide = [T::Acc::ZERO];
+                T::Acc::from_f32_all(&[y], &mut wide);
+                // SAFETY: the results of a row of the weight belong to its task.
+                unsafe { out.part(i * w.rows + row, 1)[0] = T::narrow(wide[0]) };
             }
-        });
+        }
     });
 }
 
@@ -244,6 +272,11 @@ impl<'a> Blocks<'a> {
             BlockFormat::Q5K => blocks_to_float::<BlockQ5K, A>(bytes, to),
             BlockFormat::Q6K => blocks_to_float::<BlockQ6K, A>(bytes, to),
             BlockFormat::Q8K => blocks_to_float::<BlockQ8K, A>(bytes, to),
+            BlockFormat::NF4 => scratch::with(to.len(), |wide: &mut [f32]| {
+                // SAFETY: this processor has what the loop was compiled for.
+                unsafe { nf4::loops().0(bytes, 0, wide) };
+                A::from_f32_all(wide, to);
+            }),
         }
     }
 }

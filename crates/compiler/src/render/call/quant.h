@@ -1,6 +1,6 @@
-// ---- weights in GGUF blocks ----
+// ---- weights in blocks ----
 //
-// The layouts are llama.cpp's (`ggml-common.h`). A format gives runs of eight neighbouring weights of a block, which it
+// The layouts are llama.cpp's (`ggml-common.h`), but for NF4. A format gives runs of eight neighbouring weights of a block, which it
 // reads in words of W: as wide as the place of its blocks allows.
 
 // Eight bytes.
@@ -17,6 +17,7 @@ template <typename W> FN u32 u16_at(DEVICE const u8* from) {
 }
 
 template <typename W> FN u32 u32_at(DEVICE const u8* from) {
+    if (sizeof(W) > 2) return *(DEVICE const u32*)from;
     return u16_at<W>(from) | u16_at<W>(from + 2) << 16;
 }
 
@@ -183,6 +184,23 @@ template <typename W> struct Q6K {
             const u32 low = q[i] >> (part / 2 * 4) & 15, top = high[i] >> (2 * part) & 3;
             w[i] = d * f32(i32(low | top << 4) - 32);
         }
+    }
+};
+
+// The entries are looked up by each thread at a place of its own, which constant memory would do one after the other: this
+// lies in one line of the cache instead.
+TABLE f32 NF4_VALUES[16] = {
+    -1.0f, -0.6961928f, -0.52507305f, -0.3949175f, -0.28444138f, -0.18477343f, -0.091050036f, 0.0f,
+    0.0795803f, 0.1609302f, 0.2461123f, 0.33791524f, 0.44070983f, 0.562617f, 0.72295684f, 1.0f,
+};
+
+// Codes of four bits, the high ones of a byte first: four bytes are a run.
+template <typename W> struct NF4 {
+    enum : u32 { LENGTH = 64, BYTES = 36 };
+    FN void run(DEVICE const u8* block, u32 run, THREAD f32 (&w)[8]) {
+        const u32 codes = u32_at<W>(block + 4 + run * 4);
+        const f32 largest = f32_of_bits(u32_at<W>(block));
+        for (u32 i = 0; i < 8; ++i) w[i] = largest * NF4_VALUES[codes >> (i / 2 * 8 + 4 - i % 2 * 4) & 15];
     }
 };
 

@@ -1,4 +1,4 @@
-//! Products with weights in GGUF blocks.
+//! Products with weights in blocks.
 //!
 //! A few rows are multiplied with the blocks as they are, by a kernel that reads each block once. For many, the
 //! weight is unpacked a panel of its output's columns at a time, which a product of the library multiplies; so no sum is
@@ -65,7 +65,7 @@ impl Blocks {
             BlockFormat::Q4_0 | BlockFormat::Q5_0 | BlockFormat::Q8_0 => 2,
             BlockFormat::Q3K | BlockFormat::Q6K => 2,
             BlockFormat::Q4_1 | BlockFormat::Q5_1 | BlockFormat::Q8_1 => 4,
-            BlockFormat::Q2K | BlockFormat::Q8K => 4,
+            BlockFormat::Q2K | BlockFormat::Q8K | BlockFormat::NF4 => 4,
             BlockFormat::Q4K | BlockFormat::Q5K => 8,
         };
         let mut word = widest;
@@ -238,4 +238,19 @@ pub(super) fn rows_of(
     let all = Place { layout: Layout::contiguous(shape), ..to.clone() };
     parts.extend(convert(gpu, "convert", &from, &all));
     to
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_header_has_the_values_of_nf4() {
+        let header = include_str!("quant.h");
+        let (_, list) = header.split_once("NF4_VALUES[16] = {").unwrap();
+        let (list, _) = list.split_once("};").unwrap();
+        let values = list.split(',').map(str::trim).filter(|value| !value.is_empty());
+        let values: Vec<f32> = values.map(|x| x.trim_end_matches('f').parse().unwrap()).collect();
+        assert_eq!(values, BlockFormat::NF4_VALUES);
+    }
 }

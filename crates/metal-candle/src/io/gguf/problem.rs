@@ -1,6 +1,7 @@
 //! What can be wrong with a GGUF file.
 
 use super::Encoding;
+use metal_candle_graph::BlockFormat;
 
 /// What is wrong with a GGUF file; offsets count bytes from its start.
 #[derive(Debug, thiserror::Error)]
@@ -52,6 +53,12 @@ pub enum Problem {
     Heads { rows: usize, heads: usize },
     #[error("no floats can be written as {encoding:?}")]
     Quantise { encoding: Encoding },
+    #[error("it is in blocks of {stored:?}: expected floats")]
+    InBlocks { stored: BlockFormat },
+    #[error("rows of {row} weights: expected a multiple of the {block} of a block")]
+    RowOfBlocks { row: usize, block: usize },
+    #[error("{value} cannot be written as {encoding:?}: expected a finite number")]
+    NotFinite { encoding: Encoding, value: f32 },
     #[error("{encoding:?} of shape {shape:?}: expected {expected} bytes, got {got}")]
     StoredLength { encoding: Encoding, shape: Vec<usize>, expected: usize, got: usize },
     #[error("architecture {got:?}: expected one of {known:?}")]

@@ -1,11 +1,11 @@
 //! A tensor's bytes, whatever file they came from.
 
 use super::{Encoding, Problem};
-use crate::io::Bytes;
+use crate::io::{Bytes, nf4};
 use candle_core::quantized::{QStorage, QTensor};
 use candle_core::{Device, Tensor};
 use half::{bf16, f16};
-use metal_candle_graph::DType;
+use metal_candle_graph::{BlockFormat, DType};
 use std::borrow::Cow;
 
 /// More than any block wants, and no more than what the allocator gives.
@@ -23,7 +23,7 @@ pub struct StoredTensor {
 }
 
 impl StoredTensor {
-    /// Every element as `f32`, on the CPU; blocks by Candle's dequantisation.
+    /// Every element as `f32`, on the CPU; blocks of GGUF's by Candle's dequantisation.
     ///
     /// # Errors
     /// [`Problem::StoredLength`], [`Problem::Candle`].
@@ -33,17 +33,18 @@ impl StoredTensor {
             Encoding::Dense(DType::F32) => self.floats(f32::from_le_bytes),
             Encoding::Dense(DType::F16) => self.floats(|b| f16::from_le_bytes(b).to_f32()),
             Encoding::Dense(DType::BF16) => self.floats(|b| bf16::from_le_bytes(b).to_f32()),
+            Encoding::Blocks(BlockFormat::NF4) => nf4::dequantise(&self.bytes),
             Encoding::Dense(_) | Encoding::Blocks(_) => return self.by_candle(),
         };
         Tensor::from_vec(values, self.shape.as_slice(), &Device::Cpu)
             .map_err(|cause| Problem::Candle { cause })
     }
 
-    /// These elements as `encoding` spells them; blocks by Candle's quantisation.
+    /// These elements as `encoding` spells them; blocks of GGUF's by Candle's quantisation, NF4 as bitsandbytes.
     ///
     /// # Errors
     /// [`Problem::SplitBlock`], [`Problem::StoredLength`], [`Problem::Candle`]; [`Problem::Quantise`]
-    /// for a dtype that is no float of 32 or 16 bits.
+    /// for a dtype that is no float of 32 or 16 bits; [`Problem::NotFinite`] for blocks of NF4.
     pub fn encode(
         values: &[f32],
         shape: &[usize],
@@ -151,6 +152,12 @@ fn quantise(
     let row = shape.last().copied().unwrap_or(1);
     if encoding.row_bytes(row).is_none() {
         return Err(Problem::SplitBlock { tensor: format!("{encoding:?}"), row });
+    }
+    if encoding == Encoding::Blocks(BlockFormat::NF4) {
+        return match values.iter().find(|x| !x.is_finite()) {
+            Some(&value) => Err(Problem::NotFinite { encoding, value }),
+            None => Ok(nf4::quantise(values)),
+        };
     }
     Tensor::from_slice(values, shape, &Device::Cpu)
         .and_then(|tensor| QTensor::quantize(&tensor, encoding.ggml()))

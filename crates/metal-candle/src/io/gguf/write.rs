@@ -88,7 +88,7 @@ impl GgufWriter {
     /// Those of `data`, and [`Error::File`].
     ///
     /// # Panics
-    /// Where a tensor is not as it was announced.
+    /// Where a tensor is not as it was announced, or is in NF4, which GGUF files do not have.
     pub fn write<E: From<Error>>(
         &self,
         path: &Path,

@@ -3,7 +3,6 @@
 use std::path::Path;
 
 use serde::Deserialize;
-use serde::de::IgnoredAny;
 
 use super::Problem;
 use super::rope::{self, RopeJson};
@@ -46,7 +45,16 @@ pub(super) struct Json {
     pub(super) original_max_position_embeddings: Option<f64>,
     pub(super) rope_scaling: Option<RopeJson>,
     pub(super) rope_parameters: Option<RopeJson>,
-    quantization_config: Option<IgnoredAny>,
+    quantization_config: Option<QuantizationJson>,
+}
+
+/// How the weights are stored, if not as floats.
+#[derive(Deserialize)]
+struct QuantizationJson {
+    quant_method: Option<String>,
+    #[serde(default)]
+    load_in_4bit: bool,
+    bnb_4bit_quant_type: Option<String>,
 }
 
 /// Where the key is absent; `null` means no window.
@@ -118,10 +126,21 @@ impl Json {
         if self.mlp_bias == Some(true) {
             return refuse("mlp_bias", "true", "false");
         }
-        if self.quantization_config.is_some() {
-            return refuse("quantization_config", "set", "weights in F32, F16 or BF16, or a GGUF");
+        let is_nf4 = |q: &QuantizationJson| {
+            q.load_in_4bit && q.bnb_4bit_quant_type.as_deref() == Some("nf4")
+        };
+        match &self.quantization_config {
+            Some(q) if !is_nf4(q) => {
+                let method = q.quant_method.as_deref().unwrap_or("no method");
+                let kind = match (q.load_in_4bit, &q.bnb_4bit_quant_type) {
+                    (true, kind) => kind.as_deref().unwrap_or("fp4"),
+                    (false, _) => "not in 4 bits",
+                };
+                let expected = "weights in F32, F16 or BF16, in bitsandbytes' NF4, or a GGUF";
+                refuse("quantization_config", &format!("{method}, {kind}"), expected)
+            }
+            _ => Ok(()),
         }
-        Ok(())
     }
 
     fn head_dim(&self, family: &str) -> std::result::Result<usize, Problem> {

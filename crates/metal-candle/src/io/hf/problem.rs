@@ -40,6 +40,28 @@ pub enum Problem {
     NoConfig { what: String },
     #[error("no tensor {tensor:?}")]
     NoTensor { tensor: String },
-    #[error("tensor {tensor:?} has dtype {dtype}: expected F32, F16 or BF16")]
+    #[error("tensor {tensor:?} says of a weight in four bits what cannot be read: {cause}")]
+    QuantState { tensor: String, cause: serde_json::Error },
+    #[error(
+        "tensor {tensor:?}, written by bitsandbytes: {key} is {got}: expected {expected}; \
+         of bitsandbytes' formats NF4 is supported"
+    )]
+    Bitsandbytes { tensor: String, key: &'static str, got: String, expected: String },
+    #[error(
+        "tensor {tensor:?} has dtype {dtype}: expected F32, F16 or BF16, or bitsandbytes' NF4 \
+         with its quant_state"
+    )]
     DType { tensor: String, dtype: String },
+}
+
+impl Problem {
+    pub(super) fn bitsandbytes(
+        tensor: &str,
+        key: &'static str,
+        got: impl ToString,
+        expected: impl ToString,
+    ) -> Problem {
+        let (got, expected) = (got.to_string(), expected.to_string());
+        Problem::Bitsandbytes { tensor: tensor.to_owned(), key, got, expected }
+    }
 }

@@ -75,7 +75,7 @@ impl Shard {
     }
 
     pub(super) fn dtype(&self, name: &str) -> Result<DType> {
-        match self.info(name)?.dtype {
+        match self.stored_dtype(name)? {
             Dtype::F32 => Ok(DType::F32),
             Dtype::F16 => Ok(DType::F16),
             Dtype::BF16 => Ok(DType::BF16),
@@ -93,9 +93,18 @@ impl Shard {
 
     pub(super) fn read(&self, name: &str) -> Result<StoredTensor> {
         let (info, dtype) = (self.info(name)?, self.dtype(name)?);
-        let (start, end) = info.data_offsets;
-        let bytes = Bytes::Mapped(self.data.slice(start..end));
+        let bytes = self.bytes(name)?;
         Ok(StoredTensor { encoding: Encoding::Dense(dtype), shape: info.shape.clone(), bytes })
+    }
+
+    /// Of any dtype.
+    pub(super) fn bytes(&self, name: &str) -> Result<Bytes> {
+        let (start, end) = self.info(name)?.data_offsets;
+        Ok(Bytes::Mapped(self.data.slice(start..end)))
+    }
+
+    pub(super) fn stored_dtype(&self, name: &str) -> Result<Dtype> {
+        Ok(self.info(name)?.dtype)
     }
 
     fn info(&self, name: &str) -> Result<&TensorInfo> {

@@ -22,7 +22,8 @@ const WEIGHTS: [&str; 9] =
 /// Merges an adapter into a model and writes a Hugging Face folder; `config.json` comes last, so
 /// that a folder that is not whole is none.
 ///
-/// From a folder, every weight keeps its dtype and its shard, and all other files are copied. From
+/// From a folder, every weight keeps its dtype and its shard (one in NF4 becomes of the dtype that it had before), and
+/// all other files are copied. From
 /// a GGUF file, `config.json`, `tokenizer.json` and `tokenizer_config.json` are made from its
 /// metadata, and the weights are f32. `float` (f32, f16 or bf16) is another dtype for all weights.
 ///
@@ -84,10 +85,14 @@ fn from_folder(base: &HfFolder, adapter: &Path, to: &Path, float: Option<DType>)
     copy_rest(base.path(), to)?;
     let path = base.path().join(CONFIG);
     let mut config: Map<String, Value> = file::read_json(&path)?;
+    // Its weights are floats from now on.
+    let was_quantised = config.remove("quantization_config").is_some();
     if let Some(dtype) = float {
         // Newer files say dtype.
         let key = if config.contains_key("dtype") { "dtype" } else { "torch_dtype" };
         config.insert(key.to_owned(), dtype_name(dtype).into());
+    }
+    if float.is_some() || was_quantised {
         write_json(&to.join(CONFIG), &config.into())?;
     } else {
         file::write_atomic(&to.join(CONFIG), &file::read(&path)?)?;

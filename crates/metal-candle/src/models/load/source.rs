@@ -1,11 +1,12 @@
 //! Weights by Hugging Face's names, whatever holds them.
 
 use crate::fnv::Fnv;
-use crate::io::gguf::{Encoding, GgufFile, StoredTensor};
-use crate::io::{self, HfFolder};
+use crate::io::gguf::{self, Encoding, GgufFile, StoredTensor};
+use crate::io::{self, Bytes, HfFolder};
 use crate::{DType, Device, LazyTensor, Result};
 use candle_core::Tensor;
 use half::f16;
+use metal_candle_graph::BlockFormat;
 use std::path::Path;
 
 #[derive(Clone, Copy)]
@@ -34,7 +35,7 @@ impl WeightSource<'_> {
     pub(super) fn encoding(&self, name: &str) -> Result<Encoding> {
         Ok(match self {
             WeightSource::Gguf(file) => file.weight_info(name)?.encoding,
-            WeightSource::Folder(folder) => Encoding::Dense(folder.weight_dtype(name)?),
+            WeightSource::Folder(folder) => folder.weight_encoding(name)?,
             WeightSource::Random { .. } => Encoding::Dense(DType::F32),
         })
     }
@@ -84,6 +85,31 @@ impl WeightSource<'_> {
             _ => candle_core::DType::F32,
         };
         Ok(values.to_dtype(dtype)?)
+    }
+
+    /// The elements in blocks.
+    pub(super) fn quantise(
+        &self,
+        name: &str,
+        dims: &[usize],
+        format: BlockFormat,
+        values: &[f32],
+    ) -> Result<Bytes> {
+        match StoredTensor::encode(values, dims, Encoding::Blocks(format)) {
+            Ok(stored) => Ok(stored.bytes),
+            Err(problem) => Err(self.unfit(name, format, problem)?.into()),
+        }
+    }
+
+    /// That a weight cannot be in these blocks.
+    pub(super) fn unfit(
+        &self,
+        name: &str,
+        format: BlockFormat,
+        problem: gguf::Problem,
+    ) -> Result<io::Error> {
+        let (path, tensor) = (self.shape(name)?.map(|(path, _)| path.to_owned()), name.to_owned());
+        Ok(io::Error::WeightQuantise { path: path.unwrap_or_default(), tensor, format, problem })
     }
 
     /// The file that a weight lies in, and its shape there.

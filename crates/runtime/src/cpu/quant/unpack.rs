@@ -1,8 +1,10 @@
 //! Blocks as f32.
 
-use super::dot::{DotFn, dot, dot_q4_1};
+use super::Dot;
+use super::dot::{dot, dot_q4_1};
 use super::format::{Format, LEN, Q4_0, Q4_1, Q4K, Q5K, Q6K, Q8_0};
 use super::isa::{Isa, for_isa};
+use super::nf4;
 use metal_candle_graph::BlockFormat;
 
 /// `to = blocks`, from part `first` on, which counts 32 weights.
@@ -27,19 +29,24 @@ fn unpack<F: Format>() -> UnpackFn {
 }
 
 /// The loops of a format that has them.
-pub(super) fn loops(format: BlockFormat) -> Option<(UnpackFn, DotFn)> {
-    match format {
-        BlockFormat::Q4_0 => Some((unpack::<Q4_0>(), dot::<Q4_0>())),
-        BlockFormat::Q4_1 => Some((unpack::<Q4_1>(), dot_q4_1())),
-        BlockFormat::Q8_0 => Some((unpack::<Q8_0>(), dot::<Q8_0>())),
-        BlockFormat::Q4K => Some((unpack::<Q4K>(), dot::<Q4K>())),
-        BlockFormat::Q5K => Some((unpack::<Q5K>(), dot::<Q5K>())),
-        BlockFormat::Q6K => Some((unpack::<Q6K>(), dot::<Q6K>())),
+pub(super) fn loops(format: BlockFormat) -> Option<(UnpackFn, Dot)> {
+    let (unpack, dot) = match format {
+        BlockFormat::Q4_0 => (unpack::<Q4_0>(), dot::<Q4_0>()),
+        BlockFormat::Q4_1 => (unpack::<Q4_1>(), dot_q4_1()),
+        BlockFormat::Q8_0 => (unpack::<Q8_0>(), dot::<Q8_0>()),
+        BlockFormat::Q4K => (unpack::<Q4K>(), dot::<Q4K>()),
+        BlockFormat::Q5K => (unpack::<Q5K>(), dot::<Q5K>()),
+        BlockFormat::Q6K => (unpack::<Q6K>(), dot::<Q6K>()),
+        BlockFormat::NF4 => {
+            let (unpack, dot) = nf4::loops();
+            return Some((unpack, Dot::Exact(dot)));
+        }
         BlockFormat::Q5_0
         | BlockFormat::Q5_1
         | BlockFormat::Q8_1
         | BlockFormat::Q2K
         | BlockFormat::Q3K
-        | BlockFormat::Q8K => None,
-    }
+        | BlockFormat::Q8K => return None,
+    };
+    Some((unpack, Dot::Rounded(dot)))
 }
