@@ -278,13 +278,13 @@ impl Builder<'_> {
                 return Err(unfit(gguf::Problem::RowOfBlocks { row, block })?.into());
             }
             (Encoding::Dense(_), Some(row_bytes)) => {
-                self.into_blocks(name, &dims, format, rows * row_bytes)?
+                self.quantised_blocks(name, &dims, format, rows * row_bytes)?
             }
         };
         Ok(Weight::Quantised { blocks, format, rows, cols })
     }
 
-    fn into_blocks(
+    fn quantised_blocks(
         &self,
         name: &str,
         dims: &[usize],

@@ -99,7 +99,7 @@ unsafe impl Lanes for Plain {
     }
     #[inline(always)]
     fn look_up(codes: &[u8; LANES / 2]) -> Plain {
-        let code = |i: usize| codes[i / 2] >> (if i % 2 == 0 { 4 } else { 0 }) & 15;
+        let code = |i: usize| codes[i / 2] >> (if i.is_multiple_of(2) { 4 } else { 0 }) & 15;
         Plain(std::array::from_fn(|i| TABLE[usize::from(code(i))]))
     }
 }
