@@ -39,17 +39,21 @@ pub(crate) fn is_written_whole(plan: &Plan, index: usize) -> bool {
     let mut outs = step.outs.iter().enumerate().filter(|(_, out)| out.slot == slot);
     let (Some((at, out)), None) = (outs.next(), outs.next()) else { return false };
     match &step.work {
-        Work::Kernel(kernel) => {
-            let mut stores = kernel.stores.iter().filter(|s| s.to.arg as usize == at);
-            let (Some(store), None) = (stores.next(), stores.next()) else { return false };
-            // In bounds, all distinct, and as many as there are: all of them.
-            written_points(kernel, store.reg.index()).iter().product::<usize>() == len
-        }
+        Work::Kernel(kernel) => writes_all(kernel, at, len),
         Work::Call(LibraryCall::Gemm { accumulate: false, .. }) => {
             matches!(out.dtype, DType::F32 | DType::F64) && out.layout.shape.len() == len
         }
         Work::Call(_) => false,
     }
+}
+
+/// Whether the kernel of a verified plan writes each of the `len` elements that its output of number `out` has room for, and
+/// not a part of them, as one that puts something into a larger value.
+pub(crate) fn writes_all(kernel: &Kernel, out: usize, len: usize) -> bool {
+    let mut stores = kernel.stores.iter().filter(|s| s.to.arg as usize == out);
+    let (Some(store), None) = (stores.next(), stores.next()) else { return false };
+    // In bounds, all distinct, and as many as there are: all of them.
+    written_points(kernel, store.reg.index()).iter().product::<usize>() == len
 }
 
 fn output_is_sound(plan: &Plan, index: usize) -> bool {

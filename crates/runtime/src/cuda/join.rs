@@ -4,8 +4,9 @@
 use super::command::{Draft, Work};
 use crate::hazards::{Room, Touched, side_by_side};
 use crate::places::{Place, operand};
+use crate::verify::writes_all;
 use metal_candle_compiler::render::{self, Ahead, Binding, Dialect, Limits, Source};
-use metal_candle_compiler::{Plan, Slot};
+use metal_candle_compiler::{Plan, Slot, Work as StepWork};
 
 /// How often the kernels of one launch fill the device at most: what is larger than that takes its own time.
 const FULL: usize = 4;
@@ -99,10 +100,17 @@ fn ahead<'a>(first: &'a Draft, readers: &[Draft], plan: &Plan) -> Option<Ahead<'
     {
         return None;
     }
+    let StepWork::Kernel(kernel) = &step.work else { return None };
     let mut outputs = Vec::new();
     for (n, binding) in first.bindings.iter().enumerate() {
-        if matches!(binding, Binding::Out(_)) {
-            outputs.push((n, len_bytes(plan, operand(step, *binding)?.slot)));
+        if let Binding::Out(out) = binding {
+            let operand = operand(step, *binding)?;
+            let bytes = len_bytes(plan, operand.slot);
+            // What others put beside a part is in the first block's memory only.
+            if !writes_all(kernel, *out as usize, bytes / operand.dtype.size_bytes()) {
+                return None;
+            }
+            outputs.push((n, bytes));
         }
     }
     let places = readers.iter().flat_map(|reader| &reader.places).enumerate();
