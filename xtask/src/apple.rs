@@ -4,8 +4,12 @@ use crate::command::{cargo, execute, output, program};
 use anyhow::{Context, Result};
 use std::path::Path;
 
-/// What has a Metal backend.
-const PACKAGE: [&str; 4] = ["--package", "metal-candle-runtime", "--features", "metal"];
+/// What has a Metal backend, and the command that is built on it: without the hub, whose TLS wants a C compiler for Apple's
+/// systems, and which knows no device.
+const PACKAGES: [&[&str]; 2] = [
+    &["--package", "metal-candle-runtime", "--features", "metal"],
+    &["--package", "metal-candle-cli", "--no-default-features", "--features", "metal"],
+];
 
 /// The target of every Apple computer with a GPU of Apple's.
 const TARGET: &str = "aarch64-apple-darwin";
@@ -16,9 +20,12 @@ pub(crate) fn run() -> Result<()> {
         println!("skipped: {TARGET} cannot be had here ({reason:#})");
         return Ok(());
     }
-    let mut command = cargo();
-    command.args(["clippy", "--target", TARGET]).args(PACKAGE);
-    execute(command.args(["--", "--deny", "warnings"]))
+    for package in PACKAGES {
+        let mut command = cargo();
+        command.args(["clippy", "--target", TARGET]).args(package);
+        execute(command.args(["--", "--deny", "warnings"]))?;
+    }
+    Ok(())
 }
 
 /// The target's standard library, as a component of the toolchain, if it is not there already.
