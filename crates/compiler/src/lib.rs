@@ -33,4 +33,5 @@ pub use error::{Error, Result};
 pub use layout::Layout;
 pub use library::LibraryCall;
 pub use plan::{Operand, OutputSource, Plan, PlanInput, PlanOutput, Slot, Step, Work, plan};
+pub use print::Bytes;
 pub use target::Target;

@@ -101,9 +101,14 @@ impl Plan {
     /// Bytes alive at the worst moment: inputs, results and scratch.
     pub fn peak_bytes(&self) -> usize {
         let inputs: usize = self.inputs.iter().map(|i| i.ty.size_bytes()).sum();
+        inputs + self.allocated_bytes()
+    }
+
+    /// Bytes that a run allocates beside its inputs: results and scratch.
+    pub fn allocated_bytes(&self) -> usize {
         let written = |o: &&PlanOutput| o.source == OutputSource::Written;
         let outputs: usize = self.outputs.iter().filter(written).map(|o| o.ty.size_bytes()).sum();
-        inputs + outputs + self.arena_bytes
+        outputs + self.arena_bytes
     }
 
     pub fn flops(&self) -> u64 {

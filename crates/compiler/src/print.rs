@@ -102,7 +102,9 @@ impl fmt::Display for Space<'_> {
     }
 }
 
-struct Bytes(usize);
+/// A size in the largest unit of 1024s that is not above it.
+#[derive(Clone, Copy, Debug)]
+pub struct Bytes(pub usize);
 
 impl fmt::Display for Bytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -9,6 +9,8 @@
 //! One JSON line for each row. Everything is made on the device, so that the program runs where there is no source
 //! tree. `--steps` prints the seconds of each kind of step beside a row.
 
+#[path = "support/kinds.rs"]
+mod kinds;
 #[path = "gpu/model.rs"]
 mod model;
 #[path = "gpu/ops.rs"]

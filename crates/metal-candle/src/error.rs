@@ -1,6 +1,7 @@
 //! What went wrong, and at which line of the caller.
 
 use crate::{DType, Device, io};
+use metal_candle_compiler::Bytes;
 use metal_candle_graph::{Shape, TensorType};
 use std::fmt;
 use std::panic::Location;
@@ -68,7 +69,7 @@ pub enum ErrorKind {
     NoUpdate { skipped: usize, culprit: String },
     #[error(
         "a step of {} x {} tokens wants {} beside what is loaded, and {device} has {} free: {}", of[0], of[1],
-        size(*wanted_bytes), size(*free_bytes), smaller(*fits)
+        Bytes(*wanted_bytes), Bytes(*free_bytes), smaller(*fits)
     )]
     StepMemory {
         device: Device,
@@ -207,13 +208,6 @@ impl fmt::Debug for Error {
 impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         std::error::Error::source(&*self.kind)
-    }
-}
-
-fn size(bytes: usize) -> String {
-    match bytes {
-        1_073_741_824.. => format!("{:.1} GiB", bytes as f64 / f64::from(1 << 30)),
-        _ => format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20)),
     }
 }
 

@@ -1,6 +1,9 @@
 //! What a model records (a training step, a prompt, a decoded token), in both languages of GPUs, as their backends run it:
 //! compiled as C++ and run on the CPU, thread by thread, by the machine of the compiler's tests. No GPU is needed.
 
+#[path = "support/lessons.rs"]
+#[allow(dead_code, reason = "only the adapter is used here")]
+mod lessons;
 #[path = "../../compiler/tests/dialects/machine.rs"]
 #[allow(dead_code, reason = "shared with the compiler's tests")]
 mod machine;
@@ -25,12 +28,11 @@ mod values;
 #[path = "../../runtime/tests/support/walk.rs"]
 mod walk;
 
+use lessons::lora;
 use machine::DIALECTS;
 use metal_candle::generate::{Generator, KVCache};
 use metal_candle::graph::oracle::{self, Value};
-use metal_candle::io::LoraConfig;
 use metal_candle::io::data::{Batch, Documents};
-use metal_candle::io::peft::TargetModules;
 use metal_candle::models::{BaseWeights, Decoder};
 use metal_candle::nn::{ApplyAdapter, LoRAAdapter};
 use metal_candle::train::{AdamWConfig, TrainStep};
@@ -49,14 +51,7 @@ fn decoder(base: BaseWeights, activations: DType) -> Decoder {
 
 /// On every linear layer.
 fn adapter(decoder: &Decoder, dropout: f64) -> LoRAAdapter {
-    let config = LoraConfig {
-        r: 4,
-        lora_alpha: 8.0,
-        lora_dropout: dropout,
-        target_modules: TargetModules::AllLinear,
-        ..LoraConfig::default()
-    };
-    LoRAAdapter::new(config, decoder.modules(), 1, device()).unwrap()
+    LoRAAdapter::new(lora(dropout), decoder.modules(), 1, device()).unwrap()
 }
 
 /// 2 x 12 tokens that repeat a pattern, some without a label; packed, of two documents a row.

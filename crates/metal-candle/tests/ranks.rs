@@ -3,6 +3,8 @@
 //!
 //! Here the ranks are threads of one process on the CPU; `two_processes.rs` has processes, and GPUs.
 
+#[path = "support/lessons.rs"]
+mod lessons;
 #[path = "io/support.rs"]
 #[allow(dead_code, reason = "only the GGUF writer is used here")]
 mod support;
@@ -13,9 +15,8 @@ mod testbed;
 #[allow(dead_code, reason = "only the decoder is used here")]
 mod tiny;
 
-use metal_candle::io::LoraConfig;
-use metal_candle::io::data::{Batch, Example};
-use metal_candle::io::peft::TargetModules;
+use lessons::{examples, lora};
+use metal_candle::io::data::Batch;
 use metal_candle::nn::LoRAAdapter;
 use metal_candle::train::{AdamWConfig, LRScheduler, Report, TrainStep, Trainer, TrainingConfig};
 use metal_candle::{Device, Rendezvous, Result, World};
@@ -47,26 +48,14 @@ fn ranks<T: Send>(size: usize, f: impl Fn(Arc<World>) -> T + Sync) -> Vec<T> {
     })
 }
 
-/// Rows of different lengths that repeat a pattern, so that there is something to learn.
-fn examples(rows: usize, seed: u32) -> Vec<Example> {
-    let example = |row: usize| {
-        let len = 6 + (row * 7) % 40;
-        let id = |i: usize| (seed as usize + row + 3 * i) % (VOCAB - 2);
-        Example { ids: (0..len).map(|i| id(i) as u32).collect(), trained: vec![true; len] }
-    };
-    (0..rows).map(example).collect()
-}
-
 fn adapter(dropout: f64) -> LoRAAdapter {
-    let config = LoraConfig {
-        r: 4,
-        lora_alpha: 8.0,
-        lora_dropout: dropout,
-        target_modules: TargetModules::AllLinear,
-        ..LoraConfig::default()
-    };
-    LoRAAdapter::new(config, Tiny::new().load_on(&Device::Cpu).decoder.modules(), 1, &Device::Cpu)
-        .unwrap()
+    LoRAAdapter::new(
+        lora(dropout),
+        Tiny::new().load_on(&Device::Cpu).decoder.modules(),
+        1,
+        &Device::Cpu,
+    )
+    .unwrap()
 }
 
 fn config(batch_size: usize) -> TrainingConfig {

@@ -1,6 +1,8 @@
 //! The loop around the step: a run that goes on equals one that never stopped, several batches equal one, and what is
 //! not finite changes nothing.
 
+#[path = "support/lessons.rs"]
+mod lessons;
 #[path = "io/support.rs"]
 #[allow(dead_code, reason = "only the GGUF writer is used here")]
 mod support;
@@ -13,6 +15,7 @@ mod tiny;
 
 use crate::testbed::device;
 
+use lessons::{examples, lora};
 use metal_candle::io::LoraConfig;
 use metal_candle::io::data::{Batch, BatchOptions, Batcher, Example, Order};
 use metal_candle::io::peft::TargetModules;
@@ -22,27 +25,10 @@ use metal_candle::train::{AdamWConfig, LRScheduler, Report, StepShape, TrainStep
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use tiny::{Tiny, VOCAB};
-
-/// Rows of different lengths that repeat a pattern, so that there is something to learn.
-fn examples(rows: usize, seed: u32) -> Vec<Example> {
-    let example = |row: usize| {
-        let len = 6 + (row * 7) % 40;
-        let id = |i: usize| (seed as usize + row + 3 * i) % (VOCAB - 2);
-        Example { ids: (0..len).map(|i| id(i) as u32).collect(), trained: vec![true; len] }
-    };
-    (0..rows).map(example).collect()
-}
+use tiny::Tiny;
 
 fn fresh_adapter(dropout: f64) -> LoRAAdapter {
-    let config = LoraConfig {
-        r: 4,
-        lora_alpha: 8.0,
-        lora_dropout: dropout,
-        target_modules: TargetModules::AllLinear,
-        ..LoraConfig::default()
-    };
-    LoRAAdapter::new(config, Tiny::new().decoder().modules(), 1, device()).unwrap()
+    LoRAAdapter::new(lora(dropout), Tiny::new().decoder().modules(), 1, device()).unwrap()
 }
 
 fn config(folder: &Path) -> TrainingConfig {

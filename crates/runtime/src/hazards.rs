@@ -31,11 +31,23 @@ impl Span {
 impl Touched {
     /// Whether one of them writes what the other touches.
     pub(crate) fn conflicts(&self, other: &Touched) -> bool {
-        let meet = |a: &[Span], b: &[Span]| a.iter().any(|a| b.iter().any(|b| a.meets(b)));
-        meet(&self.writes, &other.writes)
-            || meet(&self.writes, &other.reads)
-            || meet(&self.reads, &other.writes)
+        self.overwrites(other) || other.overwrites(self)
     }
+
+    /// Whether it writes what the other touches.
+    pub(crate) fn overwrites(&self, other: &Touched) -> bool {
+        meet(&self.writes, &other.writes) || meet(&self.writes, &other.reads)
+    }
+
+    /// Whether it writes what it reads.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn updates_in_place(&self) -> bool {
+        meet(&self.writes, &self.reads)
+    }
+}
+
+fn meet(a: &[Span], b: &[Span]) -> bool {
+    a.iter().any(|a| b.iter().any(|b| a.meets(b)))
 }
 
 /// By command: whether a barrier must stand before it.

@@ -7,6 +7,7 @@
 
 use crate::ops::Op;
 use crate::{Failure, model};
+use metal_candle::Device;
 use serde_json::{Value, json};
 use std::io::{BufRead, Write};
 use std::time::Instant;
@@ -103,7 +104,8 @@ fn answer(
     Ok(json!({
         "seconds": seconds,
         "calls": calls,
-        "peak_bytes": peak_bytes(),
+        // As far as the system says.
+        "peak_bytes": Device::Cpu.memory().map(|memory| memory.peak_bytes),
         "planned_bytes": prepared.planned_bytes,
     }))
 }
@@ -128,11 +130,4 @@ pub(crate) fn number(value: &Value, key: &str) -> Result<usize, Failure> {
 
 pub(crate) fn text<'v>(value: &'v Value, key: &str) -> Result<&'v str, Failure> {
     Ok(value[key].as_str().ok_or_else(|| format!("{value}: expected a text {key}"))?)
-}
-
-/// The most memory that this process ever had resident, where the system says so.
-fn peak_bytes() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    Some(line.split_whitespace().next()?.parse::<u64>().ok()? * 1024)
 }

@@ -3,10 +3,12 @@
 use super::Failure;
 use super::model::{prompted, training};
 use super::serve::{number, text};
+use crate::kinds::{self, Units};
 use metal_candle::generate::{DecodeShape, Generator, KVCache};
 use metal_candle::{Plan, Timing};
 use serde_json::Value;
-use std::collections::BTreeMap;
+
+const UNITS: Units = Units { mark: "", scale: 1e9, operations: "GFLOP/s", bytes: "GB/s" };
 
 /// Each step at its best of so many runs: what else the machine does meanwhile is left out.
 const RUNS: usize = 7;
@@ -77,26 +79,7 @@ impl Best {
         }
     }
 
-    /// What the kinds of steps take together, the dearest first.
     fn print(&self, plan: &Plan) {
-        assert_eq!(self.0.len(), plan.steps.len(), "the plan of another run");
-        let mut kinds: BTreeMap<String, (usize, f64, u64, u64)> = BTreeMap::new();
-        for (step, seconds) in plan.steps.iter().zip(&self.0) {
-            let shape = step.outs.first().map(|out| out.layout.shape.to_string());
-            let kind = kinds.entry(format!("{} -> {}", step.label, shape.unwrap_or_default()));
-            let sum = kind.or_default();
-            *sum = (sum.0 + 1, sum.1 + seconds, sum.2 + step.flops, sum.3 + step.bytes);
-        }
-        let mut kinds: Vec<_> = kinds.into_iter().collect();
-        kinds.sort_by(|a, b| b.1.1.total_cmp(&a.1.1));
-        println!("{:.2} ms in {} steps", 1e3 * self.0.iter().sum::<f64>(), plan.steps.len());
-        for (kind, (count, seconds, flops, bytes)) in kinds.into_iter().take(40) {
-            println!(
-                "{:9.3} ms {count:4} x {:8.1} GFLOP/s {:7.2} GB/s  {kind}",
-                seconds * 1e3,
-                flops as f64 / seconds / 1e9,
-                bytes as f64 / seconds / 1e9,
-            );
-        }
+        kinds::print(plan, &self.0, &UNITS);
     }
 }

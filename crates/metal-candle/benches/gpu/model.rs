@@ -1,5 +1,6 @@
 //! Training steps and decoded tokens of models with random weights.
 
+use crate::kinds::{self, Units};
 use crate::ops::Ceilings;
 use crate::{Context, Failure, Row, median, rounded};
 use metal_candle::generate::{Generator, KVCache};
@@ -9,9 +10,8 @@ use metal_candle::io::{DecoderConfig, LoraConfig, RopeLayout, RopeScaling, Token
 use metal_candle::models::{BaseWeights, Decoder, random_decoder};
 use metal_candle::nn::LoRAAdapter;
 use metal_candle::train::{AdamWConfig, StepShape, TrainStep};
-use metal_candle::{DType, Plan, Timing};
+use metal_candle::{DType, Timing};
 use serde_json::{Value, json};
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -74,6 +74,9 @@ impl Size {
         })
     }
 }
+
+/// Steps are told of beside lines of JSON.
+const UNITS: Units = Units { mark: "# ", scale: 1e12, operations: "TFLOP/s", bytes: "TB/s" };
 
 const RANK: usize = 16;
 const PROMPT: usize = 128;
@@ -175,7 +178,7 @@ fn train(
         let labels = ids.iter().map(|id| i64::from(*id)).collect();
         let batch = Batch { ids, labels, batch, seq, trained: tokens, documents: None };
         let (_, seconds) = step.profile(&batch, 1e-4, Timing::Steps)?;
-        print_steps(&plan, &seconds);
+        kinds::print(&plan, &seconds, &UNITS);
     }
     Ok(json!({
         "tokens_per_second": rounded(tokens as f64 / seconds, 0),
@@ -263,27 +266,4 @@ fn no_words() -> Result<Tokenizer, Failure> {
     let text = r#"{"version": "1.0", "model": {"type": "WordLevel", "vocab": {"<unk>": 0}, "unk_token": "<unk>"}}"#;
     std::fs::write(file.path(), text)?;
     Ok(Tokenizer::from_file(file.path())?)
-}
-
-/// What the kinds of steps take together, the dearest first.
-fn print_steps(plan: &Plan, seconds: &[f64]) {
-    let mut kinds: BTreeMap<String, (usize, f64, u64, u64)> = BTreeMap::new();
-    for (step, seconds) in plan.steps.iter().zip(seconds) {
-        let shape = step.outs.first().map(|out| out.layout.shape.to_string());
-        let kind = kinds.entry(format!("{} -> {}", step.label, shape.unwrap_or_default()));
-        let sum = kind.or_default();
-        *sum = (sum.0 + 1, sum.1 + seconds, sum.2 + step.flops, sum.3 + step.bytes);
-    }
-    let mut kinds: Vec<_> = kinds.into_iter().collect();
-    kinds.sort_by(|a, b| b.1.1.total_cmp(&a.1.1));
-    let total: f64 = seconds.iter().sum();
-    println!("# {:.2} ms in {} steps", total * 1e3, plan.steps.len());
-    for (kind, (count, seconds, flops, bytes)) in kinds.into_iter().take(40) {
-        println!(
-            "# {:8.3} ms {count:4} x {:7.1} TFLOP/s {:6.2} TB/s  {kind}",
-            seconds * 1e3,
-            flops as f64 / seconds / 1e12,
-            bytes as f64 / seconds / 1e12,
-        );
-    }
 }

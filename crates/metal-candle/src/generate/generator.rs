@@ -130,10 +130,7 @@ impl Generator {
     /// # Errors
     /// As [`Generator::logits`].
     pub fn best(&self, ids: &[u32], cache: &mut KVCache) -> Result<u32> {
-        match self.step(Wanted::Best, ids, cache)? {
-            Scores::Best(id) => Ok(id),
-            Scores::Logits(_) => panic!("metal-candle bug: a step that gives no token"),
-        }
+        Ok(self.step(Wanted::Best, ids, cache)?.best())
     }
 
     /// [`Generator::best`], and the seconds that it took on the device: of each step of its plan, or of all.
@@ -149,10 +146,7 @@ impl Generator {
         check_room(ids, cache)?;
         let args = step::arguments(ids, cache)?;
         let (results, seconds) = self.steps.one(Wanted::Best).profile(args, timing)?;
-        match self.scores(Wanted::Best, results, ids.len(), cache)? {
-            Scores::Best(id) => Ok((id, seconds)),
-            Scores::Logits(_) => panic!("metal-candle bug: a step that gives no token"),
-        }
+        Ok((self.scores(Wanted::Best, results, ids.len(), cache)?.best(), seconds))
     }
 
     fn step(&self, wanted: Wanted, ids: &[u32], cache: &mut KVCache) -> Result<Scores> {

@@ -16,6 +16,16 @@ pub(super) enum Scores {
     Best(u32),
 }
 
+impl Scores {
+    /// Of a step that was to give the token.
+    pub(super) fn best(&self) -> u32 {
+        match self {
+            Scores::Best(id) => *id,
+            Scores::Logits(_) => panic!("metal-candle bug: a step that gives no token"),
+        }
+    }
+}
+
 /// What is known between two steps. It runs nothing itself, so that blocking and awaiting callers
 /// share it.
 #[derive(Debug)]

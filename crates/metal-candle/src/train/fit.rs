@@ -3,7 +3,6 @@
 use super::StepShape;
 use crate::error::ErrorKind;
 use crate::{Device, Plan, Result};
-use metal_candle_compiler::OutputSource;
 
 /// Rows shorter than this are not worth proposing.
 const SHORTEST: usize = 32;
@@ -18,7 +17,7 @@ pub(super) fn check(
     plan: impl Fn(StepShape) -> Result<Plan>,
 ) -> Result<()> {
     let Some(memory) = device.memory() else { return Ok(()) };
-    let wanted = |shape| plan(shape).map(|plan| allocated_bytes(&plan));
+    let wanted = |shape| plan(shape).map(|plan| plan.allocated_bytes());
     compare(*device, shape, memory.free_bytes, wanted)
 }
 
@@ -44,12 +43,6 @@ fn compare(
     }
     let of = [shape.batch, shape.seq];
     Err(ErrorKind::StepMemory { device, of, wanted_bytes, free_bytes, fits }.into())
-}
-
-/// What a run allocates beside its inputs.
-fn allocated_bytes(plan: &Plan) -> usize {
-    let written = plan.outputs.iter().filter(|output| output.source == OutputSource::Written);
-    plan.arena_bytes + written.map(|output| output.ty.size_bytes()).sum::<usize>()
 }
 
 #[cfg(test)]

@@ -41,6 +41,13 @@ pub(super) struct Commands {
 /// A command whose kernel is not compiled yet.
 pub(super) struct Draft {
     pub(super) steps: SmallVec<[usize; 1]>,
+    pub(super) places: SmallVec<[Place; 4]>,
+    pub(super) work: Work,
+}
+
+/// What a step asks for, before anything is joined.
+pub(super) struct Wish {
+    pub(super) step: usize,
     pub(super) bindings: Vec<Binding>,
     /// Of each binding.
     pub(super) places: SmallVec<[Place; 4]>,
@@ -54,16 +61,12 @@ pub(super) enum Work {
     Sum(Sum),
 }
 
-impl Draft {
-    fn new(plan: &Plan, index: usize, bindings: Vec<Binding>, work: Work) -> Result<Draft> {
+impl Wish {
+    fn new(plan: &Plan, step: usize, bindings: Vec<Binding>, work: Work) -> Result<Wish> {
         let align_bytes = work.kernel().map_or(1, |source| source.align_bytes);
-        Ok(Draft {
-            steps: SmallVec::from_elem(index, 1),
-            places: places(plan, index, &bindings, align_bytes)?,
-            touched: Touched::new(plan, &plan.steps[index], &bindings),
-            bindings,
-            work,
-        })
+        let places = places(plan, step, &bindings, align_bytes)?;
+        let touched = Touched::new(plan, &plan.steps[step], &bindings);
+        Ok(Wish { step, bindings, places, touched, work })
     }
 }
 
@@ -80,16 +83,12 @@ impl Commands {
     /// # Errors
     /// [`crate::Error::Render`] for a step that the device cannot run; [`crate::Error::Compile`]; what the driver says.
     pub(super) fn new(gpu: &Gpu, plan: &Plan, world: Option<&Arc<World>>) -> Result<Commands> {
-        let (mut drafts, mut scratch_bytes) = (Vec::new(), 0);
+        let (mut wishes, mut scratch_bytes) = (Vec::new(), 0);
         for (index, step) in plan.steps.iter().enumerate() {
             if let (compiler::Work::Call(LibraryCall::AllReduce), Some(world)) = (&step.work, world)
             {
-                drafts.push(Draft::new(
-                    plan,
-                    index,
-                    vec![Binding::Out(0)],
-                    Work::Sum(Sum::new(world, step)),
-                )?);
+                let sum = Work::Sum(Sum::new(world, step));
+                wishes.push(Wish::new(plan, index, vec![Binding::Out(0)], sum)?);
                 continue;
             }
             let call = parts(plan, index, Dialect::CUDA, &gpu.limits)?;
@@ -99,10 +98,10 @@ impl Commands {
                 if matches!(&work, Work::Kernel(source) if source.launch.grid == 0) {
                     continue;
                 }
-                drafts.push(Draft::new(plan, index, bindings, work)?);
+                wishes.push(Wish::new(plan, index, bindings, work)?);
             }
         }
-        let list = compile(gpu, join(drafts, plan, &gpu.limits))?;
+        let list = compile(gpu, join(wishes, plan, &gpu.limits))?;
         Ok(Commands { list, scratch_bytes })
     }
 }
@@ -129,7 +128,7 @@ fn work(gpu: &Gpu, part: Part) -> Result<(Vec<Binding>, Work)> {
 fn compile(gpu: &Gpu, drafts: Vec<Draft>) -> Result<Vec<Command>> {
     let sources: Vec<&Source> = drafts.iter().filter_map(|draft| draft.work.kernel()).collect();
     let mut functions = gpu.kernels.get(gpu, &sources)?.into_iter();
-    let command = |Draft { steps, places, work, .. }| {
+    let command = |Draft { steps, places, work }| {
         let action = match work {
             Work::Product(product) => Action::Product(product),
             Work::Sum(sum) => Action::Sum(sum),

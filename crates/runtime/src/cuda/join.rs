@@ -1,12 +1,13 @@
 //! Which kernels are launched as one: those that need not wait for each other, and before them a kernel so small that every
 //! block of theirs makes its results for itself.
 
-use super::command::{Draft, Work};
+use super::command::{Draft, Wish, Work};
 use crate::hazards::{Room, Touched, side_by_side};
 use crate::places::{Place, operand};
 use crate::verify::writes_all;
 use metal_candle_compiler::render::{self, Ahead, Binding, Dialect, Limits, Source};
 use metal_candle_compiler::{Plan, Slot, Work as StepWork};
+use smallvec::SmallVec;
 
 /// How often the kernels of one launch fill the device at most: what is larger than that takes its own time.
 const FULL: usize = 4;
@@ -18,19 +19,19 @@ const AHEAD_IN_ALL_BYTES: usize = 4 << 20;
 /// What each block keeps of it.
 const KEPT_BYTES: usize = 16 << 10;
 
-/// The drafts of a plan with some joined, in an order that its hazards allow.
-pub(super) fn join(drafts: Vec<Draft>, plan: &Plan, limits: &Limits) -> Vec<Draft> {
-    let wish = |draft: &Draft| (draft.touched.clone(), room(&draft.work));
-    let wishes: Vec<(Touched, Option<Room>)> = drafts.iter().map(wish).collect();
+/// What the steps of a plan ask for, with some of it joined, in an order that its hazards allow.
+pub(super) fn join(wishes: Vec<Wish>, plan: &Plan, limits: &Limits) -> Vec<Draft> {
+    let room = |wish: &Wish| (wish.touched.clone(), room(&wish.work));
+    let rooms: Vec<(Touched, Option<Room>)> = wishes.iter().map(room).collect();
     let most_threads = FULL * limits.resident_threads;
     // The rest of the parameters is for a kernel ahead.
-    let groups = side_by_side(&wishes, most_threads, limits.max_operands / 2);
-    let mut drafts: Vec<Option<Draft>> = drafts.into_iter().map(Some).collect();
+    let groups = side_by_side(&rooms, most_threads, limits.max_operands / 2);
+    let mut wishes: Vec<Option<Wish>> = wishes.into_iter().map(Some).collect();
     let mut take =
-        |at: usize| -> Draft { drafts[at].take().expect("metal-candle bug: in two groups") };
+        |at: usize| -> Wish { wishes[at].take().expect("metal-candle bug: in two groups") };
     let mut groups = groups.into_iter().map(|g| g.into_iter().map(&mut take).collect::<Vec<_>>());
     let mut joined = Vec::new();
-    let mut next: Option<Vec<Draft>> = groups.next();
+    let mut next: Option<Vec<Wish>> = groups.next();
     while let Some(mut members) = next {
         next = groups.next();
         let mut source = one(&members, None);
@@ -43,8 +44,8 @@ pub(super) fn join(drafts: Vec<Draft>, plan: &Plan, limits: &Limits) -> Vec<Draf
             }
         }
         match source {
-            Some(source) => joined.push(merged(members, source)),
-            None => joined.append(&mut members),
+            Some(source) => joined.push(merged(&members, source)),
+            None => joined.extend(members.into_iter().map(alone)),
         }
     }
     joined
@@ -59,42 +60,37 @@ fn room(work: &Work) -> Option<Room> {
 }
 
 /// The kernels of a group as one.
-fn one(members: &[Draft], ahead: Option<&Ahead<'_>>) -> Option<Source> {
+fn one(members: &[Wish], ahead: Option<&Ahead<'_>>) -> Option<Source> {
     let sources: Option<Vec<&Source>> = members.iter().map(|m| m.work.kernel()).collect();
     render::beside(&sources?, ahead, Dialect::CUDA)
 }
 
-fn merged(members: Vec<Draft>, source: Source) -> Draft {
-    let mut touched = Touched::default();
-    for member in &members {
-        touched.reads.extend(member.touched.reads.iter().cloned());
-        touched.writes.extend(member.touched.writes.iter().cloned());
-    }
+fn merged(members: &[Wish], source: Source) -> Draft {
     Draft {
-        steps: members.iter().flat_map(|member| member.steps.iter().copied()).collect(),
-        bindings: members.iter().flat_map(|member| member.bindings.iter().copied()).collect(),
+        steps: members.iter().map(|member| member.step).collect(),
         places: members.iter().flat_map(|member| member.places.iter().copied()).collect(),
-        touched,
         work: Work::Kernel(source),
     }
 }
 
+fn alone(Wish { step, places, work, .. }: Wish) -> Draft {
+    Draft { steps: SmallVec::from_elem(step, 1), places, work }
+}
+
 /// How every block of `readers` can run `first` for itself, if that is less than a launch.
-fn ahead<'a>(first: &'a Draft, readers: &[Draft], plan: &Plan) -> Option<Ahead<'a>> {
+fn ahead<'a>(first: &'a Wish, readers: &[Wish], plan: &Plan) -> Option<Ahead<'a>> {
     let source = first.work.kernel().filter(|source| !source.is_call)?;
-    let step = &plan.steps[first.steps[0]];
+    let step = &plan.steps[first.step];
     let (mut blocks, bytes) = (0, step.bytes as usize);
     for reader in readers {
         let launch = reader.work.kernel()?.launch;
         blocks += launch.grid;
         // What a late block still reads must stay.
-        let overwrites = Touched { reads: Vec::new(), writes: reader.touched.writes.clone() };
-        if launch.block != source.launch.block || overwrites.conflicts(&first.touched) {
+        if launch.block != source.launch.block || reader.touched.overwrites(&first.touched) {
             return None;
         }
     }
-    let in_place = Touched { reads: first.touched.reads.clone(), writes: Vec::new() };
-    if in_place.conflicts(&first.touched)
+    if first.touched.updates_in_place()
         || bytes > AHEAD_BYTES
         || bytes * blocks > AHEAD_IN_ALL_BYTES
     {
@@ -127,7 +123,7 @@ fn ahead<'a>(first: &'a Draft, readers: &[Draft], plan: &Plan) -> Option<Ahead<'
 }
 
 /// How many operands of `reader` meet what `first` writes.
-fn reads(reader: &Draft, first: &Draft) -> usize {
+fn reads(reader: &Wish, first: &Wish) -> usize {
     let writes = &first.touched.writes;
     reader.touched.reads.iter().filter(|span| writes.iter().any(|w| w.meets(span))).count()
 }
