@@ -45,11 +45,12 @@ fn call_flops(call: &LibraryCall, args: &[Operand], outs: &[Operand]) -> u64 {
             2 * rank * (len(&args[0]) + out)
         }
         LibraryCall::QuantGemm { .. } => 2 * out * args[0].layout.shape.last().unwrap_or(0) as u64,
-        LibraryCall::Attention(_) => {
+        LibraryCall::Attention { y, .. } => {
             // q kᵀ and p v, every pair counted.
-            2 * len(&args[0]) * dim(&args[1], 1) + 2 * out * dim(&args[1], 1)
+            let of_values = if *y { 2 * out * dim(&args[1], 1) } else { 0 };
+            2 * len(&args[0]) * dim(&args[1], 1) + of_values
         }
-        LibraryCall::AttentionGrad { .. } => 10 * len(&args[1]) * dim(&args[2], 1),
+        LibraryCall::AttentionGrad { .. } => 10 * len(&args[3]) * dim(&args[4], 1),
         LibraryCall::LinearCrossEntropy { attrs, grad_x, .. } => {
             let features = args[0].layout.shape[1];
             let classes = attrs.classes(features, &args[1].layout.shape) as u64;

@@ -21,9 +21,9 @@ pub enum LibraryCall {
     QuantGemm { format: BlockFormat, rows: usize, cols: usize, transposed: bool },
     /// `args = [w: u8[bytes]]`
     Dequantize { format: BlockFormat, rows: usize, cols: usize },
-    /// `args` as `Composite::Attention`
-    Attention(AttentionAttrs),
-    /// One output for each of `wrt`; `args = [dy, ..attention's]`
+    /// `args` as `Composite::Attention`; outputs: y if `y`, then `Composite::AttentionLogSumExp` if `lse`.
+    Attention { attrs: AttentionAttrs, y: bool, lse: bool },
+    /// One output for each of `wrt`; `args = [dy, lse, delta, ..attention's]`
     AttentionGrad { attrs: AttentionAttrs, wrt: Vec<AttentionInput> },
     /// `args = [x, cos, sin]`
     Rope { layout: RopeLayout },
@@ -58,7 +58,7 @@ impl LibraryCall {
             LibraryCall::LowRank { .. } => "low_rank",
             LibraryCall::QuantGemm { .. } => "quant_gemm",
             LibraryCall::Dequantize { .. } => "dequantize",
-            LibraryCall::Attention(_) => "attention",
+            LibraryCall::Attention { .. } => "attention",
             LibraryCall::AttentionGrad { .. } => "attention_grad",
             LibraryCall::Rope { .. } => "rope",
             LibraryCall::LinearCrossEntropy { .. } => "linear_cross_entropy",

@@ -229,6 +229,9 @@ fn calls(a: &Analysis, gemms: &Gemms) -> Vec<Unit> {
 /// Calls of one group with equal inputs run as one; the one that the group is named after gives the first output.
 fn sharing(op: &Operation) -> Option<Composite> {
     match *op {
+        Operation::Composite(
+            Composite::Attention(attrs) | Composite::AttentionLogSumExp(attrs),
+        ) => Some(Composite::Attention(attrs)),
         Operation::Composite(Composite::AttentionGrad { attrs, .. }) => {
             Some(Composite::AttentionGrad { attrs, wrt: AttentionInput::Query })
         }
@@ -370,27 +373,32 @@ fn library_call(a: &Analysis, ids: &[NodeId]) -> LibraryCall {
 }
 
 fn composite_call(a: &Analysis, composite: Composite, ids: &[NodeId]) -> LibraryCall {
+    let composites = ids.iter().filter_map(|id| match a.node(*id).op {
+        Operation::Composite(composite) => Some(composite),
+        _ => None,
+    });
+    let has = |which: fn(&Composite) -> bool| composites.clone().any(|c| which(&c));
     match composite {
         Composite::Rope { layout } => LibraryCall::Rope { layout },
-        Composite::Attention(attrs) => LibraryCall::Attention(attrs),
+        Composite::Attention(attrs) | Composite::AttentionLogSumExp(attrs) => {
+            LibraryCall::Attention {
+                attrs,
+                y: has(|c| matches!(c, Composite::Attention(_))),
+                lse: has(|c| matches!(c, Composite::AttentionLogSumExp(_))),
+            }
+        }
         Composite::AttentionGrad { attrs, .. } => {
-            let wrt = ids.iter().map(|id| match a.node(*id).op {
-                Operation::Composite(Composite::AttentionGrad { wrt, .. }) => wrt,
-                op => panic!("metal-candle bug: {} among attention gradients", op.name()),
+            let wrt = composites.filter_map(|c| match c {
+                Composite::AttentionGrad { wrt, .. } => Some(wrt),
+                _ => None,
             });
             LibraryCall::AttentionGrad { attrs, wrt: wrt.collect() }
         }
         Composite::LinearCrossEntropy(attrs) | Composite::LinearCrossEntropyGradX(attrs) => {
-            let grad_x = |id: &NodeId| {
-                matches!(
-                    a.node(*id).op,
-                    Operation::Composite(Composite::LinearCrossEntropyGradX(_))
-                )
-            };
             LibraryCall::LinearCrossEntropy {
                 attrs,
-                losses: !ids.iter().all(grad_x),
-                grad_x: ids.iter().any(grad_x),
+                losses: has(|c| matches!(c, Composite::LinearCrossEntropy(_))),
+                grad_x: has(|c| matches!(c, Composite::LinearCrossEntropyGradX(_))),
             }
         }
         Composite::LinearCrossEntropyGradWeight(attrs) => {

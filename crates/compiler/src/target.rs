@@ -63,6 +63,7 @@ impl Target {
         match composite {
             Composite::Rope { .. }
             | Composite::Attention(_)
+            | Composite::AttentionLogSumExp(_)
             | Composite::AttentionGrad { .. }
             | Composite::LinearCrossEntropy(_)
             | Composite::LinearCrossEntropyGradX(_)

@@ -37,8 +37,13 @@ pub enum Composite {
     /// hk, dv], (mask: [b, hq, tq, tk]), (q_segment: [b, tq], k_segment: [b, tk]), (offset:
     /// i64[])]`, the optional ones as [`AttentionAttrs`] says; gives `[b, tq, hq, dv]`
     Attention(AttentionAttrs),
-    /// The cotangent of one input of [`Composite::Attention`]. `inputs = [dy, ..attention's
-    /// inputs]`
+    /// Of every row of [`Composite::Attention`]: `log(sum(exp(score)))` over the keys that it sees,
+    /// `inf` if there are none. Same inputs; gives `[b, tq, hq]` in f32 (f64 for F64)
+    AttentionLogSumExp(AttentionAttrs),
+    /// The cotangent of one input of [`Composite::Attention`]. `inputs = [dy, lse, delta,
+    /// ..attention's inputs]`: lse is [`Composite::AttentionLogSumExp`], and delta is the sum of
+    /// `dy y` over the features, y being the attention; both `[b, tq, hq]`. They follow from the
+    /// other inputs, and save a kernel a pass over the scores.
     AttentionGrad { attrs: AttentionAttrs, wrt: AttentionInput },
     /// Per-row loss: `inputs = [logits: [n, v], labels: integer [n]]`; gives `[n]` in f32 (f64 for
     /// F64), 0 where ignored
@@ -65,6 +70,7 @@ impl Composite {
             Composite::LayerNorm { .. } => "layer_norm",
             Composite::Rope { .. } => "rope",
             Composite::Attention(_) => "attention",
+            Composite::AttentionLogSumExp(_) => "attention_logsumexp",
             Composite::AttentionGrad { .. } => "attention_grad",
             Composite::CrossEntropy(_) => "cross_entropy",
             Composite::LinearCrossEntropy(_) => "linear_cross_entropy",
@@ -83,6 +89,7 @@ pub(crate) fn infer(composite: &Composite, inputs: &[TensorType]) -> Result<Tens
         Composite::RmsNorm { .. } | Composite::LayerNorm { .. } => norm::infer(composite, inputs),
         Composite::Rope { .. } => rope::infer(inputs),
         Composite::Attention(attrs) => attention::infer(attrs, inputs),
+        Composite::AttentionLogSumExp(attrs) => attention::infer_rows(attrs, inputs),
         Composite::AttentionGrad { attrs, wrt } => attention::infer_grad(attrs, *wrt, inputs),
         Composite::CrossEntropy(attrs) => cross_entropy::infer(attrs, inputs),
         Composite::LinearCrossEntropy(_)
@@ -107,6 +114,7 @@ pub fn decompose(
         Composite::LayerNorm { eps } => norm::layer_norm(g, *eps, inputs),
         Composite::Rope { layout } => rope::rope(g, *layout, inputs),
         Composite::Attention(attrs) => attention::attention(g, attrs, inputs),
+        Composite::AttentionLogSumExp(attrs) => attention::log_sum_exp(g, attrs, inputs),
         Composite::AttentionGrad { attrs, wrt } => {
             attention::attention_grad(g, attrs, *wrt, inputs)
         }
@@ -138,11 +146,12 @@ pub(crate) fn vjp(
         Composite::RmsNorm { eps } => norm::rms_norm_vjp(g, *eps, inputs, dy),
         Composite::LayerNorm { eps } => norm::layer_norm_vjp(g, *eps, inputs, dy),
         Composite::Rope { layout } => rope::rope_vjp(g, *layout, inputs, dy),
-        Composite::Attention(attrs) => attention::attention_vjp(g, attrs, inputs, dy),
+        Composite::Attention(attrs) => attention::attention_vjp(g, attrs, inputs, y, dy),
         Composite::CrossEntropy(attrs) => cross_entropy::vjp(g, attrs, inputs, dy),
         Composite::LinearCrossEntropy(attrs) => cross_entropy::linear_vjp(g, attrs, inputs, dy),
         // Second derivatives go through the meaning.
-        Composite::AttentionGrad { .. }
+        Composite::AttentionLogSumExp(_)
+        | Composite::AttentionGrad { .. }
         | Composite::LinearCrossEntropyGradX(_)
         | Composite::LinearCrossEntropyGradWeight(_) => {
             let wrt: Vec<usize> = (0..inputs.len()).collect();

@@ -83,7 +83,9 @@ fn composite(c: &Composite, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         }
         Composite::RmsNorm { eps } | Composite::LayerNorm { eps } => write!(f, "{{eps={eps:?}}}"),
         Composite::Rope { layout } => write!(f, "{{{layout:?}}}"),
-        Composite::Attention(a) => write!(f, "{{scale={:?}, causal={}}}", a.scale, a.causal),
+        Composite::Attention(a) | Composite::AttentionLogSumExp(a) => {
+            write!(f, "{{scale={:?}, causal={}}}", a.scale, a.causal)
+        }
         Composite::AttentionGrad { wrt, .. } => write!(f, "{{{wrt:?}}}"),
         Composite::CrossEntropy(a)
         | Composite::LinearCrossEntropy(a)

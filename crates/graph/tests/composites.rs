@@ -284,6 +284,7 @@ fn ill_formed_rows_are_refused() {
 #[test]
 fn ill_formed_attentions_are_refused() {
     let x = |h: usize| ty(DType::F32, &[1, 2, h, 8]);
+    let rows = |h: usize| ty(DType::F32, &[1, 2, h]);
     let long = |dims: &[usize]| ty(DType::I64, dims);
     let of = |attrs, inputs: &[TensorType]| refused(Composite::Attention(attrs), inputs);
     let window = AttentionAttrs { window: Some(3), ..plain() };
@@ -324,12 +325,26 @@ fn ill_formed_attentions_are_refused() {
             Error::DType { op, expected: "i64 for the position or seed", got: DType::U32 },
         ),
         (
-            refused(Composite::AttentionGrad { attrs: plain(), wrt }, &[x(4), x(4), x(4), x(4)]),
+            refused(
+                Composite::AttentionGrad { attrs: plain(), wrt },
+                &[x(4), rows(4), rows(4), x(4), x(4), x(4)],
+            ),
             attribute("attention_grad", "wrt", "an input of the attention", "Mask, without a mask"),
         ),
         (
             refused(Composite::AttentionGrad { attrs: masked, wrt }, &[]),
-            Error::Arity { op: "attention_grad", expected: 5, got: 0 },
+            Error::Arity { op: "attention_grad", expected: 7, got: 0 },
+        ),
+        (
+            refused(
+                Composite::AttentionGrad { attrs: plain(), wrt: AttentionInput::Query },
+                &[x(4), rows(4), rows(2), x(4), x(4), x(4)],
+            ),
+            Error::Shape {
+                op: "attention_grad",
+                expected: shape(&[1, 2, 4]),
+                got: shape(&[1, 2, 2]),
+            },
         ),
     ];
     for (got, want) in cases {

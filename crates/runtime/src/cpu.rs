@@ -52,7 +52,9 @@ fn call(call: &LibraryCall, args: &[Arg], outs: &mut [Out], parallel: bool) -> R
         LibraryCall::Dequantize { format, rows, cols } => {
             quant::call_dequantize(args, outs, format, [rows, cols], parallel);
         }
-        LibraryCall::Attention(ref attrs) => attention::call(args, outs, attrs, parallel),
+        LibraryCall::Attention { ref attrs, y, lse } => {
+            attention::call(args, outs, attrs, [y, lse], parallel);
+        }
         LibraryCall::AttentionGrad { ref attrs, ref wrt } => {
             attention_grad::call(args, outs, attrs, wrt, parallel);
         }

@@ -178,7 +178,9 @@ pub fn call(
         }
         // A backend with ranks asks for their sum itself.
         LibraryCall::AllReduce => Call { parts: Vec::new(), workspace_bytes: 0 },
-        LibraryCall::Attention(attrs) => attention::attention(gpu, &attrs, args, outs),
+        LibraryCall::Attention { attrs, y, lse } => {
+            attention::attention(gpu, &attrs, args, outs, [y, lse])
+        }
         LibraryCall::AttentionGrad { attrs, ref wrt } => {
             attention::attention_grad(gpu, &attrs, wrt, args, outs)
         }

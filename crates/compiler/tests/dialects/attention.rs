@@ -7,7 +7,9 @@ use crate::walk;
 use metal_candle_compiler::render::{Dialect, Limits};
 use metal_candle_graph::composite::{AttentionAttrs, AttentionInput};
 use metal_candle_graph::oracle::{self, Value};
-use metal_candle_graph::{Composite, ComputationGraph, DType, NodeId, Operation, Scalar};
+use metal_candle_graph::{
+    BinaryOp, Composite, ComputationGraph, DType, Dims, NodeId, Operation, Scalar, Shape,
+};
 
 /// An attention: extents, attributes, and how its operands lie.
 #[derive(Clone, Copy, Debug)]
@@ -126,9 +128,17 @@ impl Draw {
         let add = |g: &mut ComputationGraph, composite, inputs: &[_]| {
             g.add(Operation::Composite(composite), inputs).unwrap()
         };
-        let mut outputs = vec![add(&mut g, Composite::Attention(attrs), &ids[1..])];
-        for &wrt in wrt {
-            outputs.push(add(&mut g, Composite::AttentionGrad { attrs, wrt }, &ids));
+        // A decoded token, for which no statistics are asked, has no cotangents.
+        let y = add(&mut g, Composite::Attention(attrs), &ids[1..]);
+        let mut outputs = vec![y];
+        if !wrt.is_empty() {
+            let lse = add(&mut g, Composite::AttentionLogSumExp(attrs), &ids[1..]);
+            let delta = delta(&mut g, y, ids[0]);
+            outputs.push(lse);
+            let with_rows = [&[ids[0], lse, delta], &ids[1..]].concat();
+            for &wrt in wrt {
+                outputs.push(add(&mut g, Composite::AttentionGrad { attrs, wrt }, &with_rows));
+            }
         }
         let tolerances =
             outputs.iter().map(|out| tolerance(g.ty(*out).dtype, self.dtype)).collect();
@@ -137,6 +147,16 @@ impl Draw {
         let (name, donated) = (format!("{self:?}"), Vec::new());
         Task { name, graph: g, donated, inputs: given, want, tolerances }
     }
+}
+
+/// The sum of `dy y` over the features.
+fn delta(g: &mut ComputationGraph, y: NodeId, dy: NodeId) -> NodeId {
+    let wide = if g.ty(y).dtype == DType::F64 { DType::F64 } else { DType::F32 };
+    let [y, dy] = [y, dy].map(|x| g.cast(x, wide).unwrap());
+    let products = g.binary(BinaryOp::Mul, y, dy).unwrap();
+    let sum = g.sum(products, Dims::new([3])).unwrap();
+    let rows = Shape::new(&g.ty(y).shape.dims()[..3]).unwrap();
+    g.reshape(sum, rows).unwrap()
 }
 
 /// In units of `1 + |expected|`, of what is computed from `from`.
@@ -255,6 +275,7 @@ pub(crate) fn on_tensor_cores() -> [Vec<Task>; 2] {
         ]),
         all_of(&[
             Draw { tq: 100, tk: 150, window: Some(20), offset: Some(30), ..half },
+            Draw { b: 2, tq: 90, tk: 150, window: Some(50), ..half },
             Draw { tq: 80, tk: 80, segments: Some(DType::U32), ..half },
             Draw { tq: 40, tk: 7, offset: Some(-4), ..half },
         ]),

@@ -4,7 +4,7 @@
 //! Scores, softmax and the weighted sum of bf16 and f16 are computed in f32 and rounded once, at
 //! the end.
 
-use super::{Composite, widen};
+use super::{Composite, accumulator, widen};
 use crate::infer::{
     check_dtype, check_float, check_index, check_rank, check_scalar_i64, check_shape, require,
 };
@@ -91,18 +91,33 @@ pub(super) fn infer(attrs: &AttentionAttrs, inputs: &[TensorType]) -> Result<Ten
     infer_as("attention", attrs, inputs)
 }
 
+/// Of a number for each row of the scores.
+pub(super) fn infer_rows(attrs: &AttentionAttrs, inputs: &[TensorType]) -> Result<TensorType> {
+    rows(&infer_as("attention_logsumexp", attrs, inputs)?)
+}
+
+/// The rows of the result `y`: `[b, tq, hq]`, in the dtype in which its sums are kept.
+fn rows(y: &TensorType) -> Result<TensorType> {
+    Ok(TensorType::new(accumulator(y.dtype), Shape::new(&y.shape.dims()[..3])?))
+}
+
 pub(super) fn infer_grad(
     attrs: &AttentionAttrs,
     wrt: AttentionInput,
     inputs: &[TensorType],
 ) -> Result<TensorType> {
     let op = "attention_grad";
-    let [dy, inputs @ ..] = inputs else {
-        return Err(Error::Arity { op, expected: 1 + count(attrs), got: 0 });
+    let [dy, lse, delta, inputs @ ..] = inputs else {
+        return Err(Error::Arity { op, expected: 3 + count(attrs), got: inputs.len() });
     };
     let y = infer_as(op, attrs, inputs)?;
     check_shape(op, y.shape, dy.shape)?;
     check_dtype(op, &y, dy)?;
+    let row = rows(&y)?;
+    for x in [lse, delta] {
+        check_shape(op, row.shape, x.shape)?;
+        check_dtype(op, &row, x)?;
+    }
     require(attrs.mask || wrt != AttentionInput::Mask, || Error::Attribute {
         op,
         what: "wrt",
@@ -168,28 +183,50 @@ pub(super) fn attention(
     inputs: &[NodeId],
 ) -> Result<NodeId> {
     let inputs = Inputs::new("attention", attrs, inputs)?;
-    let [b, tq, hq, d] = extents(&g.shape(inputs.q));
+    let [b, tq, hq, _] = extents(&g.shape(inputs.q));
     let [_, tk, hk, dv] = extents(&g.shape(inputs.v));
     let dtype = g.ty(inputs.q).dtype;
     if tk == 0 {
         let zero = g.scalar_like(inputs.q, 0.0);
         return g.broadcast_to(zero, Shape::new(&[b, tq, hq, dv])?);
     }
-    // The query heads that share a key head are more rows of one product: nothing is repeated.
-    let rows = hq / hk * tq;
-    let q = heads_first(g, inputs.q)?;
-    let q = g.reshape(q, Shape::new(&[b, hk, rows, d])?)?;
-    let k = heads_first(g, inputs.k)?;
-    let k = g.transpose(k)?;
-    let scores = g.add(Operation::Dot, &[q, k])?;
-    let scores = g.reshape(scores, Shape::new(&[b, hq, tq, tk])?)?;
-    let p = weights(g, attrs, &inputs, scores)?;
-    let p = g.reshape(p, Shape::new(&[b, hk, rows, tk])?)?;
+    let Scores { scores, sees } = scores(g, attrs, &inputs)?;
+    let mut p = g.add(Operation::Composite(Composite::Softmax { dim: 3 }), &[scores])?;
+    if let Some(sees) = sees {
+        // A row that sees nothing gives nothing.
+        let zero = g.scalar_like(p, 0.0);
+        p = g.select(sees, p, zero)?;
+    }
+    let p = g.reshape(p, Shape::new(&[b, hk, hq / hk * tq, tk])?)?;
     let v = heads_first(g, inputs.v)?;
     let y = g.add(Operation::Dot, &[p, v])?;
     let y = g.reshape(y, Shape::new(&[b, hq, tq, dv])?)?;
     let y = g.permute(y, &[0, 2, 1, 3])?;
     g.cast(y, dtype)
+}
+
+/// `log(sum(exp(scale q kᵀ + mask)))` over what a row sees; `inf` if that is nothing, so that
+/// `exp(score - this)` is always the weight.
+pub(super) fn log_sum_exp(
+    g: &mut ComputationGraph,
+    attrs: &AttentionAttrs,
+    inputs: &[NodeId],
+) -> Result<NodeId> {
+    let inputs = Inputs::new("attention_logsumexp", attrs, inputs)?;
+    let [b, tq, hq, _] = extents(&g.shape(inputs.q));
+    if g.shape(inputs.k)[1] == 0 {
+        let dtype = accumulator(g.ty(inputs.q).dtype);
+        let none = g.constant(Scalar::from_f64(dtype, f64::INFINITY));
+        return g.broadcast_to(none, Shape::new(&[b, tq, hq])?);
+    }
+    let Scores { scores, sees } = scores(g, attrs, &inputs)?;
+    let mut lse = g.add(Operation::Composite(Composite::LogSumExp { dim: 3 }), &[scores])?;
+    if let Some(sees) = sees {
+        let none = g.scalar_like(lse, f64::INFINITY);
+        lse = g.select(sees, lse, none)?;
+    }
+    let lse = g.reshape(lse, Shape::new(&[b, hq, tq])?)?;
+    g.permute(lse, &[0, 2, 1])
 }
 
 /// `[b, t, h, d]` as `[b, h, t, d]`, widened.
@@ -198,15 +235,30 @@ fn heads_first(g: &mut ComputationGraph, x: NodeId) -> Result<NodeId> {
     g.permute(x, &[0, 2, 1, 3])
 }
 
-/// The softmax of the scores, `[b, hq, tq, tk]`.
-fn weights(
+/// What the softmax is taken of.
+struct Scores {
+    /// `[b, hq, tq, tk]`, widened; -inf where a key is hidden, and 0 all along a row that sees
+    /// nothing: -inf alone has no softmax, and no NaN shall enter the backward pass.
+    scores: NodeId,
+    /// Which rows see anything, `u8 [b, hq, tq, 1]`; `None` for all.
+    sees: Option<NodeId>,
+}
+
+fn scores(
     g: &mut ComputationGraph,
     attrs: &AttentionAttrs,
     inputs: &Inputs<NodeId>,
-    scores: NodeId,
-) -> Result<NodeId> {
-    let [_, _, tq, tk] = extents(&g.shape(scores));
-    let mut s = g.binary_scalar(BinaryOp::Mul, scores, attrs.scale.as_f64())?;
+) -> Result<Scores> {
+    let [b, tq, hq, d] = extents(&g.shape(inputs.q));
+    let [_, tk, hk, _] = extents(&g.shape(inputs.k));
+    // The query heads that share a key head are more rows of one product: nothing is repeated.
+    let q = heads_first(g, inputs.q)?;
+    let q = g.reshape(q, Shape::new(&[b, hk, hq / hk * tq, d])?)?;
+    let k = heads_first(g, inputs.k)?;
+    let k = g.transpose(k)?;
+    let s = g.add(Operation::Dot, &[q, k])?;
+    let s = g.reshape(s, Shape::new(&[b, hq, tq, tk])?)?;
+    let mut s = g.binary_scalar(BinaryOp::Mul, s, attrs.scale.as_f64())?;
     if let Some(mask) = inputs.mask {
         let mask = g.cast(mask, g.ty(s).dtype)?;
         s = g.binary(BinaryOp::Add, s, mask)?;
@@ -215,21 +267,16 @@ fn weights(
         let hidden = g.scalar_like(s, f64::NEG_INFINITY);
         s = g.select(visible, s, hidden)?;
     }
-    let softmax = Operation::Composite(Composite::Softmax { dim: 3 });
     let every_row_sees = inputs.mask.is_none()
         && inputs.segments.is_none()
         && (!attrs.causal || (inputs.offset.is_none() && tq <= tk));
     if every_row_sees {
-        return g.add(softmax, &[s]);
+        return Ok(Scores { scores: s, sees: None });
     }
-    // A row of -inf alone has no softmax: it takes that of zeros, and gives nothing, so that no NaN
-    // enters the backward pass either.
     let max = g.reduce(ReduceOp::Max, s, Dims::new([3]))?;
     let sees = g.binary_scalar(BinaryOp::Ne, max, f64::NEG_INFINITY)?;
     let zero = g.scalar_like(s, 0.0);
-    let s = g.select(sees, s, zero)?;
-    let p = g.add(softmax, &[s])?;
-    g.select(sees, p, zero)
+    Ok(Scores { scores: g.select(sees, s, zero)?, sees: Some(sees) })
 }
 
 /// Which keys a query sees: u8, broadcast to `[b, hq, tq, tk]`; `None` for all.
@@ -278,14 +325,14 @@ fn positions(g: &mut ComputationGraph, inputs: &Inputs<NodeId>) -> Result<(NodeI
     Ok((q, k))
 }
 
-/// `inputs = [dy, ..attention's inputs]`
+/// `inputs = [dy, lse, delta, ..attention's inputs]`. What lse and delta say follows from the others.
 pub(super) fn attention_grad(
     g: &mut ComputationGraph,
     attrs: &AttentionAttrs,
     wrt: AttentionInput,
     inputs: &[NodeId],
 ) -> Result<NodeId> {
-    let (dy, inputs) = (inputs[0], &inputs[1..]);
+    let (dy, inputs) = (inputs[0], &inputs[3..]);
     let meaning = |g: &mut _, inputs: &[_]| attention(g, attrs, inputs);
     let found = autodiff::pullback(g, inputs, &[wrt.position()], dy, meaning)?;
     // Attention to no keys depends on nothing.
@@ -297,15 +344,28 @@ pub(super) fn attention_vjp(
     g: &mut ComputationGraph,
     attrs: &AttentionAttrs,
     inputs: &[NodeId],
+    y: NodeId,
     dy: NodeId,
 ) -> Result<Vec<Option<NodeId>>> {
     use AttentionInput::*;
-    let with_dy: Vec<NodeId> = [dy].iter().chain(inputs).copied().collect();
+    let lse = g.add(Operation::Composite(Composite::AttentionLogSumExp(*attrs)), inputs)?;
+    let delta = delta(g, y, dy)?;
+    let with_rows: Vec<NodeId> = [dy, lse, delta].iter().chain(inputs).copied().collect();
     let mut found = vec![None; inputs.len()];
     let floats = [Query, Key, Value].into_iter().chain(attrs.mask.then_some(Mask));
     for wrt in floats {
         let grad = Composite::AttentionGrad { attrs: *attrs, wrt };
-        found[wrt.position()] = Some(g.add(Operation::Composite(grad), &with_dy)?);
+        found[wrt.position()] = Some(g.add(Operation::Composite(grad), &with_rows)?);
     }
     Ok(found)
+}
+
+/// `sum(dy y)` over the features: the mean of the cotangents of a row's weights, which it weighs
+/// (Dao et al. 2022, "FlashAttention", appendix B).
+fn delta(g: &mut ComputationGraph, y: NodeId, dy: NodeId) -> Result<NodeId> {
+    let shape = rows(&g.ty(y))?.shape;
+    let (y, dy) = (widen(g, y)?, widen(g, dy)?);
+    let products = g.binary(BinaryOp::Mul, dy, y)?;
+    let sum = g.sum(products, Dims::new([3]))?;
+    g.reshape(sum, shape)
 }

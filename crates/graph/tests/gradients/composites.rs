@@ -6,7 +6,9 @@ use crate::check::{
 use metal_candle_graph::composite::{
     AttentionAttrs, AttentionInput, CrossEntropyAttrs, RopeLayout, decompose,
 };
-use metal_candle_graph::{Composite, ComputationGraph, DType, NodeId, Operation, Scalar, UnaryOp};
+use metal_candle_graph::{
+    BinaryOp, Composite, ComputationGraph, DType, Dims, NodeId, Operation, Scalar, UnaryOp,
+};
 
 fn f64_scalar(x: f64) -> Scalar {
     Scalar::from_f64(DType::F64, x)
@@ -158,6 +160,20 @@ fn attentions() {
 }
 
 #[test]
+fn logarithms_of_attention_sums() {
+    for (attrs, args) in attention_cases() {
+        let composite = Composite::AttentionLogSumExp(attrs);
+        // It is infinite where nothing is seen, and does not depend on v.
+        check(&format!("exp(-{composite:?})"), &args, |g, x| {
+            let lse = g.add(Operation::Composite(composite), x)?;
+            let less = g.unary(UnaryOp::Neg, lse)?;
+            let y = g.unary(UnaryOp::Exp, less)?;
+            mention(g, y, &x[..3])
+        });
+    }
+}
+
+#[test]
 fn attention_gradients_have_gradients() {
     for (attrs, args) in attention_cases() {
         let (q, v) = (args[0].ty().shape, args[2].ty().shape);
@@ -166,7 +182,17 @@ fn attention_gradients_have_gradients() {
         let mut wrts = vec![AttentionInput::Query, AttentionInput::Key, AttentionInput::Value];
         wrts.extend(attrs.mask.then_some(AttentionInput::Mask));
         for wrt in wrts {
-            check_composite(Composite::AttentionGrad { attrs, wrt }, &with_dy);
+            let grad = Composite::AttentionGrad { attrs, wrt };
+            check(&format!("{grad:?}"), &with_dy, |g, x| {
+                let y = g.add(Operation::Composite(Composite::Attention(attrs)), &x[1..])?;
+                let lse = Composite::AttentionLogSumExp(attrs);
+                let lse = g.add(Operation::Composite(lse), &x[1..])?;
+                let products = g.binary(BinaryOp::Mul, x[0], y)?;
+                let delta = g.sum(products, Dims::new([3]))?;
+                let delta = g.reshape(delta, g.shape(lse))?;
+                let inputs = [&[x[0], lse, delta], &x[1..]].concat();
+                g.add(Operation::Composite(grad), &inputs)
+            });
         }
     }
 }

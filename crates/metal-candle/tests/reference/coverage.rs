@@ -18,6 +18,7 @@ const ELSEWHERE: &[(&str, &str)] = &[
     ("quant_matmul", "Candle's own blocks, in quantised.rs"),
     ("dequantize", "Candle's own blocks, in quantised.rs"),
     ("all_reduce", "two processes and one, in ranks.rs"),
+    ("attention_logsumexp", "the gradients of attention, which read it"),
     ("attention_grad", "the gradients of attention"),
     ("linear_cross_entropy_grad_x", "the gradients of linear_cross_entropy"),
     ("linear_cross_entropy_grad_weight", "the gradients of linear_cross_entropy"),
@@ -68,7 +69,7 @@ fn vocabulary() -> Vec<Operation> {
     all
 }
 
-fn composites() -> [Composite; 13] {
+fn composites() -> [Composite; 14] {
     let (dim, number) = (0, Scalar::from_f64(DType::F64, 0.0));
     let attrs = AttentionAttrs {
         scale: number,
@@ -88,6 +89,7 @@ fn composites() -> [Composite; 13] {
         Composite::Rope { layout: RopeLayout::Half },
         Composite::Rope { layout: RopeLayout::Interleaved },
         Composite::Attention(attrs),
+        Composite::AttentionLogSumExp(attrs),
         Composite::AttentionGrad { attrs, wrt: AttentionInput::Query },
         Composite::CrossEntropy(loss),
         Composite::LinearCrossEntropy(loss),
@@ -135,6 +137,7 @@ fn is_listed(op: &Operation) -> bool {
             | Composite::LayerNorm { .. }
             | Composite::Rope { .. }
             | Composite::Attention(_)
+            | Composite::AttentionLogSumExp(_)
             | Composite::AttentionGrad { .. }
             | Composite::CrossEntropy(_)
             | Composite::LinearCrossEntropy(_)

@@ -22,31 +22,48 @@ use std::ops::Range;
 const POSITIONS: usize = 32;
 const MAX_HEADS: usize = 4;
 
-/// `args` as `Composite::Attention`.
-pub(crate) fn call(args: &[Arg], outs: &mut [Out], attrs: &AttentionAttrs, parallel: bool) {
-    let [out] = outs else { panic!("metal-candle bug: attention gives one output") };
-    match out.dtype() {
-        DType::F32 => attention::<f32>(args, out, attrs, parallel),
-        DType::BF16 => attention::<bf16>(args, out, attrs, parallel),
-        DType::F16 => attention::<f16>(args, out, attrs, parallel),
-        DType::F64 => Attention::<f64>::of(args, out, attrs).tiled(out.slice(), parallel),
+/// `args` as `Composite::Attention`; outputs: y and lse, those that are wanted.
+pub(crate) fn call(
+    args: &[Arg],
+    outs: &mut [Out],
+    attrs: &AttentionAttrs,
+    [y, lse]: [bool; 2],
+    parallel: bool,
+) {
+    let mut outs = outs.iter_mut();
+    let mut next = || outs.next().expect("metal-candle bug: attention lacks an output");
+    let (y, lse) = (y.then(&mut next), lse.then(&mut next));
+    match args[0].dtype() {
+        DType::F32 => attention::<f32>(args, y, lse, attrs, parallel),
+        DType::BF16 => attention::<bf16>(args, y, lse, attrs, parallel),
+        DType::F16 => attention::<f16>(args, y, lse, attrs, parallel),
+        DType::F64 => Attention::<f64>::new(args, attrs).tiled(y, lse, parallel),
         other => panic!("metal-candle bug: expected a float, got {other}"),
     }
 }
 
 fn attention<T: Float + Number<Acc = f32>>(
     args: &[Arg],
-    out: &mut Out,
+    y: Option<&mut Out>,
+    lse: Option<&mut Out>,
     attrs: &AttentionAttrs,
     parallel: bool,
 ) {
-    let it = Attention::<T>::of(args, out, attrs);
-    if it.is_few() { it.few(out.slice(), parallel) } else { it.tiled(out.slice(), parallel) }
+    let it = Attention::<T>::new(args, attrs);
+    match (y, lse) {
+        (Some(y), None) if it.is_few() => it.few(it.result(y), parallel),
+        (y, lse) => it.tiled(y, lse, parallel),
+    }
 }
 
 /// `1 / sum`, or 0 for a row that sees nothing.
-pub(super) fn reciprocal<A: Real>(sum: A) -> A {
+fn reciprocal<A: Real>(sum: A) -> A {
     if sum == A::ZERO { A::ZERO } else { A::from_f64(1.0) / sum }
+}
+
+/// Infinite for a row that sees nothing.
+fn log_sum_exp<A: Real>(max: A, sum: A) -> A {
+    if sum == A::ZERO { A::from_f64(f64::INFINITY) } else { max + sum.ln() }
 }
 
 /// The inputs of an attention, and the walk over its blocks.
@@ -109,37 +126,54 @@ impl<'a, T: Float> Attention<'a, T> {
         }
     }
 
-    /// The output, `[b, tq, hq, dv]`.
-    fn tiled(&self, out: &mut [T], parallel: bool) {
-        let (out, blocks) = (Parts::new(out), self.blocks());
+    fn tiled(&self, y: Option<&mut Out>, lse: Option<&mut Out>, parallel: bool) {
+        let y = y.map(|y| Parts::new(self.result(y)));
+        let lse = lse.map(|lse| Parts::new(self.row_result(lse)));
+        let blocks = self.blocks();
         parallel::for_each(parallel, self.b * self.hk * blocks, |task| {
             let (pair, block) = (task / blocks, self.block(task % blocks));
             let (b, head) = (pair / self.hk, pair % self.hk);
             let (rows, keys) = (block.rows.len(), block.keys.len());
             let lens = [rows * self.d, rows * keys, rows * self.dv, rows, rows];
-            scratch::split(lens, |[q, scores, y, sums, maxima]: [&mut [T::Acc]; 5]| {
+            scratch::split(lens, |[q, scores, values, sums, maxima]: [&mut [T::Acc]; 5]| {
                 self.pack_query(b, head, &block, q);
                 self.scores(b, head, &block, q, scores);
                 self.mask(b, head, &block, scores);
                 self.exponentials(&block, scores, sums, maxima);
+                if let Some(lse) = &lse {
+                    for ((row, sum), max) in block.rows.clone().zip(&*sums).zip(&*maxima) {
+                        // SAFETY: every row belongs to one task.
+                        let to = unsafe { lse.part(self.query_row(b, head, row), 1) };
+                        to[0] = log_sum_exp(*max, *sum);
+                    }
+                }
+                let Some(y) = &y else { return };
                 let (p, v) = (Mat::dense(scores, rows, keys), self.values(b, head, &block));
                 let one = T::Acc::from_f64(1.0);
-                gemm_of::<T, _, _>(MatMut::dense(y, rows, self.dv), p, v, one, false);
+                gemm_of::<T, _, _>(MatMut::dense(values, rows, self.dv), p, v, one, false);
                 for (r, row) in block.rows.clone().enumerate() {
-                    let y = &mut y[r * self.dv..(r + 1) * self.dv];
-                    T::Acc::scale_all(y, reciprocal(sums[r]));
+                    let values = &mut values[r * self.dv..(r + 1) * self.dv];
+                    T::Acc::scale_all(values, reciprocal(sums[r]));
                     // SAFETY: every row of the output belongs to one row of one task.
-                    let to = unsafe { out.part(self.query_row(b, head, row) * self.dv, self.dv) };
-                    T::narrow_all(y, to);
+                    let to = unsafe { y.part(self.query_row(b, head, row) * self.dv, self.dv) };
+                    T::narrow_all(values, to);
                 }
             });
         });
     }
 
-    fn of(args: &[Arg<'a>], out: &Out, attrs: &'a AttentionAttrs) -> Attention<'a, T> {
-        let it = Attention::new(args, attrs);
-        assert_eq!(out.shape().dims(), [it.b, it.tq, it.hq, it.dv], "metal-candle bug: attention");
-        it
+    /// `[b, tq, hq, dv]`
+    fn result<'o>(&self, out: &'o mut Out) -> &'o mut [T] {
+        let expected = [self.b, self.tq, self.hq, self.dv];
+        assert_eq!(out.shape().dims(), expected, "metal-candle bug: attention");
+        out.slice()
+    }
+
+    /// `[b, tq, hq]`
+    fn row_result<'o>(&self, out: &'o mut Out) -> &'o mut [T::Acc] {
+        let expected = [self.b, self.tq, self.hq];
+        assert_eq!(out.shape().dims(), expected, "metal-candle bug: attention_logsumexp");
+        out.slice()
     }
 
     fn group(&self) -> usize {
@@ -247,8 +281,23 @@ impl<'a, T: Float> Attention<'a, T> {
         }
     }
 
+    /// The part of a row of a block's scores that the row sees by its position; the rest becomes 0.
+    fn seen_scores<'s>(
+        &self,
+        block: &Block,
+        row: usize,
+        scores: &'s mut [T::Acc],
+    ) -> &'s mut [T::Acc] {
+        let (seen, first) = (self.seen(row), block.keys.start);
+        let start = seen.start.saturating_sub(first).min(scores.len());
+        let end = seen.end.saturating_sub(first).clamp(start, scores.len());
+        scores[..start].fill(T::Acc::ZERO);
+        scores[end..].fill(T::Acc::ZERO);
+        &mut scores[start..end]
+    }
+
     /// `exp(score - max)` of what each row sees, 0 elsewhere; the sum and the max of each row.
-    pub(super) fn exponentials(
+    fn exponentials(
         &self,
         block: &Block,
         scores: &mut [T::Acc],
@@ -257,21 +306,28 @@ impl<'a, T: Float> Attention<'a, T> {
     ) {
         sums.fill(T::Acc::ZERO);
         maxima.fill(T::Acc::NEG_INFINITY);
-        let (first, keys) = (block.keys.start, block.keys.len().max(1));
-        let rows = scores.chunks_exact_mut(keys).zip(block.rows.clone());
+        let rows = scores.chunks_exact_mut(block.keys.len().max(1)).zip(block.rows.clone());
         for (((scores, row), sum), largest) in rows.zip(sums).zip(maxima) {
-            let seen = self.seen(row);
-            let start = seen.start.saturating_sub(first).min(scores.len());
-            let end = seen.end.saturating_sub(first).clamp(start, scores.len());
-            scores[..start].fill(T::Acc::ZERO);
-            scores[end..].fill(T::Acc::ZERO);
-            let scores = &mut scores[start..end];
+            let scores = self.seen_scores(block, row, scores);
             let max = T::Acc::max_of(scores);
             if max == T::Acc::NEG_INFINITY {
                 scores.fill(T::Acc::ZERO);
             } else {
                 *sum = T::Acc::exp_all(scores, max);
                 *largest = max;
+            }
+        }
+    }
+
+    /// `exp(score - lse)` of what each row sees, 0 elsewhere.
+    pub(super) fn weights(&self, block: &Block, scores: &mut [T::Acc], lse: &[T::Acc]) {
+        let rows = scores.chunks_exact_mut(block.keys.len().max(1)).zip(block.rows.clone());
+        for ((scores, row), lse) in rows.zip(lse) {
+            let scores = self.seen_scores(block, row, scores);
+            if lse.to_f64() == f64::INFINITY {
+                scores.fill(T::Acc::ZERO);
+            } else {
+                T::Acc::exp_all(scores, *lse);
             }
         }
     }

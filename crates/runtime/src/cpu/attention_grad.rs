@@ -3,7 +3,7 @@
 //! A task is one batch entry and one key head: the gradients of k and v are summed over its query heads and
 //! blocks in one order, whatever the number of threads.
 
-use crate::cpu::attention::{Attention, Block, reciprocal};
+use crate::cpu::attention::{Attention, Block};
 use crate::cpu::gemm::gemm_of;
 use crate::cpu::matrix::{Mat, MatMut};
 use crate::cpu::number::{Accumulator, Float, Number, Real, for_float};
@@ -13,7 +13,7 @@ use crate::cpu::view::{Arg, Out, Strided};
 use metal_candle_graph::DType;
 use metal_candle_graph::composite::{AttentionAttrs, AttentionInput};
 
-/// `args = [dy, ..attention's]`, one output for each of `wrt`.
+/// `args = [dy, lse, delta, ..attention's]`, one output for each of `wrt`.
 pub(crate) fn call(
     args: &[Arg],
     outs: &mut [Out],
@@ -21,14 +21,16 @@ pub(crate) fn call(
     wrt: &[AttentionInput],
     parallel: bool,
 ) {
-    let [dy, inputs @ ..] = args else {
+    let [dy, lse, delta, inputs @ ..] = args else {
         panic!("metal-candle bug: attention_grad lacks its cotangent")
     };
-    for_float!(dy.dtype(), T => grad::<T>(dy, inputs, outs, attrs, wrt, parallel));
+    let rows = [*lse, *delta];
+    for_float!(dy.dtype(), T => grad::<T>(dy, rows, inputs, outs, attrs, wrt, parallel));
 }
 
 fn grad<T: Float>(
     dy: &Arg,
+    [lse, delta]: [Arg; 2],
     inputs: &[Arg],
     outs: &mut [Out],
     attrs: &AttentionAttrs,
@@ -38,7 +40,11 @@ fn grad<T: Float>(
     let it = Attention::<T>::new(inputs, attrs);
     let expected = [it.b, it.tq, it.hq, it.dv];
     assert_eq!(dy.shape().dims(), expected, "metal-candle bug: attention_grad");
-    let grad = Grad { dy: dy.read(), outs: Outs::new(&it, outs, wrt), it };
+    for x in [&lse, &delta] {
+        assert_eq!(*x.shape().dims(), expected[..3], "metal-candle bug: attention_grad");
+    }
+    let (dy, lse, delta) = (dy.read(), lse.read(), delta.read());
+    let grad = Grad { dy, lse, delta, outs: Outs::new(&it, outs, wrt), it };
     let (d, dv) = (grad.outs.needs_dk(grad.it.d), grad.outs.needs_dv(grad.it.dv));
     let (hk, tk) = (grad.it.hk, grad.it.tk);
     parallel::for_each(parallel, grad.it.b * hk, |pair| {
@@ -143,9 +149,12 @@ impl<T: Float> Attention<'_, T> {
     }
 }
 
-struct Grad<'a, T> {
+struct Grad<'a, T: Float> {
     it: Attention<'a, T>,
     dy: Strided<'a, T>,
+    /// `[b, tq, hq]`
+    lse: Strided<'a, T::Acc>,
+    delta: Strided<'a, T::Acc>,
     outs: Outs<T>,
 }
 
@@ -154,14 +163,12 @@ impl<T: Float> Grad<'_, T> {
     fn block(&self, b: usize, head: usize, block: &Block, dk: &mut [T::Acc], dv: &mut [T::Acc]) {
         let (it, rows, keys) = (&self.it, block.rows.len(), block.keys.len());
         let lens = [rows * it.d, rows * it.dv, rows * keys, rows * keys, rows, rows];
-        scratch::split(lens, |[q, dy, p, ds, sums, maxima]: [&mut [T::Acc]; 6]| {
+        scratch::split(lens, |[q, dy, p, ds, lse, delta]: [&mut [T::Acc]; 6]| {
             it.pack_query(b, head, block, q);
             it.scores(b, head, block, q, p);
             it.mask(b, head, block, p);
-            it.exponentials(block, p, sums, maxima);
-            for (p, sum) in p.chunks_exact_mut(keys.max(1)).zip(sums.iter()) {
-                T::Acc::scale_all(p, reciprocal(*sum));
-            }
+            self.pack_rows(b, head, block, [lse, delta]);
+            it.weights(block, p, lse);
             for (dy, row) in dy.chunks_exact_mut(it.dv.max(1)).zip(block.rows.clone()) {
                 self.dy.row(it.query_row(b, head, row)).widen_to(dy);
             }
@@ -177,8 +184,9 @@ impl<T: Float> Grad<'_, T> {
             }
             let v = it.values(b, head, block).transposed();
             gemm_of::<T, _, _>(MatMut::dense(ds, rows, keys), dy, v, one, false);
-            for (p, ds) in p.chunks_exact(keys.max(1)).zip(ds.chunks_exact_mut(keys.max(1))) {
-                T::Acc::softmax_vjp(p, ds);
+            let pairs = p.chunks_exact(keys.max(1)).zip(ds.chunks_exact_mut(keys.max(1)));
+            for ((p, ds), delta) in pairs.zip(&*delta) {
+                T::Acc::softmax_vjp(p, ds, *delta);
             }
             self.store_mask(b, head, block, ds);
             if self.outs.k.is_some() {
@@ -198,6 +206,15 @@ impl<T: Float> Grad<'_, T> {
                 }
             }
         });
+    }
+
+    /// What the forward pass says of the block's rows.
+    fn pack_rows(&self, b: usize, head: usize, block: &Block, [lse, delta]: [&mut [T::Acc]; 2]) {
+        for ((row, lse), delta) in block.rows.clone().zip(lse).zip(delta) {
+            let (at, h) = (b * self.it.tq + self.it.position(row), self.it.head(head, row));
+            *lse = self.lse.row(at).get(h);
+            *delta = self.delta.row(at).get(h);
+        }
     }
 
     fn store_mask(&self, b: usize, head: usize, block: &Block, ds: &[T::Acc]) {

@@ -70,11 +70,10 @@ macro_rules! rows {
                 }
             }
 
-            /// `ds = p (dp - Σ p dp)`, where `ds` holds dp.
-            pub(crate) fn $softmax_vjp(p: &[$ty], ds: &mut [$ty]) {
-                let mean = $dot(p, ds);
+            /// `ds = p (dp - delta)`, where `ds` holds dp.
+            pub(crate) fn $softmax_vjp(p: &[$ty], ds: &mut [$ty], delta: $ty) {
                 for (ds, p) in ds.iter_mut().zip(p) {
-                    *ds = *p * (*ds - mean);
+                    *ds = *p * (*ds - delta);
                 }
             }
         }

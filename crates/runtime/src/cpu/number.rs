@@ -92,8 +92,8 @@ pub(crate) trait Real:
     /// `to += scale · from`
     fn axpy(to: &mut [Self], scale: Self, from: &[Self]);
     fn scale_all(row: &mut [Self], by: Self);
-    /// `ds = p (dp - Σ p dp)`, where `ds` holds dp.
-    fn softmax_vjp(p: &[Self], ds: &mut [Self]);
+    /// `ds = p (dp - delta)`, where `ds` holds dp, and delta is `Σ p dp`.
+    fn softmax_vjp(p: &[Self], ds: &mut [Self], delta: Self);
 }
 
 /// A float element, computed in [`Real`].
@@ -239,8 +239,8 @@ macro_rules! real {
             fn scale_all(row: &mut [$ty], by: $ty) {
                 $scale_all(row, by)
             }
-            fn softmax_vjp(p: &[$ty], ds: &mut [$ty]) {
-                $softmax_vjp(p, ds)
+            fn softmax_vjp(p: &[$ty], ds: &mut [$ty], delta: $ty) {
+                $softmax_vjp(p, ds, delta)
             }
         }
     };

@@ -152,14 +152,13 @@ template <typename Op, typename R> FN R row_reduce(R x) {
     return x;
 }
 
-// The running maximum, the sum of the exponentials, and their sum with a factor each, of the rows of a thread.
-template <typename R, i32 M> struct Running { R max[M], sum[M], dot[M]; };
+// The running maximum, and the sum of the exponentials, of the rows of a thread.
+template <typename R, i32 M> struct Running { R max[M], sum[M]; };
 
 template <typename R, i32 M> FN void begin(THREAD Running<R, M>& all) {
     for (i32 i = 0; i < M; ++i) {
         all.max[i] = -R(INF);
         all.sum[i] = 0;
-        all.dot[i] = 0;
     }
 }
 
@@ -268,7 +267,8 @@ FN void store_keys(
 // A block has a tile of rows. Those that see most come first.
 template <typename S>
 FN void forward(
-    THREAD const Inputs<S>& in, DEVICE typename S::T* out, SHARED u64* memory, i32 block, i32 tid
+    THREAD const Inputs<S>& in, DEVICE typename S::T* out, DEVICE typename S::R* lse,
+    SHARED u64* memory, i32 block, i32 tid
 ) {
     typedef typename S::R R;
     enum : i32 { M = S::ROWS / 16, N = S::KEYS / 16 };
@@ -297,7 +297,11 @@ FN void forward(
     for (i32 i = 0; i < M; ++i) {
         const R sum = row_reduce<Sum>(all.sum[i]);
         factor[i] = sum == R(0) ? R(0) : R(1) / sum;
+        const i32 row = first + tid / 16 + 16 * i;
+        if (!S::WANTS_LSE || row >= S::LEN || tid % 16 != 0) continue;
+        lse[S::Lse::at(b, row / S::GROUP, head * S::GROUP + row % S::GROUP)] =
+            sum == R(0) ? R(INF) : all.max[i] + math::log(sum);
     }
-    store_rows<S, typename S::Y>(out, sums, factor, b, head, first, tid);
+    if (S::WANTS_Y) store_rows<S, typename S::Y>(out, sums, factor, b, head, first, tid);
 }
 }

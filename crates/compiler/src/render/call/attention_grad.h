@@ -1,59 +1,39 @@
-// The cotangents of attention, with the weights recomputed: p = exp(s - lse), ds = p (dp - dot), where dp = dy vT, and dot is the
-// mean of dp that p weighs. See attention.h.
+// The cotangents of attention, with the weights recomputed: p = exp(s - lse), ds = p (dp - delta), where dp = dy vT, and delta is the
+// sum of dy y over the features: the mean of dp that p weighs. See attention.h.
 
 namespace attention {
-// What a row's weights are made of again: the logarithm of the sum of its exponentials, INF if it sees nothing.
-template <typename R> struct RowStatistics { R lse, dot; };
+// Of the result, and what the forward pass says of every row.
+template <typename S> struct Cotangents {
+    DEVICE const typename S::T* dy;
+    DEVICE const typename S::R* lse;
+    DEVICE const typename S::R* delta;
+};
 
 // The weights of a tile, and the cotangents of its scores.
 template <typename S, i32 M, i32 N>
 FN void weights(
     THREAD typename S::R (&p)[M][N], THREAD typename S::R (&ds)[M][N], THREAD const Inputs<S>& in,
-    DEVICE const typename S::T* dy, THREAD const RowStatistics<typename S::R> (&rows)[M],
-    i32 b, i32 head, i32 first, Span keys, SHARED typename S::R* shared, i32 tid
-) {
-    scores<S>(p, in, b, head, first, keys, shared, tid);
-    rows_times_keys<S, typename S::DY, typename S::V>(ds, dy, in.v, b, head, first, keys, shared, tid);
-    for (i32 i = 0; i < M; ++i) {
-        for (i32 j = 0; j < N; ++j) {
-            p[i][j] = math::exp(p[i][j] - rows[i].lse);
-            ds[i][j] = p[i][j] * (ds[i][j] - rows[i].dot);
-        }
-    }
-}
-
-// The statistics of a tile of rows.
-template <typename S, i32 M>
-FN void statistics(
-    THREAD RowStatistics<typename S::R> (&rows)[M], THREAD const Inputs<S>& in, DEVICE const typename S::T* dy,
-    i32 b, i32 head, i32 first, SHARED typename S::R* shared, i32 tid
+    THREAD const Cotangents<S>& of, i32 b, i32 head, i32 first, Span keys, SHARED typename S::R* shared, i32 tid
 ) {
     typedef typename S::R R;
-    enum : i32 { N = S::KEYS / 16 };
-    const Span seen = seen_by_tile<S>(first, in.offset);
-    Running<R, M> all;
-    begin(all);
-    for (i32 key = seen.start; key < seen.end; key += S::KEYS) {
-        R p[M][N], dp[M][N], rescale[M];
-        scores<S>(p, in, b, head, first, {key, seen.end}, shared, tid);
-        rows_times_keys<S, typename S::DY, typename S::V>(dp, dy, in.v, b, head, first, {key, seen.end}, shared, tid);
-        take(all, p, rescale);
-        for (i32 i = 0; i < M; ++i) {
-            all.dot[i] *= rescale[i];
-            for (i32 j = 0; j < N; ++j) all.dot[i] += p[i][j] * dp[i][j];
-        }
-    }
+    scores<S>(p, in, b, head, first, keys, shared, tid);
+    rows_times_keys<S, typename S::DY, typename S::V>(ds, of.dy, in.v, b, head, first, keys, shared, tid);
     for (i32 i = 0; i < M; ++i) {
-        const R sum = row_reduce<Sum>(all.sum[i]), dot = row_reduce<Sum>(all.dot[i]);
-        rows[i].lse = sum == R(0) ? R(INF) : all.max[i] + math::log(sum);
-        rows[i].dot = sum == R(0) ? R(0) : dot / sum;
+        const i32 row = first + tid / 16 + 16 * i, t = row / S::GROUP, h = head * S::GROUP + row % S::GROUP;
+        const bool inside = row < S::LEN;
+        const R lse = inside ? of.lse[S::Lse::at(b, t, h)] : R(INF);
+        const R delta = inside ? of.delta[S::Delta::at(b, t, h)] : R(0);
+        for (i32 j = 0; j < N; ++j) {
+            p[i][j] = math::exp(p[i][j] - lse);
+            ds[i][j] = p[i][j] * (ds[i][j] - delta);
+        }
     }
 }
 
-// A tile of rows: its statistics, for the keys' kernel, and the cotangents of q and of the mask.
+// A tile of rows: the cotangents of q and of the mask.
 template <typename S>
 FN void grad_rows(
-    THREAD const Inputs<S>& in, DEVICE const typename S::T* dy, DEVICE typename S::R* kept,
+    THREAD const Inputs<S>& in, THREAD const Cotangents<S>& of,
     DEVICE typename S::T* dq, DEVICE typename S::M* dmask, SHARED u64* memory, i32 block, i32 tid
 ) {
     typedef typename S::R R;
@@ -61,15 +41,6 @@ FN void grad_rows(
     SHARED R* const shared = (SHARED R*)memory;
     const i32 pair = block % S::PAIRS, b = pair / S::HEADS, head = pair % S::HEADS;
     const i32 first = (S::ROW_TILES - 1 - block / S::PAIRS) * S::ROWS;
-    RowStatistics<R> rows[M];
-    statistics<S>(rows, in, dy, b, head, first, shared, tid);
-    for (i32 i = 0; i < M; ++i) {
-        const i32 row = first + tid / 16 + 16 * i;
-        if (row >= S::LEN || tid % 16 != 0) continue;
-        kept[2 * (pair * i64(S::LEN) + row)] = rows[i].lse;
-        kept[2 * (pair * i64(S::LEN) + row) + 1] = rows[i].dot;
-    }
-    if (!S::WANTS_Q && !S::WANTS_MASK) return;
     Sums<R, S::Q_CHUNKS, M> sums;
     begin(sums);
     const Span seen = seen_by_tile<S>(first, in.offset);
@@ -77,7 +48,7 @@ FN void grad_rows(
     const Span walk = {S::WANTS_MASK ? 0 : seen.start, S::WANTS_MASK ? i32(S::TK) : seen.end};
     for (i32 key = walk.start; key < walk.end; key += S::KEYS) {
         R p[M][N], ds[M][N];
-        weights<S>(p, ds, in, dy, rows, b, head, first, {key, seen.end}, shared, tid);
+        weights<S>(p, ds, in, of, b, head, first, {key, seen.end}, shared, tid);
         if (S::WANTS_MASK) {
             for (i32 i = 0; i < M; ++i) {
                 const i32 row = first + tid / 16 + 16 * i, h = head * S::GROUP + row % S::GROUP;
@@ -100,7 +71,7 @@ FN void grad_rows(
 // A tile of keys: the cotangents of k and v, summed over the rows of all query heads that share the key head.
 template <typename S>
 FN void grad_keys(
-    THREAD const Inputs<S>& in, DEVICE const typename S::T* dy, DEVICE const typename S::R* kept,
+    THREAD const Inputs<S>& in, THREAD const Cotangents<S>& of,
     DEVICE typename S::T* dk, DEVICE typename S::T* dv, SHARED u64* memory, i32 block, i32 tid
 ) {
     typedef typename S::R R;
@@ -115,18 +86,11 @@ FN void grad_keys(
     begin(of_k);
     begin(of_v);
     for (i32 first = all.start / S::ROWS * S::ROWS; first < all.end; first += S::ROWS) {
-        RowStatistics<R> rows[M];
-        for (i32 i = 0; i < M; ++i) {
-            const i32 row = first + tid / 16 + 16 * i;
-            const i64 at = 2 * (pair * i64(S::LEN) + row);
-            rows[i].lse = row < S::LEN ? kept[at] : R(INF);
-            rows[i].dot = row < S::LEN ? kept[at + 1] : R(0);
-        }
         R p[M][N], ds[M][N];
-        weights<S>(p, ds, in, dy, rows, b, head, first, keys, shared, tid);
+        weights<S>(p, ds, in, of, b, head, first, keys, shared, tid);
         if (S::WANTS_V) {
             share<S>(shared, p, tid);
-            add_rows<S, typename S::DY>(of_v, shared, dy, b, head, first, tid);
+            add_rows<S, typename S::DY>(of_v, shared, of.dy, b, head, first, tid);
         }
         if (S::WANTS_K) {
             share<S>(shared, ds, tid);

@@ -52,7 +52,7 @@ impl Shape {
     }
 
     /// Whether `flash.h` can do it, as far as the shape and the other operands say.
-    fn suits_tensor_cores(&self, others: &[Operand], gpu: Gpu<'_>) -> bool {
+    fn suits_tensor_cores(&self, others: &[&Operand], gpu: Gpu<'_>) -> bool {
         let wide = |x: &Operand| is_wide(&x.layout, 8);
         gpu.limits.tensor_cores
             && self.dtype.size_bytes() == 2
@@ -60,18 +60,18 @@ impl Shape {
             && [64, 128].contains(&self.d)
             && !self.attrs.mask
             && self.attrs.scale.as_f64() > 0.0
-            && self.qkv().chain(others).all(wide)
+            && self.qkv().chain(others.iter().copied()).all(wide)
             // Of the largest tile.
             && gpu.limits.max_shared_bytes >= 2 * self.d * (128 + 4 * 64) + 16 * 64
     }
 
-    pub(super) fn qkv(&self) -> impl Iterator<Item = &Operand> {
-        self.inputs.qkv.iter().map(|(_, x)| x)
+    /// Whether every row sees some key by its position, whatever the inputs.
+    fn every_row_sees(&self) -> bool {
+        self.tk > 0 && (!self.attrs.causal || (self.tk >= self.tq && self.inputs.offset.is_none()))
     }
 
-    /// The rows of a key head, up to the end of the last tile of any kernel.
-    pub(super) fn padded_rows(&self) -> usize {
-        self.rows().next_multiple_of(128)
+    pub(super) fn qkv(&self) -> impl Iterator<Item = &Operand> {
+        self.inputs.qkv.iter().map(|(_, x)| x)
     }
 
     /// What sums and statistics are kept in.
@@ -147,7 +147,6 @@ impl Shape {
             ("ROWS", tile.rows),
             ("KEYS", tile.keys),
             ("ROW_TILES", self.row_tiles(tile)),
-            ("PADDED", self.padded_rows()),
             ("D", self.d),
             ("Q_CHUNKS", self.d.div_ceil(STEP).max(1)),
             ("V_CHUNKS", self.dv.div_ceil(STEP).max(1)),
@@ -174,8 +173,8 @@ pub(super) struct Tile {
 }
 
 impl Tile {
-    pub(super) fn forward(shape: &Shape, out: &Operand, gpu: Gpu<'_>) -> Tile {
-        if !shape.suits_tensor_cores(&[*out], gpu) {
+    pub(super) fn forward(shape: &Shape, out: Option<&Operand>, gpu: Gpu<'_>) -> Tile {
+        if !shape.suits_tensor_cores(out.as_slice(), gpu) {
             return Tile::portable(shape);
         }
         let rows = if shape.rows() <= 64 { 64 } else { 128 };
@@ -183,33 +182,29 @@ impl Tile {
         Tile::of_tensor_cores(rows, 64, 2 * shape.d * (rows + 4 * 64))
     }
 
-    /// The rows' and the keys'.
+    /// Of all cotangents in one pass on tensor cores, where these are for it.
     pub(super) fn grad(
         shape: &Shape,
         dy: &Operand,
         outs: &[Operand],
         wrt: &[AttentionInput],
         gpu: Gpu<'_>,
-    ) -> [Tile; 2] {
-        let all = [&[*dy], outs].concat();
-        if wrt.contains(&AttentionInput::Mask) || !shape.suits_tensor_cores(&all, gpu) {
-            return [Tile::portable(shape), Tile::portable(shape)];
-        }
-        // As many keys as registers hold without spilling.
-        let (rows, keys) = (128, 32);
-        // q and dy, and twice k and v
-        let of_rows = Tile::of_tensor_cores(rows, keys, 2 * shape.d * (2 * rows + 4 * keys));
+    ) -> Option<Tile> {
+        let all: Vec<&Operand> = [dy].into_iter().chain(outs).collect();
+        let suits = !wrt.contains(&AttentionInput::Mask)
+            && shape.every_row_sees()
+            && shape.suits_tensor_cores(&all, gpu);
         let (rows, keys) = (64, 64);
-        // k and v, and twice q, dy and their statistics
-        let bytes = 2 * shape.d * (2 * keys + 4 * rows) + 16 * rows;
-        [of_rows, Tile::of_tensor_cores(rows, keys, bytes)]
+        // k and v, ds, and twice q, dy, lse and delta
+        let bytes = 2 * shape.d * (2 * keys + 4 * rows) + 2 * keys * rows + 16 * rows;
+        suits.then(|| Tile::of_tensor_cores(rows, keys, bytes))
     }
 
     fn of_tensor_cores(rows: usize, keys: usize, shared_bytes: usize) -> Tile {
         Tile { rows, keys, threads: 128, shared_bytes, tensor_cores: true }
     }
 
-    fn portable(shape: &Shape) -> Tile {
+    pub(super) fn portable(shape: &Shape) -> Tile {
         let most = if shape.register() == DType::F64 { 32 } else { 64 };
         let (rows, keys) = (shape.rows().next_power_of_two().clamp(16, most), most);
         // Two factors of a product, or the scores and a factor.
@@ -228,10 +223,6 @@ impl Tile {
     /// Of the templates.
     pub(super) fn namespace(&self) -> &'static str {
         if self.tensor_cores { "flash" } else { "attention" }
-    }
-
-    pub(super) fn tensor_cores(&self) -> bool {
-        self.tensor_cores
     }
 
     pub(super) fn launch(&self, shape: &Shape, tiles: usize) -> Launch {
@@ -283,7 +274,7 @@ impl Constants {
     }
 
     /// Where an element of `operand`, which may be missing, lies.
-    fn matrix(&mut self, name: &str, rank: usize, operand: Option<&Operand>) {
+    pub(super) fn matrix(&mut self, name: &str, rank: usize, operand: Option<&Operand>) {
         let position = match operand {
             Some(operand) => position(&operand.layout),
             None => format!("FN i32 at({}) {{ return 0; }}", vec!["i32"; rank].join(", ")),
@@ -291,13 +282,14 @@ impl Constants {
         self.line(format_args!("struct {name} {{ {position} }};"));
     }
 
-    /// An output of the gradient, which may be missing.
+    /// An output, which may be missing: of features, of rows, or of the mask.
     pub(super) fn wanted(&mut self, name: &str, wants: &str, operand: Option<&Operand>) {
         self.numbers(&[(wants, usize::from(operand.is_some()))]);
-        match operand {
-            Some(operand) if name != "DMask" => self.operand(name, operand),
-            Some(operand) => self.matrix(name, 4, Some(operand)),
-            None => {
+        match (name, operand) {
+            ("Lse", operand) => self.matrix(name, 3, operand),
+            ("DMask", operand) => self.matrix(name, 4, operand),
+            (_, Some(operand)) => self.operand(name, operand),
+            (_, None) => {
                 self.line(format_args!("struct {name} {{"));
                 self.line(format_args!("    enum : i32 {{ FEATURES = 0 }};"));
                 self.line(format_args!("    FN i32 at(i32, i32, i32, i32) {{ return 0; }}"));

@@ -7,7 +7,8 @@
 // Of a tile of 16 x 8 sums, lane l holds rows l / 4 and l / 4 + 8, columns 2 (l % 4) and the next.
 
 namespace flash {
-template <typename S> FN u32 piece(i32 row, i32 number) { return row * (2 * S::D) + ((number ^ (row & 7)) << 4); }
+template <i32 WIDTH> FN u32 piece_of(i32 row, i32 number) { return row * (2 * WIDTH) + ((number ^ (row & 7)) << 4); }
+template <typename S> FN u32 piece(i32 row, i32 number) { return piece_of<S::D>(row, number); }
 
 // N rows of a key head from `first` on; zeros beyond the last.
 template <typename S, typename X, i32 N>
@@ -129,15 +130,14 @@ template <typename Op> FN f32 quad_reduce(f32 x) {
     return Op::of(x, shuffle_xor(x, 2));
 }
 
-// The running maximum (of s), and the sums of exp2(s S::scale2() - max) and of its products with a factor, of rows l / 4 and l / 4 + 8.
-template <i32 M> struct Running { f32 max[M][2], sum[M][2], dot[M][2]; };
+// The running maximum (of s), and the sum of exp2(s S::scale2() - max), of rows l / 4 and l / 4 + 8.
+template <i32 M> struct Running { f32 max[M][2], sum[M][2]; };
 
 template <i32 M> FN void begin(Running<M>& all) {
 #pragma unroll
     for (i32 i = 0; i < 2 * M; ++i) {
         all.max[i / 2][i % 2] = -INF;
         all.sum[i / 2][i % 2] = 0.0f;
-        all.dot[i / 2][i % 2] = 0.0f;
     }
 }
 
@@ -169,17 +169,16 @@ template <typename S, i32 M, i32 N> FN void take(Running<M>& all, f32 (&s)[M][N]
 // M tiles of 16 rows of sums, each row times its factor, as they lie in shared memory: in a part of it that is the SIMD group's own.
 template <typename S, i32 M, i32 F>
 FN void settle(u8* to, const f32 (&sums)[M][F][4], const f32 (&factor)[M][2], i32 lane) {
-    simd_barrier();
 #pragma unroll
     for (i32 m = 0; m < M; ++m) {
 #pragma unroll
         for (i32 i = 0; i < 2 * F; ++i) {
             const i32 half = i % 2, f = i / 2;
             const f32 x = sums[m][f][2 * half] * factor[m][half], y = sums[m][f][2 * half + 1] * factor[m][half];
-            *(u32*)(to + piece<S>(16 * m + 8 * half + lane / 4, f) + lane % 4 * 4) = pair_of(x, y, typename S::T());
+            const u32 place = piece_of<8 * F>(16 * m + 8 * half + lane / 4, f);
+            *(u32*)(to + place + lane % 4 * 4) = pair_of(x, y, typename S::T());
         }
     }
-    simd_barrier();
 }
 
 // From there to memory, 16 bytes at once: N rows from `first` on.
@@ -209,7 +208,7 @@ FN void write_keys(typename S::T* to, const u8* from, i32 b, i32 head, i32 first
 
 // A block has a tile of rows. Shared: q, then twice a tile of k and one of v.
 template <typename S>
-FN void forward(const attention::Inputs<S>& in, typename S::T* out, u64* shared, i32 block, i32 tid) {
+FN void forward(const attention::Inputs<S>& in, typename S::T* out, f32* lse, u64* shared, i32 block, i32 tid) {
     enum : i32 { M = S::ROWS / 64, N = S::KEYS / 8, F = S::D / 8, TILE = S::KEYS * S::D * 2, OWN = 16 * M * S::D * 2 };
     const i32 lane = tid % 32, simd = tid / 32;
     const i32 pair = block % S::PAIRS, b = pair / S::HEADS, head = pair % S::HEADS;
@@ -245,12 +244,19 @@ FN void forward(const attention::Inputs<S>& in, typename S::T* out, u64* shared,
     f32 factor[M][2];
 #pragma unroll
     for (i32 i = 0; i < 2 * M; ++i) {
-        const f32 sum = quad_reduce<Sum>(all.sum[i / 2][i % 2]);
-        factor[i / 2][i % 2] = sum == 0.0f ? 0.0f : 1.0f / sum;
+        const i32 m = i / 2, half = i % 2, row = own + 16 * m + 8 * half + lane / 4;
+        const f32 sum = quad_reduce<Sum>(all.sum[m][half]);
+        factor[m][half] = sum == 0.0f ? 0.0f : 1.0f / sum;
+        if (!S::WANTS_LSE || lane % 4 != 0 || row >= S::LEN) continue;
+        lse[S::Lse::at(b, row / S::GROUP, head * S::GROUP + row % S::GROUP)] =
+            sum == 0.0f ? INF : all.max[m][half] * S::scale() + math::log(sum);
     }
     await_copies();
+    if (!S::WANTS_Y) return;
     u8* const mine = (u8*)shared + simd * OWN;
+    simd_barrier();
     settle<S>(mine, sums, factor, lane);
+    simd_barrier();
     write_rows<S, typename S::Y, 16 * M>(out, mine, b, head, own, lane);
 }
 }

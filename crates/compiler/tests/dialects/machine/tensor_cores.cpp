@@ -17,6 +17,7 @@ constexpr unsigned SIMD = 32;
 struct Copy {
     uint8_t* to;
     const uint8_t* from;
+    size_t bytes;
 };
 
 /// By thread, those of the block that runs.
@@ -34,22 +35,57 @@ float number(uint32_t both, unsigned which, Half kind) {
 
 unsigned shared_place(const void* at) { return unsigned(static_cast<const uint8_t*>(at) - in_shared(0)); }
 
-void copy_async(unsigned to, const void* from, bool inside) {
+namespace {
+
+void begin_copy(unsigned to, const void* from, size_t bytes, bool inside) {
     // Others must not touch the place any more.
-    access(in_shared(to), 16, true);
-    if (inside) access(from, 16, false);
+    access(in_shared(to), bytes, true);
+    if (inside) access(from, bytes, false);
     const auto address = reinterpret_cast<uintptr_t>(from);
-    if (to % 16 != 0 || address % 16 != 0) fail("an asynchronous copy of misaligned bytes");
-    unfinished[ids().tid].push_back({in_shared(to), inside ? static_cast<const uint8_t*>(from) : nullptr});
+    if (to % bytes != 0 || address % bytes != 0) fail("an asynchronous copy of misaligned bytes");
+    unfinished[ids().tid].push_back({in_shared(to), inside ? static_cast<const uint8_t*>(from) : nullptr, bytes});
 }
+
+}
+
+void copy_async(unsigned to, const void* from, bool inside) { begin_copy(to, from, 16, inside); }
+void copy_word_async(unsigned to, const void* from, bool inside) { begin_copy(to, from, 4, inside); }
 
 void await_copies() {
     for (const Copy& copy : unfinished[ids().tid]) {
-        access(copy.to, 16, true);
-        if (copy.from != nullptr) std::memcpy(copy.to, copy.from, 16);
-        else std::memset(copy.to, 0, 16);
+        access(copy.to, copy.bytes, true);
+        if (copy.from != nullptr) std::memcpy(copy.to, copy.from, copy.bytes);
+        else std::memset(copy.to, 0, copy.bytes);
     }
     unfinished[ids().tid].clear();
+}
+
+namespace {
+
+unsigned& word(const unsigned* at) { return *reinterpret_cast<unsigned*>(shared_by_blocks(at, sizeof *at)); }
+float* two(const float* at) { return reinterpret_cast<float*>(shared_by_blocks(at, 2 * sizeof *at)); }
+
+}
+
+unsigned draw_number(unsigned* at) { return word(at)++; }
+void await_turn(const unsigned* at, unsigned turn) {
+    if (word(at) != turn) fail(text("waits for turn %u, and it is turn %u", turn, word(at)));
+}
+void end_turn(unsigned* at) { ++word(at); }
+void put_two(float* at, float a, float b) {
+    float* const to = two(at);
+    to[0] = a;
+    to[1] = b;
+}
+void add_two(float* at, float a, float b) {
+    float* const to = two(at);
+    to[0] += a;
+    to[1] += b;
+}
+void get_two(const float* at, float& a, float& b) {
+    const float* const from = two(at);
+    a = from[0];
+    b = from[1];
 }
 
 void load_matrices(uint32_t (&to)[4], unsigned row, bool transposed) {

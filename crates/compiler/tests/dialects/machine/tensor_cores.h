@@ -7,8 +7,9 @@
 
 namespace machine {
 
-/// Begins to copy 16 bytes into shared memory, or to write zeros there: they are there after `await_copies`.
+/// Begins to copy 16 or 4 bytes into shared memory, or to write zeros there: they are there after `await_copies`.
 void copy_async(unsigned to, const void* from, bool inside);
+void copy_word_async(unsigned to, const void* from, bool inside);
 void await_copies();
 /// Four matrices of 8 rows of 16 bytes; this lane names a row.
 void load_matrices(uint32_t (&to)[4], unsigned row, bool transposed);
@@ -18,5 +19,13 @@ enum class Half { BF16, F16 };
 void multiply_add(float (&to)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Half kind);
 
 unsigned shared_place(const void* at);
+
+/// Blocks run one after the other: a turn that has not come yet never comes.
+unsigned draw_number(unsigned* at);
+void await_turn(const unsigned* at, unsigned turn);
+void end_turn(unsigned* at);
+void put_two(float* at, float a, float b);
+void add_two(float* at, float a, float b);
+void get_two(const float* at, float& a, float& b);
 
 }
