@@ -65,11 +65,6 @@ impl Shape {
             && gpu.limits.max_shared_bytes >= 2 * self.d * (128 + 4 * 64) + 16 * 64
     }
 
-    /// Whether every row sees some key by its position, whatever the inputs.
-    fn every_row_sees(&self) -> bool {
-        self.tk > 0 && (!self.attrs.causal || (self.tk >= self.tq && self.inputs.offset.is_none()))
-    }
-
     pub(super) fn qkv(&self) -> impl Iterator<Item = &Operand> {
         self.inputs.qkv.iter().map(|(_, x)| x)
     }
@@ -182,22 +177,26 @@ impl Tile {
         Tile::of_tensor_cores(rows, 64, 2 * shape.d * (rows + 4 * 64))
     }
 
-    /// Of all cotangents in one pass on tensor cores, where these are for it.
+    /// The rows' and the keys'.
     pub(super) fn grad(
         shape: &Shape,
         dy: &Operand,
         outs: &[Operand],
         wrt: &[AttentionInput],
         gpu: Gpu<'_>,
-    ) -> Option<Tile> {
+    ) -> [Tile; 2] {
         let all: Vec<&Operand> = [dy].into_iter().chain(outs).collect();
-        let suits = !wrt.contains(&AttentionInput::Mask)
-            && shape.every_row_sees()
-            && shape.suits_tensor_cores(&all, gpu);
+        if wrt.contains(&AttentionInput::Mask) || !shape.suits_tensor_cores(&all, gpu) {
+            return [Tile::portable(shape), Tile::portable(shape)];
+        }
+        // As many keys as registers hold without spilling.
+        let (rows, keys) = (128, 32);
+        // q and dy, and twice k and v
+        let of_rows = Tile::of_tensor_cores(rows, keys, 2 * shape.d * (2 * rows + 4 * keys));
         let (rows, keys) = (64, 64);
-        // k and v, ds, and twice q, dy, lse and delta
-        let bytes = 2 * shape.d * (2 * keys + 4 * rows) + 2 * keys * rows + 16 * rows;
-        suits.then(|| Tile::of_tensor_cores(rows, keys, bytes))
+        // k and v, and twice q, dy, lse and delta
+        let bytes = 2 * shape.d * (2 * keys + 4 * rows) + 16 * rows;
+        [of_rows, Tile::of_tensor_cores(rows, keys, bytes)]
     }
 
     fn of_tensor_cores(rows: usize, keys: usize, shared_bytes: usize) -> Tile {

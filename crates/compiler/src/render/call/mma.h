@@ -1,5 +1,5 @@
 // What a SIMD group does together on tensor cores of sm_80 and later, after the PTX ISA: "mma.m16n8k16", "ldmatrix",
-// "cp.async", "red". A place in shared memory is its address in bytes there.
+// "cp.async". A place in shared memory is its address in bytes there.
 #ifdef __CUDACC__
 FN u32 shared_place(const void* at) { return u32(__cvta_generic_to_shared(at)); }
 
@@ -41,31 +41,4 @@ FN u32 pair_of(f32 a, f32 b, f16) { u32 x; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : 
 
 FN f32 power_of_2(f32 x) { f32 y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 FN void simd_barrier() { __syncwarp(); }
-
-// Blocks that add to one place in a fixed order, so that every run gives the same bits. A block draws a number before all else: whoever
-// has a smaller one has begun, and will come to its end.
-FN u32 draw_number(u32* at) { return atomicAdd(at, 1u); }
-FN void await_turn(const u32* at, u32 turn) {
-    u32 now;
-    do {
-        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(at) : "memory");
-    } while (now != turn);
-}
-FN void end_turn(u32* at) { asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(at) : "memory"); }
-
-// What only the block whose turn it is does with the place.
-FN void put_two(f32* at, f32 a, f32 b) {
-    asm volatile("st.relaxed.gpu.global.v2.f32 [%0], {%1, %2};" ::"l"(at), "f"(a), "f"(b) : "memory");
-}
-FN void add_two(f32* at, f32 a, f32 b) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(at), "f"(a), "f"(b) : "memory");
-#else
-    asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(at), "f"(a) : "memory");
-    asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(at + 1), "f"(b) : "memory");
-#endif
-}
-FN void get_two(const f32* at, f32& a, f32& b) {
-    asm volatile("ld.relaxed.gpu.global.v2.f32 {%0, %1}, [%2];" : "=f"(a), "=f"(b) : "l"(at) : "memory");
-}
 #endif

@@ -46,15 +46,9 @@ inline unsigned short f32_to_bf16(float x) {
 }
 
 // What `mma.h` says in PTX.
-using machine::add_two;
 using machine::await_copies;
-using machine::await_turn;
 using machine::copy_async;
 using machine::copy_word_async;
-using machine::draw_number;
-using machine::end_turn;
-using machine::get_two;
-using machine::put_two;
 using machine::shared_place;
 inline void load_matrices(unsigned (&to)[4], unsigned row) { machine::load_matrices(to, row, false); }
 inline void load_transposed(unsigned (&to)[4], unsigned row) { machine::load_matrices(to, row, true); }

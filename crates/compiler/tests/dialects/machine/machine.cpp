@@ -282,23 +282,15 @@ const void* gather(const void* mine, size_t bytes, void* site) {
     return all.data();
 }
 
-uint8_t* shared_by_blocks(const void* at, size_t bytes) {
-    for (const Region& region : gpu.regions) {
-        if (!region.writable || region.shared || !within(at, region.start, region.bytes)) continue;
-        const auto start = static_cast<const uint8_t*>(at);
-        if (!within(start + bytes - 1, region.start, region.bytes)) break;
-        if (reinterpret_cast<uintptr_t>(at) % bytes != 0) fail("misaligned access to what blocks share");
-        return const_cast<uint8_t*>(start);
-    }
-    fail("shares with other blocks what is no operand's");
-}
-
 unsigned compare_exchange(unsigned* at, unsigned expected, unsigned desired) {
     // Atomic: threads take turns, and an access that is atomic races with nothing.
-    auto& word = *reinterpret_cast<unsigned*>(shared_by_blocks(at, sizeof *at));
-    const unsigned before = word;
-    if (before == expected) word = desired;
-    return before;
+    for (const Region& region : gpu.regions) {
+        if (!region.writable || !within(at, region.start, region.bytes)) continue;
+        const unsigned before = *at;
+        if (before == expected) *at = desired;
+        return before;
+    }
+    fail("exchanges what is no operand's");
 }
 
 Kernel::Kernel(const char* name, Call call) { kernels()[name] = call; }

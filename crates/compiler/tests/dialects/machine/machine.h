@@ -43,9 +43,6 @@ void access(const void* address, size_t bytes, bool write);
 /// Writes `desired` if `expected` is there; gives what was there.
 unsigned compare_exchange(unsigned* at, unsigned expected, unsigned desired);
 
-/// What blocks that run one after the other do with one place, which is no race: the place, if an operand that may be written has it.
-uint8_t* shared_by_blocks(const void* at, size_t bytes);
-
 template <typename T> TOGETHER T shuffle_xor(T x, unsigned mask) {
     static_assert(sizeof(T) <= sizeof(uint64_t));
     uint64_t bits = 0;

@@ -60,34 +60,6 @@ void await_copies() {
     unfinished[ids().tid].clear();
 }
 
-namespace {
-
-unsigned& word(const unsigned* at) { return *reinterpret_cast<unsigned*>(shared_by_blocks(at, sizeof *at)); }
-float* two(const float* at) { return reinterpret_cast<float*>(shared_by_blocks(at, 2 * sizeof *at)); }
-
-}
-
-unsigned draw_number(unsigned* at) { return word(at)++; }
-void await_turn(const unsigned* at, unsigned turn) {
-    if (word(at) != turn) fail(text("waits for turn %u, and it is turn %u", turn, word(at)));
-}
-void end_turn(unsigned* at) { ++word(at); }
-void put_two(float* at, float a, float b) {
-    float* const to = two(at);
-    to[0] = a;
-    to[1] = b;
-}
-void add_two(float* at, float a, float b) {
-    float* const to = two(at);
-    to[0] += a;
-    to[1] += b;
-}
-void get_two(const float* at, float& a, float& b) {
-    const float* const from = two(at);
-    a = from[0];
-    b = from[1];
-}
-
 void load_matrices(uint32_t (&to)[4], unsigned row, bool transposed) {
     if (row % 16 != 0) fail("a row of a matrix that is misaligned");
     access(in_shared(row), 16, false);

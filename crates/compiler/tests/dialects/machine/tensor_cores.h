@@ -20,12 +20,4 @@ void multiply_add(float (&to)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t 
 
 unsigned shared_place(const void* at);
 
-/// Blocks run one after the other: a turn that has not come yet never comes.
-unsigned draw_number(unsigned* at);
-void await_turn(const unsigned* at, unsigned turn);
-void end_turn(unsigned* at);
-void put_two(float* at, float a, float b);
-void add_two(float* at, float a, float b);
-void get_two(const float* at, float& a, float& b);
-
 }
