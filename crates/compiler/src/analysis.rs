@@ -1,7 +1,8 @@
 //! What every node is to the compiler, and where its elements would lie.
 
 use crate::Layout;
-use metal_candle_graph::{ComputationGraph, Node, NodeId, Operation, Shape};
+use metal_candle_graph::{Composite, ComputationGraph, Node, NodeId, Operation, Shape};
+use rustc_hash::FxHashMap;
 use smallvec::SmallVec;
 
 /// How a node comes to be.
@@ -37,6 +38,8 @@ pub(crate) struct Analysis<'g> {
     pub(crate) located: Vec<Located>,
     /// How often each base is read, by live nodes that are no views and by the outputs.
     pub(crate) uses: Vec<u32>,
+    /// By update of a slice: the rotary embedding that is written there, and nowhere else.
+    pub(crate) rotated: FxHashMap<NodeId, NodeId>,
 }
 
 impl<'g> Analysis<'g> {
@@ -47,6 +50,7 @@ impl<'g> Analysis<'g> {
             kinds: Vec::with_capacity(g.len()),
             located: Vec::with_capacity(g.len()),
             uses: vec![0; g.len()],
+            rotated: FxHashMap::default(),
         };
         for id in g.ids() {
             let (kind, located) = a.classify(id, live[id.index()]);
@@ -61,7 +65,26 @@ impl<'g> Analysis<'g> {
         for output in &g.outputs {
             a.uses[a.located[output.index()].base.index()] += 1;
         }
+        a.absorb_ropes();
         a
+    }
+
+    /// A rotary embedding that is only there to update a slice, as that of keys which go to a cache, is no call of its own.
+    fn absorb_ropes(&mut self) {
+        for id in self.g.ids() {
+            let is_update = matches!(self.node(id).op, Operation::SliceUpdate { .. });
+            if !is_update || self.kind(id) != Kind::Call {
+                continue;
+            }
+            let Located { base: rope, layout } = self.operand(id, 1);
+            let is_rope =
+                matches!(self.node(rope).op, Operation::Composite(Composite::Rope { .. }));
+            let is_whole = layout == self.located[rope.index()].layout;
+            if is_rope && is_whole && self.uses[rope.index()] == 1 {
+                self.kinds[rope.index()] = Kind::Dead;
+                self.rotated.insert(id, rope);
+            }
+        }
     }
 
     fn classify(&self, id: NodeId, live: bool) -> (Kind, Located) {

@@ -57,7 +57,7 @@ fn call_flops(call: &LibraryCall, args: &[Operand], outs: &[Operand]) -> u64 {
             2 * len(&args[0]) * classes * (1 + u64::from(*grad_x))
         }
         LibraryCall::LinearCrossEntropyGradWeight(_) => 4 * len(&args[1]) * dim(&args[2], 0),
-        LibraryCall::Rope { .. } => 3 * out,
+        LibraryCall::Rope { .. } | LibraryCall::RopeUpdate { .. } => 3 * len(&args[0]),
         LibraryCall::Dequantize { .. } => 2 * out,
         LibraryCall::CumSum { .. } | LibraryCall::ArgReduce { .. } => len(&args[0]),
         LibraryCall::ScatterAdd { .. } | LibraryCall::IndexAdd { .. } => len(&args[1]),

@@ -41,6 +41,8 @@ pub enum LibraryCall {
     IndexAdd { dim: usize },
     /// In place on the output, which holds the base. `args = [update, start: i64[]]`
     SliceUpdate { dim: usize },
+    /// The same with a rotary embedding for the update. `args = [x, cos, sin, start: i64[]]`
+    RopeUpdate { layout: RopeLayout, dim: usize },
     /// `args = [x, start: i64[]]`
     DynamicSlice { dim: usize },
     /// `args = [x]`
@@ -68,6 +70,7 @@ impl LibraryCall {
             LibraryCall::ScatterAdd { .. } => "scatter_add",
             LibraryCall::IndexAdd { .. } => "index_add",
             LibraryCall::SliceUpdate { .. } => "slice_update",
+            LibraryCall::RopeUpdate { .. } => "rope_update",
             LibraryCall::DynamicSlice { .. } => "dynamic_slice",
             LibraryCall::CumSum { .. } => "cumsum",
             LibraryCall::ArgReduce { .. } => "arg_reduce",

@@ -173,7 +173,12 @@ fn require_operands(
         return;
     }
     let copied = copied_operands(&a.node(id).op);
+    let rotated = a.rotated.get(&id);
+    rotated.iter().flat_map(|rope| a.operands(**rope)).for_each(|x| stored.require(x.base, found));
     for (i, operand) in a.operands(id).enumerate() {
+        if rotated == Some(&operand.base) {
+            continue;
+        }
         if copied.contains(&i) {
             require_copied(operand, stored, found);
         } else {
@@ -331,9 +336,11 @@ fn draft_call(a: &Analysis, stored: &Stored, ids: &[NodeId]) -> Drafts {
         | Operation::IndexAdd { .. }
         | Operation::SliceUpdate { .. }
         | Operation::AllReduce => {
-            let call = library_call(a, ids);
-            let steps =
-                vec![copy(operands[0], own(id).layout), plain(call, operands[1..].to_vec())];
+            let (call, args) = match a.rotated.get(&id) {
+                Some(rope) => rope_update(a, id, *rope),
+                None => (library_call(a, ids), operands[1..].to_vec()),
+            };
+            let steps = vec![copy(operands[0], own(id).layout), plain(call, args)];
             Drafts { steps, base: Some(operands[0]) }
         }
         Operation::Reshape(_)
@@ -347,6 +354,17 @@ fn draft_call(a: &Analysis, stored: &Stored, ids: &[NodeId]) -> Drafts {
         }
         _ => done(vec![plain(library_call(a, ids), operands)]),
     }
+}
+
+/// The update of a slice with a rotary embedding.
+fn rope_update(a: &Analysis, update: NodeId, rope: NodeId) -> (LibraryCall, Vec<Located>) {
+    let (Operation::SliceUpdate { dim }, Operation::Composite(Composite::Rope { layout })) =
+        (a.node(update).op, a.node(rope).op)
+    else {
+        panic!("metal-candle bug: {} with {}", a.node(update).op.name(), a.node(rope).op.name())
+    };
+    let args = a.operands(rope).chain([a.operand(update, 2)]).collect();
+    (LibraryCall::RopeUpdate { layout, dim }, args)
 }
 
 fn library_call(a: &Analysis, ids: &[NodeId]) -> LibraryCall {

@@ -183,3 +183,27 @@ fn every_plan_allocates_the_arena_it_predicts() {
     let held = executable.allocated_arena_bytes();
     assert!(held.is_multiple_of(predicted) && held <= 4 * predicted, "{held} of {predicted}");
 }
+
+/// Keys are rotated on their way to the cache, in one step; and alone where somebody else reads them.
+#[test]
+fn a_rotary_embedding_reaches_a_slice_as_it_is() {
+    let _alone = alone();
+    let values = |n: usize| (0..n).map(|i| ((i * 37 % 101) as f32 - 50.0) / 25.0).collect();
+    let tensor = |dims: &[usize], dtype: DType| {
+        let x: Vec<f32> = values(dims.iter().product());
+        LazyTensor::from_vec(x, dims, device()).unwrap().to_dtype(dtype).unwrap()
+    };
+    for dtype in [DType::F32, DType::BF16] {
+        // 700 rows are more than one task's.
+        let (x, cache) = (tensor(&[2, 350, 3, 64], dtype), tensor(&[2, 400, 3, 64], dtype));
+        let tables = [(); 2].map(|()| tensor(&[350, 1, 32], DType::F32));
+        let start = LazyTensor::from_vec(vec![17i64], &[], device()).unwrap();
+        let rotated = || x.rope(&tables[0], &tables[1]).unwrap();
+        let joined = cache.slice_update(1, &rotated(), &start).unwrap();
+        let alone = rotated();
+        alone.eval().unwrap();
+        let in_two = cache.slice_update(1, &alone, &start).unwrap();
+        let read = |x: &LazyTensor| x.to_dtype(DType::F32).unwrap().to_vec::<f32>().unwrap();
+        assert_eq!(read(&joined), read(&in_two), "{dtype}");
+    }
+}

@@ -69,6 +69,9 @@ fn call(call: &LibraryCall, args: &[Arg], outs: &mut [Out], parallel: bool) -> R
         LibraryCall::IndexSelect { dim } => index::call_index_select(args, outs, dim, parallel)?,
         LibraryCall::ScatterAdd { dim } => index::call_scatter_add(args, outs, dim, parallel)?,
         LibraryCall::IndexAdd { dim } => index::call_index_add(args, outs, dim, parallel)?,
+        LibraryCall::RopeUpdate { layout, dim } => {
+            rope::call_update(args, outs, layout, dim, parallel)?;
+        }
         LibraryCall::SliceUpdate { dim } => index::call_slice_update(args, outs, dim)?,
         LibraryCall::DynamicSlice { dim } => index::call_dynamic_slice(args, outs, dim, parallel)?,
         LibraryCall::CumSum { dim, reverse } => scan::call(args, outs, dim, reverse, parallel),

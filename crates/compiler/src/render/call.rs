@@ -154,6 +154,9 @@ pub fn call(
             low_rank::low_rank(gpu, args, outs, [low_scale, scale])
         }
         LibraryCall::Rope { layout } => rope::rope(gpu, args, &outs[0], layout),
+        LibraryCall::RopeUpdate { layout, dim } => {
+            rope::rope_update(gpu, args, &outs[0], layout, dim)
+        }
         LibraryCall::Gather { dim } => index::gather(gpu, args, outs, dim),
         LibraryCall::IndexSelect { dim } => index::index_select(gpu, args, outs, dim),
         LibraryCall::ScatterAdd { dim } => index::scatter_add(gpu, args, outs, dim),

@@ -254,6 +254,9 @@ fn attention_of_few_queries_equals_its_meaning() {
         Draw { dtype: F16, heads: (2, 2), mask: Some(F16), lies: Lies::HeadsFirst, ..cache },
         Draw { tq: 2, tk: 130, segments: Some(U32), offset: None, ..cache },
         Draw { tk: 90, offset: Some(-3), ..cache },
+        // So many keys are split.
+        Draw { dtype: BF16, tk: 1100, heads: (6, 2), offset: Some(1050), d: 64, dv: 64, ..cache },
+        Draw { tq: 3, tk: 1100, heads: (2, 1), segments: Some(U32), offset: None, ..cache },
     ];
     let tasks: Vec<Task> = draws.iter().map(|draw| draw.task(&[])).collect();
     for (_, dialect, limits) in DIALECTS {

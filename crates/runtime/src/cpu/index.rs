@@ -158,7 +158,12 @@ fn positions(op: &'static str, index: &Arg, extent: usize) -> Result<Vec<usize>>
 }
 
 /// A run-time start from which `len` positions fit into `extent`.
-fn checked_start(op: &'static str, start: &Arg, extent: usize, len: usize) -> Result<usize> {
+pub(super) fn checked_start(
+    op: &'static str,
+    start: &Arg,
+    extent: usize,
+    len: usize,
+) -> Result<usize> {
     let starts =
         extent.checked_sub(len).expect("metal-candle bug: a slice longer than its dim") + 1;
     let index = start.scalar::<i64>();

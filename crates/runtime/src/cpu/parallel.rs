@@ -6,7 +6,7 @@
 use rayon::prelude::*;
 
 /// Elements that one task should at least touch.
-const GRAIN: usize = 1 << 14;
+pub(crate) const GRAIN: usize = 1 << 14;
 
 /// `f(0), .., f(n - 1)`, in any order.
 pub(crate) fn for_each(parallel: bool, n: usize, f: impl Fn(usize) + Send + Sync) {

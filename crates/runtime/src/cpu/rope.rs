@@ -1,47 +1,107 @@
 //! Rotary position embedding: `(a cos - b sin, b cos + a sin)` of every pair.
 
+use crate::cpu::index::checked_start;
 use crate::cpu::number::{Float, Number, Real, for_float};
+use crate::cpu::parallel::{self, Parts};
+use crate::cpu::scratch;
 use crate::cpu::simd::multiversion;
-use crate::cpu::view::{Arg, Out, Row};
-use crate::cpu::{parallel, scratch};
+use crate::cpu::view::{Arg, Out, Row, leading, offset_of};
 use half::{bf16, f16};
-use metal_candle_graph::DType;
 use metal_candle_graph::composite::RopeLayout;
+use metal_candle_graph::{DType, Result};
 
 /// `args = [x: [.., d], cos: [.., d/2], sin: [.., d/2]]`
 pub(crate) fn call(args: &[Arg], outs: &mut [Out], layout: RopeLayout, parallel: bool) {
     let ([x, cos, sin], [out]) = (args, outs) else {
         panic!("metal-candle bug: rope takes three operands and gives one")
     };
-    let f32_tables = cos.dtype() == DType::F32 && sin.dtype() == DType::F32;
+    assert_eq!(out.shape(), x.shape(), "metal-candle bug: rope");
+    let d = x.shape().last().unwrap_or(1);
+    rotate_all(x, [cos, sin], out, layout, parallel, &|row| row * d);
+}
+
+/// In place on the output, which holds the base. `args = [x, cos, sin, start]`
+///
+/// # Errors
+/// [`metal_candle_graph::Error::IndexOutOfRange`]
+pub(crate) fn call_update(
+    args: &[Arg],
+    outs: &mut [Out],
+    layout: RopeLayout,
+    dim: usize,
+    parallel: bool,
+) -> Result<()> {
+    let ([x, cos, sin, start], [out]) = (args, outs) else {
+        panic!("metal-candle bug: rope_update takes four operands and updates one")
+    };
+    let (shape, len) = (*out.shape(), x.shape()[dim]);
+    assert_eq!(*x.shape(), shape.with(dim, len), "metal-candle bug: rope_update");
+    let start = checked_start("slice_update", start, shape[dim], len)?;
+    let strides = shape.contiguous_strides();
+    let (first, rows) = (start * strides[dim] as usize, leading(x.shape()));
+    let place = |row| first + offset_of(row, rows, &strides) as usize;
+    rotate_all(x, [cos, sin], out, layout, parallel, &place);
+    Ok(())
+}
+
+/// Where the elements of each row go.
+type Places<'a> = &'a (dyn Fn(usize) -> usize + Send + Sync);
+
+fn rotate_all(
+    x: &Arg,
+    tables: [&Arg; 2],
+    out: &mut Out,
+    layout: RopeLayout,
+    parallel: bool,
+    places: Places<'_>,
+) {
+    let half = x.shape().last().unwrap_or(1) / 2;
+    let expected = x.shape().with(x.shape().rank() - 1, half);
+    let fits = tables.iter().all(|t| *t.shape() == expected);
+    assert!(fits, "metal-candle bug: rope of {}", x.shape());
+    let f32_tables = tables.iter().all(|t| t.dtype() == DType::F32);
     match x.dtype() {
-        DType::F32 if f32_tables => in_f32::<f32>(x, [cos, sin], out, layout, parallel),
-        DType::BF16 if f32_tables => in_f32::<bf16>(x, [cos, sin], out, layout, parallel),
-        DType::F16 if f32_tables => in_f32::<f16>(x, [cos, sin], out, layout, parallel),
-        dtype => for_float!(dtype, T => rope::<T>(x, [cos, sin], out, layout, parallel)),
+        DType::F32 if f32_tables => in_f32::<f32>(x, tables, out, layout, parallel, places),
+        DType::BF16 if f32_tables => in_f32::<bf16>(x, tables, out, layout, parallel, places),
+        DType::F16 if f32_tables => in_f32::<f16>(x, tables, out, layout, parallel, places),
+        dtype => for_float!(dtype, T => rope::<T>(x, tables, out, layout, parallel, places)),
     }
 }
 
-fn check(x: &Arg, tables: [&Arg; 2], out: &Out) {
-    let half = x.shape().last().unwrap_or(1) / 2;
-    let expected = x.shape().with(x.shape().rank() - 1, half);
-    let fits = out.shape() == x.shape() && tables.iter().all(|t| *t.shape() == expected);
-    assert!(fits, "metal-candle bug: rope of {}", x.shape());
+/// `f(first row, rows)` for some rows at a time.
+fn for_each_rows(parallel: bool, x: &Arg, f: impl Fn(usize, usize) + Send + Sync) {
+    let cols = x.shape().last().unwrap_or(1);
+    if x.shape().is_empty() {
+        return;
+    }
+    let (all, most) = (x.shape().len() / cols, (parallel::GRAIN / cols).max(1));
+    parallel::for_each(parallel, all.div_ceil(most), |chunk| {
+        f(chunk * most, most.min(all - chunk * most));
+    });
 }
 
 /// With tables of any float dtype.
-fn rope<T: Float>(x: &Arg, tables: [&Arg; 2], out: &mut Out, layout: RopeLayout, parallel: bool) {
-    check(x, tables, out);
-    let x = x.read::<T>();
-    let d = x.cols();
-    parallel::for_each_row(parallel, out.slice::<T>(), d, |row, out| {
+fn rope<T: Float>(
+    x: &Arg,
+    tables: [&Arg; 2],
+    out: &mut Out,
+    layout: RopeLayout,
+    parallel: bool,
+    places: Places<'_>,
+) {
+    let (of_x, out) = (x.read::<T>(), Parts::new(out.slice::<T>()));
+    let d = of_x.cols();
+    for_each_rows(parallel, x, |first, n| {
         let lens = [d, d / 2, d / 2, d];
         scratch::split(lens, |[wide, cos, sin, turned]: [&mut [T::Acc]; 4]| {
-            x.row(row).widen_to(wide);
-            table_row(tables[0], row, cos);
-            table_row(tables[1], row, sin);
-            turn(wide, cos, sin, layout, turned);
-            T::narrow_all(turned, out);
+            for row in first..first + n {
+                of_x.row(row).widen_to(wide);
+                table_row(tables[0], row, cos);
+                table_row(tables[1], row, sin);
+                turn(wide, cos, sin, layout, turned);
+                // SAFETY: every row has a place of its own.
+                T::narrow_all(turned, unsafe { out.part(places(row), d) });
+            }
         });
     });
 }
@@ -65,17 +125,19 @@ fn in_f32<T: Float + Number<Acc = f32>>(
     out: &mut Out,
     layout: RopeLayout,
     parallel: bool,
+    places: Places<'_>,
 ) {
-    check(x, tables, out);
-    let (x, tables) = (x.read::<T>(), tables.map(|t| t.read::<f32>()));
-    let d = x.cols();
-    parallel::for_each_rows(parallel, out.slice::<T>(), d, |first, out| {
+    let (of_x, tables) = (x.read::<T>(), tables.map(|t| t.read::<f32>()));
+    let (out, d) = (Parts::new(out.slice::<T>()), of_x.cols());
+    for_each_rows(parallel, x, |first, n| {
         let lens = [d, d / 2, d / 2, d];
         scratch::split(lens, |[wide, of_cos, of_sin, turned]: [&mut [f32]; 4]| {
-            let rows = x.rows_from(first);
             let tables = tables[0].rows_from(first).zip(tables[1].rows_from(first));
-            for ((out, x), (cos, sin)) in out.chunks_exact_mut(d).zip(rows).zip(tables) {
+            let rows = (first..first + n).zip(of_x.rows_from(first)).zip(tables);
+            for ((row, x), (cos, sin)) in rows {
                 let (x, cos, sin) = (row_in(x, wide), row_in(cos, of_cos), row_in(sin, of_sin));
+                // SAFETY: every row has a place of its own.
+                let out = unsafe { out.part(places(row), d) };
                 T::accumulate_into(out, turned, |to| match layout {
                     RopeLayout::Half => turn_halves(x, cos, sin, to),
                     RopeLayout::Interleaved => turn(x, cos, sin, layout, to),

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! attention             a block has a tile of rows, and walks over the keys that they see
+//! attention_few         a block has a row, and all keys that it sees
 //! attention_part        a block has few rows, and a part of the keys that they see
 //! attention_join        a block has a row, and joins its parts
 //!

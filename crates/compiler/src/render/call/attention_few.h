@@ -1,8 +1,7 @@
-// Attention of few queries to many keys, as when a token is generated: the keys are split over blocks, each of which gives a part of the
-// result; a second kernel joins the parts. See attention.h for rows and constants.
+// Attention of few queries to many keys, as when a token is generated. A block has up to AT_ONCE rows. Where there are very many keys, they are
+// split over blocks, each of which gives a part of the result, and a second kernel joins the parts. See attention.h for rows and constants.
 //
-// A block of 4 SIMD groups has up to AT_ONCE rows. Eight lanes have a key in common: lane l of them has features V (8 i + l) and the V - 1
-// after it.
+// Eight lanes have a key in common: lane l of them has features V (8 i + l) and the V - 1 after it.
 
 namespace attention {
 // Features of one row that a lane has, zeros beyond the last: PIECES pieces of V.
@@ -44,9 +43,12 @@ template <i32 PIECES, i32 V> FN void join_lanes(THREAD Part<PIECES, V>& part) {
     }
 }
 
-// A block has some rows and a part of the keys that they see.
+// A block has some rows and a part of the keys that they see: of all of them it gives the result, of some its part.
 template <typename S>
-FN void forward_few(THREAD const Inputs<S>& in, DEVICE f32* parts, SHARED u64* memory, i32 block, i32 tid) {
+FN void forward_few(
+    THREAD const Inputs<S>& in, DEVICE f32* parts, DEVICE typename S::T* out, SHARED u64* memory, i32 block, i32 tid
+) {
+    enum : i32 { KEYS_AT_ONCE = S::THREADS / 8, GROUPS = S::THREADS / 32 };
     enum : i32 { ROWS = S::AT_ONCE, D_PIECES = S::D_PIECES, DV_PIECES = S::DV_PIECES, DV = S::V_FEATURES, V = S::VECTOR };
     SHARED f32* const shared = (SHARED f32*)memory;
     const i32 split = block % S::SPLITS, pair = block / S::SPLITS % S::PAIRS, b = pair / S::HEADS, head = pair % S::HEADS;
@@ -71,7 +73,9 @@ FN void forward_few(THREAD const Inputs<S>& in, DEVICE f32* parts, SHARED u64* m
             for (i32 j = 0; j < V; ++j) all[r].values[i][j] = 0.0f;
         }
     }
-    for (i32 base = start; base < end; base += 16) {
+    // What is loaded for several keys does not wait for each other.
+#pragma unroll S::AHEAD
+    for (i32 base = start; base < end; base += KEYS_AT_ONCE) {
         const i32 key = base + tid / 8;
         f32 k[D_PIECES][V], v[DV_PIECES][V];
         load_features<S, typename S::K>(k, in.k, b, key, head, lane, key < end);
@@ -114,17 +118,24 @@ FN void forward_few(THREAD const Inputs<S>& in, DEVICE f32* parts, SHARED u64* m
         }
     }
     barrier();
-    for (i32 at = tid; at < ROWS * (DV + 2); at += 128) {
-        const i32 r = at / (DV + 2), i = at % (DV + 2);
-        if (first + r >= S::LEN) continue;
-        SHARED const f32* const from = shared + r * (DV + 2);
-        f32 top = -INF, sum = 0.0f;
-        for (i32 g = 0; g < 4; ++g) top = math::maximum(top, from[g * ROWS * (DV + 2) + DV]);
-        for (i32 g = 0; g < 4; ++g) {
-            const i32 group = g * ROWS * (DV + 2);
-            sum += from[group + i] * relative(from[group + DV], top);
+    for (i32 at = tid; at < ROWS * (DV + 2); at += S::THREADS) {
+        const i32 row = first + at / (DV + 2), i = at % (DV + 2);
+        if (row >= S::LEN) continue;
+        SHARED const f32* const from = shared + at / (DV + 2) * (DV + 2);
+        f32 top = -INF, sum = 0.0f, total = 0.0f;
+        for (i32 g = 0; g < GROUPS; ++g) top = math::maximum(top, from[g * ROWS * (DV + 2) + DV]);
+        for (i32 g = 0; g < GROUPS; ++g) {
+            SHARED const f32* const group = from + g * ROWS * (DV + 2);
+            const f32 factor = relative(group[DV], top);
+            sum += group[i] * factor;
+            total += group[DV + 1] * factor;
         }
-        parts[(i64(pair * S::LEN + first + r) * S::SPLITS + split) * (DV + 2) + i] = i == DV ? top : sum;
+        if (S::SPLITS > 1) {
+            parts[(i64(pair * S::LEN + row) * S::SPLITS + split) * (DV + 2) + i] = i == DV ? top : sum;
+        } else if (i < DV) {
+            const i32 h = head * S::GROUP + row % S::GROUP;
+            out[S::Y::at(b, row / S::GROUP, h, i)] = typename S::T(total == 0.0f ? 0.0f : sum / total);
+        }
     }
 }
 
@@ -136,7 +147,7 @@ template <typename S> FN void join(DEVICE const f32* parts, DEVICE typename S::T
     f32 top = -INF, sum = 0.0f;
     for (i32 s = 0; s < S::SPLITS; ++s) top = math::maximum(top, from[s * (DV + 2) + DV]);
     for (i32 s = 0; s < S::SPLITS; ++s) sum += from[s * (DV + 2) + DV + 1] * relative(from[s * (DV + 2) + DV], top);
-    for (i32 feature = tid; feature < DV; feature += 128) {
+    for (i32 feature = tid; feature < DV; feature += S::THREADS) {
         f32 x = 0.0f;
         for (i32 s = 0; s < S::SPLITS; ++s) x += from[s * (DV + 2) + feature] * relative(from[s * (DV + 2) + DV], top);
         const i32 h = head * S::GROUP + row % S::GROUP;

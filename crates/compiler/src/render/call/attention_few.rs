@@ -1,4 +1,5 @@
-//! Attention of few queries to many keys: two kernels, so that one token's attention fills the device.
+//! Attention of few queries to many keys: one block for each row, or two kernels, so that one token's attention to very many keys fills
+//! the device.
 
 use super::attention_shape::{Constants, Shape, Tile};
 use super::draft::Gpu;
@@ -7,13 +8,13 @@ use super::{Call, Part};
 use crate::{Layout, Operand};
 use metal_candle_graph::DType;
 
-/// Threads of a block; eight have a key in common.
-const THREADS: usize = 128;
 /// More rows of a key head than these are tiles' work.
 const MOST_ROWS: usize = 16;
-/// Fewer keys than these are not worth a second kernel.
+/// Fewer keys than these are not worth a block.
 const LEAST_KEYS: usize = 64;
-/// Rows that a block has at once: their sums fill its registers.
+/// Up to so many keys, a second kernel takes longer than one block that has them all.
+const WHOLE_KEYS: usize = 1024;
+/// Rows that a block with a part of the keys has at once: their sums fill its registers.
 const AT_ONCE: usize = 4;
 /// Of a head, for the same reason.
 const MOST_FEATURES: usize = 256;
@@ -21,7 +22,12 @@ const MOST_FEATURES: usize = 256;
 /// How the work is divided.
 pub(super) struct Few {
     at_once: usize,
+    /// Parts of the keys.
     splits: usize,
+    /// Of a block; eight have a key in common.
+    threads: usize,
+    /// Rounds of keys that are loaded together.
+    ahead: usize,
     /// Features that are moved as one.
     vector: usize,
 }
@@ -37,43 +43,55 @@ impl Few {
         if !suits || shape.pairs() == 0 {
             return None;
         }
-        let chunks = rows.div_ceil(AT_ONCE);
-        // Half of the threads at once: what a block has fills more registers than most.
-        let blocks = gpu.limits.resident_threads / (2 * THREADS);
-        let splits = (blocks / (chunks * shape.pairs())).clamp(1, shape.tk.div_ceil(LEAST_KEYS));
         let vector = 16 / shape.dtype.size_bytes();
         let wide = |x: &Operand| is_wide(&x.layout, vector);
         let vector = if shape.qkv().all(wide) { vector } else { 1 };
-        Some(Few { at_once: rows.div_ceil(chunks), splits: splits.min(64), vector })
+        if shape.tk <= WHOLE_KEYS {
+            return Some(Few { at_once: 1, splits: 1, threads: 512, ahead: 4, vector });
+        }
+        let threads = 128;
+        let chunks = rows.div_ceil(AT_ONCE);
+        // Half of the threads at once: what a block has fills more registers than most.
+        let blocks = gpu.limits.resident_threads / (2 * threads);
+        let splits = (blocks / (chunks * shape.pairs())).clamp(2, shape.tk.div_ceil(LEAST_KEYS));
+        let at_once = rows.div_ceil(chunks);
+        Some(Few { at_once, splits: splits.min(64), threads, ahead: 1, vector })
     }
 
     pub(super) fn call(&self, shape: &Shape, out: &Operand, gpu: Gpu<'_>) -> Call {
         let (dv, rows) = (shape.dv, shape.pairs() * shape.rows());
         let chunks = shape.rows().div_ceil(self.at_once);
-        let shared_bytes = (4 * self.at_once * (dv + 2) * size_of::<f32>()).next_multiple_of(16);
-        let tile = Tile::of(self.at_once, THREADS, shared_bytes);
-        let mut parameters = shape.parameters();
-        parameters.push(Parameter::workspace("parts", 0, DType::F32, true));
-        let run = "attention::forward_few<{shape}>(in, parts, shared, block, tid);";
-        let part = Kernel {
-            base: "attention_part",
+        let groups = self.threads / 32;
+        let shared_bytes = groups * self.at_once * (dv + 2) * size_of::<f32>();
+        let tile = Tile::of(self.at_once, self.threads, shared_bytes.next_multiple_of(16));
+        let is_split = self.splits > 1;
+        let parts = |written| Parameter::workspace("parts", 0, DType::F32, written);
+        let (result, to) = match is_split {
+            true => (parts(true), "parts, (DEVICE {shape}::T*)0"),
+            false => (Parameter::output(0, out), "(DEVICE f32*)0, out0"),
+        };
+        let attend = Kernel {
+            base: if is_split { "attention_part" } else { "attention_few" },
             constants: self.constants(shape, &tile, out).finish(),
-            parameters,
-            body: [shape.inputs(), run.to_owned()],
+            parameters: shape.parameters().into_iter().chain([result]).collect(),
+            body: [
+                shape.inputs(),
+                format!("attention::forward_few<{{shape}}>(in, {to}, shared, block, tid);"),
+            ],
             launch: tile.launch(shape, chunks * self.splits),
         };
-        let join = Kernel {
+        let join = || Kernel {
             base: "attention_join",
             constants: self.constants(shape, &tile, out).finish(),
-            parameters: vec![
-                Parameter::workspace("parts", 0, DType::F32, false),
-                Parameter::output(0, out),
-            ],
+            parameters: vec![parts(false), Parameter::output(0, out)],
             body: ["attention::join<{shape}>(parts, out0, block, tid);".to_owned(), String::new()],
-            launch: Tile::of(self.at_once, THREADS, 16).launch(shape, shape.rows()),
+            launch: Tile::of(self.at_once, self.threads, 16).launch(shape, shape.rows()),
         };
-        let parts = [part, join].map(|kernel| Part::Kernel(kernel.finish(gpu))).to_vec();
-        Call { parts, workspace_bytes: rows * self.splits * (dv + 2) * size_of::<f32>() }
+        let join = is_split.then(join);
+        let kernels = [attend].into_iter().chain(join);
+        let workspace_bytes =
+            if is_split { rows * self.splits * (dv + 2) * size_of::<f32>() } else { 0 };
+        Call { parts: kernels.map(|k| Part::Kernel(k.finish(gpu))).collect(), workspace_bytes }
     }
 
     fn constants(&self, shape: &Shape, tile: &Tile, out: &Operand) -> Constants {
@@ -84,6 +102,7 @@ impl Few {
             ("AT_ONCE", self.at_once),
             ("SPLITS", self.splits),
             ("VECTOR", self.vector),
+            ("AHEAD", self.ahead),
             ("D_PIECES", pieces(shape.d)),
             ("DV_PIECES", pieces(shape.dv)),
             ("V_FEATURES", shape.dv),

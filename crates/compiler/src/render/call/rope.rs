@@ -12,6 +12,28 @@ const ACCESS: usize = 16;
 
 /// `args = [x: [.., d], cos: [.., d/2], sin: [.., d/2]]`
 pub(super) fn rope(gpu: Gpu<'_>, args: &[Operand], out: &Operand, layout: RopeLayout) -> Call {
+    rotate(gpu, args, out, layout, None)
+}
+
+/// In place on the output, which holds the base. `args = [x, cos, sin, start: i64[]]`
+pub(super) fn rope_update(
+    gpu: Gpu<'_>,
+    args: &[Operand],
+    out: &Operand,
+    layout: RopeLayout,
+    dim: usize,
+) -> Call {
+    rotate(gpu, args, out, layout, Some(dim))
+}
+
+/// Along `dim`, if any, the result begins where the fourth operand says.
+fn rotate(
+    gpu: Gpu<'_>,
+    args: &[Operand],
+    out: &Operand,
+    layout: RopeLayout,
+    dim: Option<usize>,
+) -> Call {
     let (x, tables) = (&args[0], [&args[1], &args[2]]);
     let shape = x.layout.shape;
     let last = shape.rank() - 1;
@@ -35,21 +57,39 @@ pub(super) fn rope(gpu: Gpu<'_>, args: &[Operand], out: &Operand, layout: RopeLa
         .layout("cos", &tables[0].layout)
         .layout("sin", &tables[1].layout)
         .collapsed();
+    let along = dim.map_or(0, |dim| out.layout.strides[dim]);
+    let starts = dim.map_or(0, |dim| out.layout.shape[dim] - shape[dim] + 1);
     let all = [x, out, tables[0], tables[1]];
     let widest = all.map(|o| o.dtype.size_bytes()).into_iter().max().expect("four");
     let moved = ["from", "to", "cos", "sin"];
-    let n = walk.vector(&moved, &[second, out_second], ACCESS / widest);
+    let n = walk.vector(&moved, &[second, out_second, along], ACCESS / widest);
     let walk = walk.by(n, &moved, false);
-    let draft = Draft::new(gpu, "rope", "rope")
+    let farthest = second.unsigned_abs().max(out_second.unsigned_abs());
+    let (call, template) = match dim {
+        Some(_) => ("slice_update", "rope_put"),
+        None => ("rope", "rope"),
+    };
+    let mut draft = Draft::new(gpu, call, template)
         .template(n)
         .reads(Binding::Arg(0), "x", x.dtype)
         .reads(Binding::Arg(1), "cos", tables[0].dtype)
-        .reads(Binding::Arg(2), "sin", tables[1].dtype)
-        .writes(Binding::Out(0), "out", out.dtype)
+        .reads(Binding::Arg(2), "sin", tables[1].dtype);
+    if dim.is_some() {
+        draft = draft.reads(Binding::Arg(3), "index", args[3].dtype);
+    }
+    draft = draft.writes(Binding::Out(0), "out", out.dtype);
+    if dim.is_some() {
+        draft = draft
+            .reports()
+            .constant("START", args[3].layout.offset as i64)
+            .constant("EXTENT", starts as i64)
+            .constant("ALONG", along as i64);
+    }
+    let draft = draft
         .numbers(x.dtype)
         .aligned(n * widest)
         .constant("SECOND", second as i64)
         .constant("OUT_SECOND", out_second as i64)
-        .walk(&walk, second.unsigned_abs().max(out_second.unsigned_abs()));
+        .walk(&walk, farthest.max(along.unsigned_abs().saturating_mul(starts)));
     Call { parts: vec![draft.finish(gpu.elements(walk.len()))], workspace_bytes: 0 }
 }

@@ -145,11 +145,35 @@ fn turned(dtype: DType) -> Task {
     b.task(format!("rope of {dtype}"), outputs, 2.0 * tolerance(dtype))
 }
 
+/// Keys on their way to a cache: heads after positions, and before.
+fn turned_into(dtype: DType) -> Task {
+    let mut b = Build::new();
+    let mut outputs = Vec::new();
+    for layout in [RopeLayout::Half, RopeLayout::Interleaved] {
+        for (d, dim) in [(64, 1), (64, 2), (6, 1)] {
+            let (mut dims, mut rows) = ([2, 3, 3, d], [1; 4]);
+            (dims[dim], rows[dim], rows[3]) = (5, 5, d / 2);
+            let x = b.input(dtype, &dims);
+            let to = Shape::new(&[dims[0], dims[1], dims[2], d / 2]).unwrap();
+            let tables = [(); 2].map(|()| b.input(DType::F32, &rows));
+            let [cos, sin] = tables.map(|table| b.g.broadcast_to(table, to).unwrap());
+            let rotated = b.composite(Composite::Rope { layout }, &[x, cos, sin]);
+            dims[dim] = 9;
+            let cache = b.input(dtype, &dims);
+            let at = b.start(3);
+            outputs.push(b.op(Operation::SliceUpdate { dim }, &[cache, rotated, at]));
+        }
+    }
+    b.task(format!("rope of {dtype} into a slice"), outputs, 2.0 * tolerance(dtype))
+}
+
 pub(super) fn all() -> Vec<Task> {
     let of = |dtype: DType| {
         let mut tasks = put(dtype);
         tasks.extend([taken(dtype), added(dtype), along(dtype)]);
-        tasks.extend(dtype.is_float().then(|| turned(dtype)));
+        if dtype.is_float() {
+            tasks.extend([turned(dtype), turned_into(dtype)]);
+        }
         tasks
     };
     DType::ALL.into_iter().flat_map(of).collect()
