@@ -33,6 +33,8 @@ struct Options {
     threads: usize,
     /// Where the figures go, if not to the target folder.
     json: Option<PathBuf>,
+    /// A build of our bench to measure with, where none can be made.
+    program: Option<PathBuf>,
     /// Only rows with one of these in their name.
     filter: Vec<String>,
 }
@@ -40,7 +42,8 @@ struct Options {
 impl Options {
     fn parse(args: &[&str]) -> Result<Options> {
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
-        let mut options = Options { quick: false, threads, json: None, filter: Vec::new() };
+        let mut options =
+            Options { quick: false, threads, json: None, program: None, filter: Vec::new() };
         let mut args = args.iter();
         while let Some(arg) = args.next() {
             let mut value = || args.next().with_context(|| format!("{arg} wants a value"));
@@ -48,9 +51,10 @@ impl Options {
                 "--quick" => options.quick = true,
                 "--threads" => options.threads = value()?.parse().context("--threads")?,
                 "--json" => options.json = Some(std::path::absolute(value()?)?),
-                flag if flag.starts_with('-') => {
-                    bail!("no flag {flag}: there are --quick, --threads N and --json FILE")
-                }
+                "--program" => options.program = Some(std::path::absolute(value()?)?),
+                flag if flag.starts_with('-') => bail!(
+                    "no flag {flag}: there are --quick, --threads N, --json FILE and, for cuda, --program FILE"
+                ),
                 word => options.filter.push(word.to_owned()),
             }
         }

@@ -14,12 +14,15 @@ use std::process::Command;
 /// The one to measure on, in our words and in PyTorch's.
 const DEVICE: &str = "cuda:0";
 
+/// What they do: carried along, for machines without our source tree.
+const PEERS: &str = include_str!("../../../reference/bench_gpu.py");
+
 const TENSORS: &[&str] = &["torch", "torch.compile", "torch.compile + graph"];
 const TRAINERS: &[&str] = &["PEFT", "PEFT + compile", "PEFT + Liger", "PEFT + Liger + compile"];
 const GENERATORS: &[&str] = &["transformers", "transformers + compile"];
 
 pub(super) fn run(options: &Options) -> Result<()> {
-    let mut crew = Crew::gather()?;
+    let mut crew = Crew::gather(options)?;
     let rows = crew.rows(options)?;
     let file = options.json.clone().unwrap_or_else(|| crew.folder.join("cuda.json"));
     let device = crew.try_ask("ours", "{}")?;
@@ -84,9 +87,18 @@ struct Crew {
 }
 
 impl Crew {
-    fn gather() -> Result<Crew> {
+    fn gather(options: &Options) -> Result<Crew> {
+        if let Some(bench) = options.program.clone() {
+            // No cargo is there to say where results go.
+            let folder = std::path::absolute("metal-candle-bench")?;
+            std::fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
+            return Ok(Crew { folder, bench, python: own_python(), workers: Vec::new() });
+        }
         if !works(program("nvcc").arg("--version")) {
-            bail!("a build for CUDA takes NVIDIA's toolkit: there is no nvcc in PATH");
+            bail!(
+                "a build for CUDA takes NVIDIA's toolkit: there is no nvcc in PATH (--program FILE takes one that was \
+                 made elsewhere)"
+            );
         }
         // In the profile of benches, however quick: Candle's kernels take long to build once more.
         let [bench] =
@@ -140,8 +152,10 @@ impl Crew {
         }
         let python = self.python.as_ref();
         let python = python.map_err(|why| anyhow!("no Python environment: {why:#}"))?;
+        let script = self.folder.join("bench_gpu.py");
+        std::fs::write(&script, PEERS).with_context(|| script.display().to_string())?;
         let mut command = program(python);
-        command.args(["reference/bench_gpu.py", who, DEVICE]);
+        command.arg(script).args([who, DEVICE]);
         Ok(command)
     }
 }
@@ -162,15 +176,23 @@ fn row(line: &Value) -> Result<Row> {
 
 /// One with a PyTorch that sees the GPU: the machine's own, or the environment of `bench cpu`.
 fn python() -> Result<PathBuf> {
-    let probe = "import peft, torch, transformers; assert torch.cuda.is_available()";
-    let sees = |python: &PathBuf| works(program(python).args(["-c", probe]));
-    let own = PathBuf::from("python3");
-    if sees(&own) {
+    if let Ok(own) = own_python() {
         return Ok(own);
     }
     let python = reference::environment("peers", "reference/peers.lock")?;
     let refused = || anyhow!("neither python3 nor {} has a PyTorch for it", python.display());
-    if sees(&python) { Ok(python) } else { Err(refused()) }
+    if sees_gpu(&python) { Ok(python) } else { Err(refused()) }
+}
+
+fn own_python() -> Result<PathBuf> {
+    let own = PathBuf::from("python3");
+    let refused = || anyhow!("python3 has no PEFT, transformers and PyTorch for the GPU");
+    if sees_gpu(&own) { Ok(own) } else { Err(refused()) }
+}
+
+fn sees_gpu(python: &PathBuf) -> bool {
+    let probe = "import peft, torch, transformers; assert torch.cuda.is_available()";
+    works(program(python).args(["-c", probe]))
 }
 
 #[cfg(test)]

@@ -10,7 +10,7 @@ use metal_candle::io::{DecoderConfig, LoraConfig, RopeLayout, RopeScaling, Token
 use metal_candle::models::{BaseWeights, Decoder, random_decoder};
 use metal_candle::nn::LoRAAdapter;
 use metal_candle::train::{AdamWConfig, StepShape, TrainStep};
-use metal_candle::{DType, Timing};
+use metal_candle::{BlockFormat, DType, Timing};
 use serde_json::{Value, json};
 use std::sync::Arc;
 use std::time::Instant;
@@ -82,6 +82,11 @@ const RANK: usize = 16;
 const PROMPT: usize = 128;
 const CAPACITY: usize = 512;
 
+/// A model's sizes, and how its linear layers are kept.
+type Model = (Size, BaseWeights);
+
+const PLAIN: BaseWeights = BaseWeights::BF16;
+
 pub(crate) fn rows() -> Vec<Row> {
     let mut rows = Vec::new();
     for (size, batch, seq) in [(SMALL, 16, 1024), (MEDIUM, 4, 2048), (LARGE, 2, 2048)] {
@@ -91,14 +96,28 @@ pub(crate) fn rows() -> Vec<Row> {
             work: json!({
                 "work": "train", "size": sizes, "batch": batch, "seq": seq, "rank": RANK,
             }),
-            measure: Box::new(move |c, ceilings| train(c, ceilings, size, [batch, seq])),
+            measure: Box::new(move |c, ceilings| train(c, ceilings, (size, PLAIN), [batch, seq])),
         });
         rows.push(Row {
             name: format!("decode {} bf16 batch 1", size.name),
             work: json!({
                 "work": "decode", "size": sizes, "prompt": PROMPT, "capacity": CAPACITY,
             }),
-            measure: Box::new(move |c, ceilings| decode(c, ceilings, size)),
+            measure: Box::new(move |c, ceilings| decode(c, ceilings, (size, PLAIN))),
+        });
+    }
+    for format in [BlockFormat::Q8_0, BlockFormat::Q4_1, BlockFormat::Q4K, BlockFormat::NF4] {
+        let base = BaseWeights::Quantised { format, rest: DType::BF16 };
+        let model = (MEDIUM, base);
+        rows.push(Row {
+            name: format!("train 1B {format:?} base 4x2048 bf16 all-linear r{RANK}"),
+            work: Value::Null,
+            measure: Box::new(move |c, ceilings| train(c, ceilings, model, [4, 2048])),
+        });
+        rows.push(Row {
+            name: format!("decode 1B {format:?} base batch 1"),
+            work: Value::Null,
+            measure: Box::new(move |c, ceilings| decode(c, ceilings, model)),
         });
     }
     rows.push(Row {
@@ -109,7 +128,7 @@ pub(crate) fn rows() -> Vec<Row> {
     rows
 }
 
-fn decoder(context: &Context, size: Size) -> Result<Decoder, Failure> {
+fn decoder(context: &Context, (size, base): Model) -> Result<Decoder, Failure> {
     let config = DecoderConfig {
         architecture: "llama".into(),
         vocab_size: size.vocabulary,
@@ -130,7 +149,7 @@ fn decoder(context: &Context, size: Size) -> Result<Decoder, Failure> {
         attention_output_bias: false,
         qk_norm: false,
     };
-    let decoder = random_decoder(config, BaseWeights::BF16, 0, &context.device)?;
+    let decoder = random_decoder(config, base, 0, &context.device)?;
     Ok(decoder.with_activations(DType::BF16))
 }
 
@@ -138,10 +157,10 @@ fn decoder(context: &Context, size: Size) -> Result<Decoder, Failure> {
 fn train(
     context: &Context,
     ceilings: &Ceilings,
-    size: Size,
+    model: Model,
     [batch, seq]: [usize; 2],
 ) -> Result<Value, Failure> {
-    let decoder = decoder(context, size)?;
+    let (size, decoder) = (model.0, decoder(context, model)?);
     let weights: usize = decoder.modules().map(|(_, [out, input])| out * input).sum();
     let target_modules = TargetModules::AllLinear;
     let config = LoraConfig { r: RANK, lora_alpha: 16.0, target_modules, ..LoraConfig::default() };
@@ -196,7 +215,7 @@ fn train(
 /// The device's memory over a thousand steps of one size, against what the plan says.
 fn thousand_steps(context: &Context, _: &Ceilings) -> Result<Value, Failure> {
     let [batch, seq] = [4, 256];
-    let decoder = decoder(context, SMALL)?;
+    let decoder = decoder(context, (SMALL, PLAIN))?;
     let config = LoraConfig {
         r: RANK,
         lora_alpha: 16.0,
@@ -231,10 +250,16 @@ fn thousand_steps(context: &Context, _: &Ceilings) -> Result<Value, Failure> {
 }
 
 /// Greedy tokens after a prompt of 128, as a caller gets them: each id comes back and goes there again.
-fn decode(context: &Context, ceilings: &Ceilings, size: Size) -> Result<Value, Failure> {
-    let decoder = decoder(context, size)?;
+fn decode(context: &Context, ceilings: &Ceilings, model: Model) -> Result<Value, Failure> {
+    let (size, decoder) = (model.0, decoder(context, model)?);
     let weights: usize = decoder.modules().map(|(_, [out, input])| out * input).sum();
-    let bytes = 2.0 * (weights + size.vocabulary * size.hidden) as f64;
+    let of_weight = match model.1 {
+        BaseWeights::Quantised { format, .. } => {
+            format.block_bytes() as f64 / format.block_len() as f64
+        }
+        _ => 2.0,
+    };
+    let bytes = weights as f64 * of_weight + 2.0 * (size.vocabulary * size.hidden) as f64;
     let decoder = Arc::new(decoder);
     let mut cache = KVCache::new(&decoder, 1, CAPACITY)?;
     let generator = Generator::new(decoder, Arc::new(no_words()?))?;
