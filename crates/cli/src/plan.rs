@@ -9,7 +9,7 @@ use metal_candle::graph::TensorType;
 use metal_candle::models::{Decoder, load_outline};
 use metal_candle::nn::LoRAAdapter;
 use metal_candle::train::Trainer;
-use metal_candle::{InputSource, Outline};
+use metal_candle::{Device, InputSource, Outline, Workspace};
 use std::fmt::{self, Write as _};
 use std::io::Write as _;
 use std::sync::Arc;
@@ -47,11 +47,22 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     };
     let page = match args.full {
         true => outline.plan.to_string(),
-        false => Summary { what, outline: &outline, parts: &parts }.to_string(),
+        false => {
+            let workspaces = workspaces(&device, &outline)?;
+            Summary { what, outline: &outline, parts: &parts, device, workspaces }.to_string()
+        }
     };
     note!("planned for {device}");
     std::io::stdout().write_all(page.as_bytes())?;
     Ok(())
+}
+
+/// What runs would hold beside the plan, where the device is here to say so.
+fn workspaces(device: &Device, outline: &Outline) -> Result<Option<Vec<Workspace>>> {
+    Ok(match device.check() {
+        Ok(()) => Some(device.workspaces(&outline.plan)?),
+        Err(_) => None,
+    })
 }
 
 /// What the arguments of a plan are: names, and how many of each.
@@ -102,6 +113,8 @@ struct Summary<'a> {
     what: String,
     outline: &'a Outline,
     parts: &'a [(&'static str, usize)],
+    device: Device,
+    workspaces: Option<Vec<Workspace>>,
 }
 
 /// Rows of the table of the largest tensors.
@@ -139,7 +152,23 @@ impl Summary<'_> {
         row(f, "results", plan.peak_bytes() - inputs_bytes - plan.arena_bytes, "")?;
         let unshared = format!("{} if nothing were shared", Bytes(plan.unshared_bytes as u64));
         row(f, "arena", plan.arena_bytes, &unshared)?;
-        row(f, "peak", plan.peak_bytes(), &format!("{} bytes exactly", plan.peak_bytes()))
+        row(f, "peak", plan.peak_bytes(), &format!("{} bytes exactly", plan.peak_bytes()))?;
+        self.beside(f)
+    }
+
+    fn beside(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let device = self.device;
+        let Some(workspaces) = &self.workspaces else {
+            return writeln!(f, "\nworkspaces: not known here, where there is no {device}");
+        };
+        let mut held = workspaces.iter().filter(|workspace| workspace.bytes > 0).peekable();
+        if held.peek().is_some() {
+            writeln!(f, "\nworkspaces beside it, on {device}")?;
+        }
+        held.try_for_each(|workspace| {
+            let shared = if workspace.shared { "one for all plans" } else { "" };
+            row(f, workspace.name, workspace.bytes, shared)
+        })
     }
 
     /// The largest inputs and the largest values that the steps make.
@@ -183,7 +212,9 @@ fn shown(name: &str, ty: &TensorType) -> String {
 }
 
 fn row(f: &mut fmt::Formatter<'_>, name: &str, bytes: usize, note: &str) -> fmt::Result {
-    let line = format!("  {name:<16}{:>10}  {note}", Bytes(bytes as u64).to_string());
+    // The names of workspaces are longer than those of parts.
+    let width = if name.len() < 16 { 16 } else { 26 };
+    let line = format!("  {name:<width$}{:>10}  {note}", Bytes(bytes as u64).to_string());
     writeln!(f, "{}", line.trim_end())
 }
 

@@ -12,7 +12,6 @@ use crate::ui::{is_quiet, note, progress};
 use crate::units::Bytes;
 use anyhow::Result;
 use indicatif::ProgressBar;
-use metal_candle::Device;
 use metal_candle::io::data::{
     Batcher, Dataset, Example, Examples, Rows, TokenizeOptions, tokenize,
 };
@@ -21,6 +20,7 @@ use metal_candle::io::tokenizer::Tokenizer;
 use metal_candle::io::{GgufFile, LoraConfig};
 use metal_candle::nn::LoRAAdapter;
 use metal_candle::train::{AdamWConfig, LRScheduler, Report, Trainer, TrainingConfig};
+use metal_candle::{Device, Plan, Workspace};
 use observer::Observer;
 use ranks::Ranks;
 use std::path::PathBuf;
@@ -204,14 +204,16 @@ fn train(args: &Args, ranks: &Ranks) -> Result<End> {
     let mut trainer = trainer.stop_when(Arc::clone(&stop));
     let batches = trainer.batches(&train.examples)?;
     note!("{}", described(&batches));
-    let show_plan = args.show_plan && ranks.is_first();
-    if show_plan || observer.draws() {
+    if ranks.is_first() {
         let plan = trainer.plan(&train.examples)?;
-        if show_plan {
+        let workspaces = ranks.device.workspaces(&plan)?;
+        note!("{}", memory(&plan, &workspaces, &ranks.device));
+        if args.show_plan {
             println!("{plan}");
         }
         let examples = [Some(&train), valid.as_ref()];
-        observer.describe(observer::summary(args, &plan, examples, &batches, trainable)?);
+        let planned = (&plan, &workspaces[..]);
+        observer.describe(observer::summary(args, planned, examples, &batches, trainable)?);
     }
     let bar = progress(args.iters as u64, "{bar:30} {pos}/{len} {msg} eta {eta}");
     let valid = valid.map_or_else(Vec::new, |valid| valid.examples);
@@ -240,6 +242,24 @@ fn described(batches: &Batcher) -> String {
         widths.join(", "),
         100.0 * batches.occupancy().padding()
     )
+}
+
+/// What a step takes of the device, in a line.
+fn memory(plan: &Plan, workspaces: &[Workspace], device: &Device) -> String {
+    let bytes = |bytes: usize| Bytes(bytes as u64);
+    let beside = listed(workspaces).map_or_else(String::new, |all| format!(", beside it {all}"));
+    let free = device.memory().map_or_else(String::new, |memory| {
+        format!("; {} free on {device}", bytes(memory.free_bytes))
+    });
+    format!("memory: {} by the plan of a step{beside}{free}", bytes(plan.peak_bytes()))
+}
+
+/// `256.0 MiB scratch memory of calls, 32.0 MiB cuBLASLt`; nothing where none holds anything yet.
+fn listed(workspaces: &[Workspace]) -> Option<String> {
+    let held = workspaces.iter().filter(|workspace| workspace.bytes > 0);
+    let held = held.map(|held| format!("{} {}", Bytes(held.bytes as u64), held.name));
+    let all = held.collect::<Vec<_>>().join(", ");
+    (!all.is_empty()).then_some(all)
 }
 
 /// Becomes true with the first Ctrl-C; the second one ends the program at once.

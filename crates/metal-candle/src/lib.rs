@@ -25,8 +25,8 @@ pub use lazy::{Attention, CrossEntropy, Dim, LazyTensor};
 pub use metal_candle_compiler::{self as plan, Plan};
 pub use metal_candle_graph::{self as graph, BlockFormat, ComputationGraph, DType, Operation};
 pub use metal_candle_runtime::{
-    AsyncGraphExecutor, Device, Element, Memory, Pending, Rendezvous, Timing, World, WorldError,
-    allow_tf32,
+    AsyncGraphExecutor, Device, Element, Memory, Pending, Rendezvous, Timing, Workspace, World,
+    WorldError, allow_tf32,
 };
 pub use transform::{Compiled, InputSource, Outline, Recording, compile, grad, value_and_grad};
 

@@ -74,6 +74,7 @@ fn a_compiled_call_allocates_its_outputs_and_nothing_else() {
     start_threads();
     kernels_and_calls_use_the_arena();
     donated_state_is_updated_in_place();
+    what_a_call_keeps_is_its_arena_and_the_listed_workspaces();
     calls_leave_nothing_behind();
     evaluations_leave_nothing_behind();
     products_pack_into_memory_that_is_kept();
@@ -123,6 +124,31 @@ fn donated_state_is_updated_in_place() {
         call();
     }
     assert_only_outputs(median(call), &[4]);
+}
+
+/// Of a function that is called for the first time, whose calls pack what they multiply.
+fn what_a_call_keeps_is_its_arena_and_the_listed_workspaces() {
+    /// The plan, its kernels, and the tables of a run.
+    const TABLES_BYTES: usize = 64 << 10;
+    let n = 1100;
+    let f = compile(|x: &[LazyTensor]| {
+        let hidden = x[0].matmul(&x[1])?.tanh()?;
+        Ok(vec![hidden.matmul(&x[1].t()?)?.softmax(-1)?.cumsum(0)?.mean_all()?])
+    });
+    let args = || vec![full(0.5, &[n, n]), full(0.1, &[n, n])];
+    let plan = f.plan(&args()).unwrap();
+    let listed = || {
+        let all = device().workspaces(&plan).unwrap();
+        all.iter().map(|workspace| workspace.bytes).sum::<usize>()
+    };
+    let before = listed();
+    let allocated = watch(|| (0..5).for_each(|_| drop(f.call(args()).unwrap()))).1;
+    let expected = plan.arena_bytes + listed() - before;
+    let kept = usize::try_from(allocated.live_bytes).unwrap();
+    let arena = plan.arena_bytes;
+    println!("{kept} bytes kept: arena {arena}, workspaces {before}, then {}", listed());
+    assert!(arena >= 4 * n * n && listed() > before, "{before} {}", listed());
+    assert!((expected..expected + TABLES_BYTES).contains(&kept), "{kept} {expected}");
 }
 
 /// The same from call to call, and nothing is left when the results are gone.

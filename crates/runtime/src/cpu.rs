@@ -29,6 +29,7 @@ mod simd;
 mod view;
 
 pub(crate) use executable::CpuExecutable;
+pub(crate) use scratch::workspaces;
 
 use metal_candle_compiler::LibraryCall;
 use metal_candle_graph::Result;

@@ -6,7 +6,7 @@ use crate::cpu::CpuExecutable;
 use crate::cuda::CudaExecutable;
 #[cfg(feature = "metal")]
 use crate::metal::MetalExecutable;
-use crate::{Device, Error, Result, World, WorldError, verify};
+use crate::{Device, Error, Result, Workspace, World, WorldError, verify};
 use metal_candle_compiler::{LibraryCall, OutputSource, Plan, Slot, Work};
 use rayon::ThreadPool;
 use std::any::Any;
@@ -79,6 +79,9 @@ pub(crate) trait Backend: Send + Sync {
         Some(self.run(plan, inputs, pool, None))
     }
 
+    /// See [`Executable::workspaces`].
+    fn workspaces(&self) -> Vec<Workspace>;
+
     /// See [`Executable::allocated_arena_bytes`].
     fn allocated_arena_bytes(&self) -> usize;
 }
@@ -129,6 +132,12 @@ impl Executable {
     /// The scratch memory that is held now: that of the plan for each run in flight, and for a few that are kept.
     pub fn allocated_arena_bytes(&self) -> usize {
         self.backend.allocated_arena_bytes()
+    }
+
+    /// What each run holds beside the plan's own memory, and what it shares with others: as [`Device::workspaces`] says it
+    /// of the plan.
+    pub fn workspaces(&self) -> Vec<Workspace> {
+        self.backend.workspaces()
     }
 
     pub(crate) fn run(

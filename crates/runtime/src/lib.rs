@@ -34,6 +34,7 @@ mod parts;
 mod pending;
 #[cfg(any(feature = "cuda", feature = "metal"))]
 mod places;
+mod run_memories;
 mod verify;
 mod workspaces;
 mod world;
@@ -48,4 +49,5 @@ pub use executable::{Executable, Timing};
 pub use executor::AsyncGraphExecutor;
 pub use mapped::MappedBytes;
 pub use pending::Pending;
+pub use workspaces::Workspace;
 pub use world::{Rendezvous, World, WorldError};

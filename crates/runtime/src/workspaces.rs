@@ -1,63 +1,56 @@
-//! The memory of runs, kept from one to the next.
+//! What runs hold beside what their plan counts.
 
-use crate::Result;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use crate::{Device, Result};
+use metal_candle_compiler::Plan;
 
-/// Workspaces of one executable. As many are made as runs are in flight; a few are kept while nothing runs.
-pub(crate) struct Workspaces<W> {
-    idle: Mutex<Vec<W>>,
-    most_idle: usize,
-    /// The arena of each.
-    arena_bytes: usize,
-    allocated: AtomicUsize,
+/// Memory that the runs of a plan hold on their device beside [`Plan::peak_bytes`]: scratch memory of its calls and of
+/// the libraries that they go to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Workspace {
+    /// What it is for, as people read it.
+    pub name: &'static str,
+    pub bytes: usize,
+    /// Whether all plans of the device share it: it is there with the first one, and counts once.
+    pub shared: bool,
 }
 
-impl<W> Workspaces<W> {
-    /// Makes the first one at once: memory that is not there is missed before anything runs.
+impl Workspace {
+    /// Of each run in flight.
+    #[cfg(any(feature = "cuda", feature = "metal"))]
+    pub(crate) const fn own(name: &'static str, bytes: usize) -> Workspace {
+        Workspace { name, bytes, shared: false }
+    }
+
+    /// Of the device.
+    pub(crate) const fn shared(name: &'static str, bytes: usize) -> Workspace {
+        Workspace { name, bytes, shared: true }
+    }
+}
+
+impl Device {
+    /// What a run of `plan` holds here beside the plan's own memory, known before there is any: nothing is compiled or
+    /// allocated.
+    ///
+    /// On a GPU these are the sizes that an [`Executable`](crate::Executable) of the plan allocates. The CPU's threads keep
+    /// scratch memory of their own, and which thread takes which part of a call is settled as it runs: there it is what they
+    /// hold by now. What a driver takes for machine code and recorded runs, and NCCL for its links, is theirs, and not
+    /// listed.
     ///
     /// # Errors
-    /// Those of `make`.
-    pub(crate) fn new(
-        most_idle: usize,
-        arena_bytes: usize,
-        make: impl FnOnce() -> Result<W>,
-    ) -> Result<Workspaces<W>> {
-        let (idle, allocated) = (Mutex::new(Vec::new()), AtomicUsize::new(0));
-        let workspaces = Workspaces { idle, most_idle, arena_bytes, allocated };
-        let first = workspaces.take(make)?;
-        workspaces.give_back(first);
-        Ok(workspaces)
-    }
-
-    fn idle(&self) -> MutexGuard<'_, Vec<W>> {
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// One that nobody uses.
-    ///
-    /// # Errors
-    /// Those of `make`, which is called where there is none.
-    pub(crate) fn take(&self, make: impl FnOnce() -> Result<W>) -> Result<W> {
-        if let Some(workspace) = self.idle().pop() {
-            return Ok(workspace);
-        }
-        let workspace = make()?;
-        self.allocated.fetch_add(self.arena_bytes, Ordering::Relaxed);
-        Ok(workspace)
-    }
-
-    pub(crate) fn give_back(&self, workspace: W) {
-        let mut idle = self.idle();
-        if idle.len() < self.most_idle {
-            idle.push(workspace);
-        } else {
-            self.allocated.fetch_sub(self.arena_bytes, Ordering::Relaxed);
-        }
-    }
-
-    /// Of those in use and those that are kept.
-    pub(crate) fn allocated_arena_bytes(&self) -> usize {
-        self.allocated.load(Ordering::Relaxed)
+    /// [`Error::NotInBuild`](crate::Error::NotInBuild), [`Error::NotInMachine`](crate::Error::NotInMachine);
+    /// [`Error::Render`](crate::Error::Render) for a step that the device cannot run.
+    #[cfg_attr(
+        not(any(feature = "cuda", feature = "metal")),
+        expect(unused_variables, reason = "the CPU's are not of a plan")
+    )]
+    pub fn workspaces(&self, plan: &Plan) -> Result<Vec<Workspace>> {
+        Ok(match self {
+            Device::Cpu => crate::cpu::workspaces(),
+            #[cfg(feature = "cuda")]
+            Device::Cuda(number) => crate::cuda::Gpu::get(*number)?.workspaces(plan)?,
+            #[cfg(feature = "metal")]
+            Device::Metal(number) => crate::metal::Gpu::get(*number)?.workspaces(plan)?,
+            other => return Err(other.missing()),
+        })
     }
 }

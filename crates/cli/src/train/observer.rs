@@ -1,14 +1,14 @@
 //! Keeps the log and draws the page while a run goes on.
 
-use super::Args;
 use super::events::{Clock, Log, before, step};
 use super::page::{self, Summary, count};
+use super::{Args, listed};
 use crate::units::{Bytes, Count};
 use anyhow::{Context, Result, bail};
-use metal_candle::Plan;
 use metal_candle::io::data::{Batcher, Examples};
 use metal_candle::io::file;
 use metal_candle::train::Report;
+use metal_candle::{Plan, Workspace};
 use serde_json::Value;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -47,11 +47,6 @@ impl Observer {
             started: false,
             failed: None,
         })
-    }
-
-    /// Whether there is a page to describe the run on.
-    pub(super) fn draws(&self) -> bool {
-        self.page.is_some()
     }
 
     pub(super) fn describe(&mut self, summary: Summary) {
@@ -113,10 +108,10 @@ impl Observer {
     }
 }
 
-/// What the page says beside the events; `examples` are those for training and for validation.
+/// What the page says beside the events; with the plan of a step go its workspaces; `examples` are those for training and for validation.
 pub(super) fn summary(
     args: &Args,
-    plan: &Plan,
+    (plan, workspaces): (&Plan, &[Workspace]),
     examples: [Option<&Examples>; 2],
     batches: &Batcher,
     trainable: usize,
@@ -145,16 +140,21 @@ pub(super) fn summary(
         planned_bytes: plan.peak_bytes() as u64,
         max_gradient_norm: args.max_grad_norm,
         data,
-        settings: settings(args, plan, trainable),
+        settings: settings(args, plan, workspaces, trainable),
     })
 }
 
-fn settings(args: &Args, plan: &Plan, trainable: usize) -> Vec<(String, String)> {
+fn settings(
+    args: &Args,
+    plan: &Plan,
+    workspaces: &[Workspace],
+    trainable: usize,
+) -> Vec<(String, String)> {
     let schedule = match (args.lr_schedule, args.warmup) {
         (schedule, 0) => format!("{schedule:?}").to_lowercase(),
         (schedule, warmup) => format!("{schedule:?}, {warmup} steps of warm-up").to_lowercase(),
     };
-    let rows: [(&str, String); 13] = [
+    let rows: [(&str, String); 14] = [
         ("Model", args.model.source().given().to_owned()),
         ("Device", args.model.device().named().to_string()),
         ("Adapter", args.adapter_path.display().to_string()),
@@ -177,6 +177,7 @@ fn settings(args: &Args, plan: &Plan, trainable: usize) -> Vec<(String, String)>
         ("Prompts masked", if args.mask_prompt { "yes" } else { "no" }.to_owned()),
         ("Seed", args.seed.to_string()),
         ("Planned scratch memory", Bytes(plan.arena_bytes as u64).to_string()),
+        ("Workspaces beside it", listed(workspaces).unwrap_or_else(|| "none".to_owned())),
     ];
     rows.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
 }

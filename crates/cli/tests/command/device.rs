@@ -52,6 +52,9 @@ fn a_step_is_planned_for_a_device_that_is_not_here() {
     for device in ["cuda:7", "metal"] {
         let page = succeeds(&["plan", "--model", &model, "--device", device]);
         assert!(page.contains("peak"), "{page}");
+        // What its calls and libraries would want beside the plan, only the device can say.
+        let unknown = "workspaces: not known here, where there is no ";
+        assert!(page.contains(unknown) && page.contains(device), "{page}");
         succeeds(&["plan", "--decode", "--model", &model, "--device", device]);
     }
 }

@@ -43,6 +43,23 @@ fn the_summary_says_the_exact_peak_and_what_takes_most() {
 }
 
 #[test]
+fn a_training_says_at_its_start_and_in_its_report_what_memory_it_takes() {
+    let folder = tempfile::tempdir().unwrap();
+    let (model, data) = (model(folder.path()), data(folder.path()));
+    let [adapter, report] = ["adapter", "report.html"].map(|name| folder.path().join(name));
+    let flags = ["train", "--model", &model, "--data", &data, "--iters", "1", "--device", "cpu"];
+    let paths =
+        [["--adapter-path", adapter.to_str().unwrap()], ["--report", report.to_str().unwrap()]];
+    let output = run(&[&flags[..], &paths.concat()].concat());
+    let said = text(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    let line = said.lines().find(|line| line.starts_with("memory: ")).unwrap();
+    assert!(line.contains(" by the plan of a step"), "{line}");
+    let page = std::fs::read_to_string(report).unwrap();
+    assert!(page.contains("Planned scratch memory") && page.contains("Workspaces beside it"));
+}
+
+#[test]
 fn a_step_of_generation_is_planned_with_its_cache() {
     let folder = tempfile::tempdir().unwrap();
     let model = model(folder.path());

@@ -11,7 +11,7 @@ use metal_candle::models::{BaseWeights, Decoder, random_decoder};
 use metal_candle::nn::LoRAAdapter;
 use metal_candle::train::{AdamWConfig, StepShape, TrainStep};
 use metal_candle::{BlockFormat, DType, Timing};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -238,6 +238,11 @@ fn thousand_steps(context: &Context, _: &Ceilings) -> Result<Value, Failure> {
         }
     }
     let (late, seconds) = (used()?, start.elapsed().as_secs_f64());
+    let workspaces = context.device.workspaces(&plan)?;
+    let listed: usize = workspaces.iter().map(|workspace| workspace.bytes).sum();
+    let beyond = late.peak_bytes as f64 - (plan.peak_bytes() + listed) as f64;
+    let workspaces: Map<String, Value> =
+        workspaces.iter().map(|held| (held.name.to_owned(), held.bytes.into())).collect();
     Ok(json!({
         "steps": 1000,
         "seconds": seconds,
@@ -245,7 +250,8 @@ fn thousand_steps(context: &Context, _: &Ceilings) -> Result<Value, Failure> {
         "used_bytes_after_1000": late.used_bytes,
         "peak_bytes": late.peak_bytes,
         "planned_peak_bytes": plan.peak_bytes(),
-        "beyond_the_plan_mib": rounded((late.peak_bytes as f64 - plan.peak_bytes() as f64) / f64::from(1 << 20), 1),
+        "workspaces": workspaces,
+        "beyond_plan_and_workspaces_mib": rounded(beyond / f64::from(1 << 20), 1),
     }))
 }
 

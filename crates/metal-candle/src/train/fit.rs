@@ -7,7 +7,8 @@ use crate::{Device, Plan, Result};
 /// Rows shorter than this are not worth proposing.
 const SHORTEST: usize = 32;
 
-/// Sees that what a step of `shape` allocates is free on the device; one that does not say is believed to have it.
+/// Sees that what a step of `shape` allocates, by itself and in workspaces, is free on the device; one that does not say is
+/// believed to have it.
 ///
 /// # Errors
 /// [`ErrorKind::StepMemory`]; what planning a step says.
@@ -17,7 +18,12 @@ pub(super) fn check(
     plan: impl Fn(StepShape) -> Result<Plan>,
 ) -> Result<()> {
     let Some(memory) = device.memory() else { return Ok(()) };
-    let wanted = |shape| plan(shape).map(|plan| plan.allocated_bytes());
+    let wanted = |shape| {
+        let plan = plan(shape)?;
+        // What all plans share is there already.
+        let own = device.workspaces(&plan)?.into_iter().filter(|workspace| !workspace.shared);
+        Ok(plan.allocated_bytes() + own.map(|workspace| workspace.bytes).sum::<usize>())
+    };
     compare(*device, shape, memory.free_bytes, wanted)
 }
 

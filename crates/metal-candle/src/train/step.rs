@@ -116,6 +116,8 @@ impl TrainStep {
                 state.push(LazyTensor::zeros(p.dims(), p.dtype(), &device)?.into_owned()?);
             }
         }
+        // Its memory is let go with the caller's handles.
+        let adapter = adapter.with_parameters(&placeholders(&parameters)?)?;
         let traced =
             Traced { decoder: Arc::clone(&decoder), adapter: adapter.clone(), n, in_world: false };
         let step = traced.clone().compiled(optimizer, max_gradient_norm);
@@ -320,10 +322,8 @@ impl TrainStep {
         shape: StepShape,
     ) -> Result<Outline> {
         let device = *decoder.device();
-        let hold = |p: &LazyTensor| LazyTensor::placeholder(p.dims(), p.dtype(), &device);
-        let parameters = adapter.parameters();
+        let parameters = placeholders(&adapter.parameters())?;
         let n = parameters.len();
-        let parameters = parameters.iter().map(hold).collect::<Result<Vec<_>>>()?;
         let adapter = adapter.with_parameters(&parameters)?;
         let mut args = [parameters.clone(), parameters.clone(), parameters].concat();
         args.extend(shape.arguments(&device, false)?);
@@ -400,6 +400,10 @@ impl TrainStep {
         let (rank, size) = world.map_or((0, 1), |world| (world.rank(), world.size()));
         (self.count.steps * size + rank) as i64
     }
+}
+
+fn placeholders(like: &[LazyTensor]) -> Result<Vec<LazyTensor>> {
+    like.iter().map(|x| LazyTensor::placeholder(x.dims(), x.dtype(), x.device())).collect()
 }
 
 /// Ids and labels, and where the documents lie if it is packed.

@@ -7,8 +7,8 @@ use crate::buffer::{Buffer, Memory};
 use crate::element::Data;
 use crate::executable::{Backend, Clock, Timing, message};
 use crate::pages::prefer_huge;
-use crate::workspaces::Workspaces;
-use crate::{Error, Result, World, verify};
+use crate::run_memories::RunMemories;
+use crate::{Error, Result, Workspace, World, verify};
 use candle_core::StorageRef;
 use metal_candle_compiler::{
     LibraryCall, Operand, OutputSource, Plan, PlanOutput, Slot, Step, Target, Work,
@@ -20,8 +20,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
-/// Workspaces that are kept while nothing runs.
-const IDLE_WORKSPACES: usize = 4;
+/// Memories of runs that are kept while nothing runs.
+const IDLE_MEMORIES: usize = 4;
 
 /// A fused kernel is spread over threads from this many element operations on: what it takes to wake a sleeping
 /// thread, some 50 us.
@@ -39,7 +39,7 @@ pub(crate) struct CpuExecutable {
     /// By output: whether its memory must be zeroed.
     zeroed: Vec<bool>,
     parallel: bool,
-    workspaces: Workspaces<Workspace>,
+    memories: RunMemories<RunMemory>,
     /// Where it sums over ranks, if it does.
     world: Option<Arc<World>>,
 }
@@ -63,7 +63,7 @@ struct Place {
 }
 
 /// The memory of one run: the arena, and the tables that every run fills anew.
-struct Workspace {
+struct RunMemory {
     arena: Arena,
     /// Where the arena, the inputs and the outputs start, in this order.
     bases: Vec<*mut u8>,
@@ -75,13 +75,13 @@ struct Workspace {
 }
 
 // SAFETY: the pointers are leftovers of earlier runs; a run fills the table before it reads it.
-unsafe impl Send for Workspace {}
+unsafe impl Send for RunMemory {}
 
-impl Workspace {
-    fn new(plan: &Plan) -> Result<Workspace> {
+impl RunMemory {
+    fn new(plan: &Plan) -> Result<RunMemory> {
         let arena = Arena::new(plan.arena_bytes, Target::CPU.align_bytes)?;
         assert_eq!(arena.len_bytes(), plan.arena_bytes, "metal-candle bug: arena size");
-        Ok(Workspace {
+        Ok(RunMemory {
             arena,
             bases: Vec::new(),
             outputs: Vec::new(),
@@ -97,12 +97,12 @@ impl CpuExecutable {
     pub(crate) fn new(plan: &Plan, world: Option<Arc<World>>) -> Result<CpuExecutable> {
         let steps: Vec<Prepared> = plan.steps.iter().map(|s| Prepared::new(plan, s)).collect();
         let outputs = 0..plan.outputs.len();
-        let make = || Workspace::new(plan);
+        let make = || RunMemory::new(plan);
         Ok(CpuExecutable {
             zeroed: outputs.map(|i| !verify::is_written_whole(plan, i)).collect(),
             parallel: steps.iter().map(Prepared::pool_work).sum::<u64>() >= POOL_WORK,
             steps,
-            workspaces: Workspaces::new(IDLE_WORKSPACES, plan.arena_bytes, make)?,
+            memories: RunMemories::new(IDLE_MEMORIES, plan.arena_bytes, make)?,
             world,
         })
     }
@@ -112,12 +112,12 @@ impl CpuExecutable {
     fn run_steps(
         &self,
         plan: &Plan,
-        workspace: &mut Workspace,
+        memory: &mut RunMemory,
         inputs: &mut [Buffer],
         pool: Option<&ThreadPool>,
         clock: Option<&mut Clock>,
     ) -> Result<()> {
-        let Workspace { arena, bases, outputs, shared, guards } = workspace;
+        let RunMemory { arena, bases, outputs, shared, guards } = memory;
         bases.clear();
         bases.push(arena.as_ptr());
         shared.clear();
@@ -208,19 +208,23 @@ impl Backend for CpuExecutable {
         pool: Option<&ThreadPool>,
         clock: Option<&mut Clock>,
     ) -> Result<Vec<Buffer>> {
-        let workspace = self.workspaces.take(|| Workspace::new(plan))?;
-        let mut lease = Lease { executable: self, workspace: Some(workspace) };
-        let workspace = lease.workspace.as_mut().expect("metal-candle bug: an ended lease");
-        workspace.outputs.clear();
+        let memory = self.memories.take(|| RunMemory::new(plan))?;
+        let mut lease = Lease { executable: self, memory: Some(memory) };
+        let memory = lease.memory.as_mut().expect("metal-candle bug: an ended lease");
+        memory.outputs.clear();
         for (output, zeroed) in plan.outputs.iter().zip(&self.zeroed) {
-            workspace.outputs.push(fresh(output, *zeroed)?);
+            memory.outputs.push(fresh(output, *zeroed)?);
         }
-        self.run_steps(plan, workspace, &mut inputs, pool, clock)?;
-        Ok(results(plan, workspace, &inputs))
+        self.run_steps(plan, memory, &mut inputs, pool, clock)?;
+        Ok(results(plan, memory, &inputs))
+    }
+
+    fn workspaces(&self) -> Vec<Workspace> {
+        super::workspaces()
     }
 
     fn allocated_arena_bytes(&self) -> usize {
-        self.workspaces.allocated_arena_bytes()
+        self.memories.allocated_arena_bytes()
     }
 }
 
@@ -257,9 +261,9 @@ fn lock_shared<'a>(
 }
 
 /// The results, once every step has run.
-fn results(plan: &Plan, workspace: &mut Workspace, inputs: &[Buffer]) -> Vec<Buffer> {
+fn results(plan: &Plan, memory: &mut RunMemory, inputs: &[Buffer]) -> Vec<Buffer> {
     let mut results: Vec<Buffer> = Vec::with_capacity(plan.outputs.len());
-    for (output, data) in plan.outputs.iter().zip(&mut workspace.outputs) {
+    for (output, data) in plan.outputs.iter().zip(&mut memory.outputs) {
         results.push(match output.source {
             OutputSource::Written => {
                 let mut data = data.take().expect("metal-candle bug: an output without memory");
@@ -274,17 +278,17 @@ fn results(plan: &Plan, workspace: &mut Workspace, inputs: &[Buffer]) -> Vec<Buf
     results
 }
 
-/// A workspace that goes back to its executable, however the run ends.
+/// A memory that goes back to its executable, however the run ends.
 struct Lease<'a> {
     executable: &'a CpuExecutable,
-    workspace: Option<Workspace>,
+    memory: Option<RunMemory>,
 }
 
 impl Drop for Lease<'_> {
     fn drop(&mut self) {
-        let Some(mut workspace) = self.workspace.take() else { return };
-        workspace.outputs.clear();
-        self.executable.workspaces.give_back(workspace);
+        let Some(mut memory) = self.memory.take() else { return };
+        memory.outputs.clear();
+        self.executable.memories.give_back(memory);
     }
 }
 

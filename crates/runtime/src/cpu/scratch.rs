@@ -1,6 +1,8 @@
 //! Scratch memory of a thread, kept from call to call.
 
+use crate::Workspace;
 use std::cell::RefCell;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Vectors larger than this are given back after use.
 const RETAINED_BYTES: usize = 32 << 20;
@@ -12,7 +14,42 @@ struct Line(#[expect(dead_code, reason = "read as elements")] [u8; 64]);
 
 thread_local! {
     /// Free vectors; nested uses take one each, so the same use finds the same size again.
-    static FREE: RefCell<Vec<Vec<Line>>> = const { RefCell::new(Vec::new()) };
+    static FREE: RefCell<Vec<Memory>> = const { RefCell::new(Vec::new()) };
+}
+
+/// What all threads hold.
+static HELD_BYTES: AtomicUsize = AtomicUsize::new(0);
+
+/// See [`Device::workspaces`](crate::Device::workspaces).
+pub(crate) fn workspaces() -> Vec<Workspace> {
+    let bytes = HELD_BYTES.load(Ordering::Relaxed);
+    vec![Workspace::shared("packed factors and rows of the threads", bytes)]
+}
+
+/// A vector that is counted.
+#[derive(Default)]
+struct Memory(Vec<Line>);
+
+impl Memory {
+    fn len_bytes(&self) -> usize {
+        self.0.len() * size_of::<Line>()
+    }
+
+    /// Makes it at least so long.
+    fn grow(&mut self, lines: usize) {
+        let more = lines.saturating_sub(self.0.len());
+        if more > 0 {
+            self.0.reserve_exact(more);
+            self.0.resize(lines, Line([0; 64]));
+            HELD_BYTES.fetch_add(more * size_of::<Line>(), Ordering::Relaxed);
+        }
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        HELD_BYTES.fetch_sub(self.len_bytes(), Ordering::Relaxed);
+    }
 }
 
 /// Types that scratch memory can hold.
@@ -39,13 +76,12 @@ unsafe impl Pod for half::f16 {}
 pub(crate) fn with<T: Pod, R>(len: usize, f: impl FnOnce(&mut [T]) -> R) -> R {
     let lines = (len * size_of::<T>()).div_ceil(size_of::<Line>());
     let mut memory = FREE.with_borrow_mut(Vec::pop).unwrap_or_default();
-    if memory.len() < lines {
-        memory.resize(lines, Line([0; 64]));
-    }
+    memory.grow(lines);
     // SAFETY: the vector holds at least `len` elements' bytes, all initialised, aligned for T; any bytes are a T.
-    let elements = unsafe { std::slice::from_raw_parts_mut(memory.as_mut_ptr().cast::<T>(), len) };
+    let elements =
+        unsafe { std::slice::from_raw_parts_mut(memory.0.as_mut_ptr().cast::<T>(), len) };
     let result = f(elements);
-    if memory.len() * size_of::<Line>() <= RETAINED_BYTES {
+    if memory.len_bytes() <= RETAINED_BYTES {
         FREE.with_borrow_mut(|free| free.push(memory));
     }
     result

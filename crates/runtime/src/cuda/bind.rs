@@ -1,6 +1,6 @@
 //! Where a run's memory lies.
 
-use super::executable::{CudaExecutable, Workspace};
+use super::executable::{CudaExecutable, RunMemory};
 use super::gpu::Said;
 use super::memory::{Allocation, Resident};
 use super::staging::join;
@@ -30,25 +30,25 @@ impl CudaExecutable {
     pub(super) fn bind<'a>(
         &self,
         plan: &Plan,
-        workspace: &mut Workspace,
+        memory: &mut RunMemory,
         inputs: &'a [Buffer],
         outputs: &[Option<Allocation>],
         held: &mut Held<'a>,
     ) -> Result<Vec<CUdeviceptr>> {
-        let staging = workspace.staging.address();
+        let staging = memory.staging.address();
         let at = |offset: usize| staging + offset as u64;
-        let (arena, scratch) = (workspace.arena.address(), workspace.scratch.address());
+        let (arena, scratch) = (memory.arena.address(), memory.scratch.address());
         let mut bases = vec![arena, scratch, at(self.staging.status)];
         for (i, buffer) in inputs.iter().enumerate() {
             bases.push(match buffer.memory() {
                 _ if !self.used[i] => 0,
-                Memory::Device(memory) => {
-                    let resident = resident(memory.as_ref());
+                Memory::Device(device) => {
+                    let resident = resident(device.as_ref());
                     let slot = self.staging.inputs[i].filter(|_| !plan.inputs[i].donated);
                     match slot.and_then(|slot| Some((slot, resident.staged()?))) {
                         Some((slot, bytes)) => {
                             let range = slot..slot + bytes.len();
-                            workspace.host.bytes_mut()[range.clone()].copy_from_slice(bytes);
+                            memory.host.bytes_mut()[range.clone()].copy_from_slice(bytes);
                             join(&mut held.staged, range);
                             at(slot)
                         }

@@ -11,22 +11,23 @@ use super::gpu::Said;
 use super::graph::Graph;
 use super::marks::Marks;
 use super::memory::{Allocation, Pinned, Resident};
+use super::product::WORKSPACE_BYTES;
 use super::staging::Staging;
 use crate::buffer::Buffer;
 use crate::executable::{Backend, Clock, Timing};
 use crate::places::Bases;
-use crate::workspaces::Workspaces;
-use crate::{Error, Result, World, mapped, verify};
+use crate::run_memories::RunMemories;
+use crate::{Error, Result, Workspace, World, mapped, parts, verify};
 use cudarc::driver::result;
 use cudarc::driver::sys::{self, CUdeviceptr};
-use metal_candle_compiler::render::Status;
+use metal_candle_compiler::render::{Dialect, Status};
 use metal_candle_compiler::{OutputSource, Plan, PlanOutput};
 use rayon::ThreadPool;
 use std::ops::Range;
 use std::sync::Arc;
 
-/// Workspaces that are kept while nothing runs.
-const IDLE_WORKSPACES: usize = 2;
+/// Memories of runs that are kept while nothing runs.
+const IDLE_MEMORIES: usize = 2;
 
 /// What a device keeps of a plan.
 pub(crate) struct CudaExecutable {
@@ -37,13 +38,13 @@ pub(crate) struct CudaExecutable {
     pub(super) used: Vec<bool>,
     /// By output: whether its memory must be zeroed.
     zeroed: Vec<bool>,
-    workspaces: Workspaces<Workspace>,
+    memories: RunMemories<RunMemory>,
     /// Where it sums over ranks, if it does.
     world: Option<Arc<World>>,
 }
 
 /// The memory of one run.
-pub(super) struct Workspace {
+pub(super) struct RunMemory {
     pub(super) arena: Allocation,
     pub(super) scratch: Allocation,
     pub(super) staging: Allocation,
@@ -53,14 +54,14 @@ pub(super) struct Workspace {
     graph: Option<Graph>,
 }
 
-impl Workspace {
+impl RunMemory {
     fn new(
         gpu: &Arc<Gpu>,
         plan: &Plan,
         commands: &Commands,
         staging: &Staging,
-    ) -> Result<Workspace> {
-        Ok(Workspace {
+    ) -> Result<RunMemory> {
+        Ok(RunMemory {
             arena: gpu.allocate(plan.arena_bytes, "the arena")?,
             scratch: gpu.allocate(commands.scratch_bytes, "the calls' scratch memory")?,
             staging: gpu.allocate(staging.len_bytes, "small inputs and results")?,
@@ -69,6 +70,22 @@ impl Workspace {
             graph: None,
         })
     }
+}
+
+impl Gpu {
+    /// See [`Device::workspaces`](crate::Device::workspaces).
+    pub(crate) fn workspaces(&self, plan: &Plan) -> Result<Vec<Workspace>> {
+        let scratch_bytes = parts::scratch_bytes(plan, Dialect::CUDA, &self.limits)?;
+        Ok(workspaces(scratch_bytes, &Staging::new(plan)))
+    }
+}
+
+fn workspaces(scratch_bytes: usize, staging: &Staging) -> Vec<Workspace> {
+    vec![
+        Workspace::own("scratch memory of calls", scratch_bytes),
+        Workspace::own("small inputs and results", staging.len_bytes),
+        Workspace::shared("cuBLASLt", WORKSPACE_BYTES),
+    ]
 }
 
 impl CudaExecutable {
@@ -88,9 +105,9 @@ impl CudaExecutable {
             }
         }
         let staging = Staging::new(plan);
-        let make = || Workspace::new(&gpu, plan, &commands, &staging);
+        let make = || RunMemory::new(&gpu, plan, &commands, &staging);
         Ok(CudaExecutable {
-            workspaces: Workspaces::new(IDLE_WORKSPACES, plan.arena_bytes, make)?,
+            memories: RunMemories::new(IDLE_MEMORIES, plan.arena_bytes, make)?,
             zeroed: (0..plan.outputs.len()).map(|i| !verify::is_written_whole(plan, i)).collect(),
             staging,
             used,
@@ -104,15 +121,15 @@ impl CudaExecutable {
     fn enqueue(
         &self,
         plan: &Plan,
-        workspace: &mut Workspace,
+        memory: &mut RunMemory,
         bases: Vec<CUdeviceptr>,
         marks: Option<&Marks>,
     ) -> Result<()> {
-        if workspace.graph.is_some() && workspace.last != bases {
-            workspace.graph = None;
-        } else if workspace.graph.is_none() && workspace.last == bases {
+        if memory.graph.is_some() && memory.last != bases {
+            memory.graph = None;
+        } else if memory.graph.is_none() && memory.last == bases {
             let commands = |recorder| self.enqueue_commands(plan, &bases, recorder, None);
-            workspace.graph = Some(Graph::record(&self.gpu, commands)?);
+            memory.graph = Some(Graph::record(&self.gpu, commands)?);
         }
         let stream = self.gpu.raw_stream();
         let (steps, whole) = match marks {
@@ -120,13 +137,13 @@ impl CudaExecutable {
             whole => (None, whole),
         };
         whole.map_or(Ok(()), |marks| marks.set(0, stream))?;
-        match &workspace.graph {
+        match &memory.graph {
             // SAFETY: recorded with these addresses.
             Some(graph) if steps.is_none() => unsafe { graph.replay(&self.gpu) }?,
             _ => self.enqueue_commands(plan, &bases, stream, steps)?,
         }
         whole.map_or(Ok(()), |marks| marks.set(1, stream))?;
-        workspace.last = bases;
+        memory.last = bases;
         Ok(())
     }
 
@@ -172,9 +189,9 @@ impl CudaExecutable {
     }
 
     /// Copies a part of the staging memory there or back.
-    fn exchange(&self, workspace: &mut Workspace, range: Range<usize>, there: bool) -> Result<()> {
-        let device = workspace.staging.address() + range.start as u64;
-        let host = &mut workspace.host.bytes_mut()[range];
+    fn exchange(&self, memory: &mut RunMemory, range: Range<usize>, there: bool) -> Result<()> {
+        let device = memory.staging.address() + range.start as u64;
+        let host = &mut memory.host.bytes_mut()[range];
         let stream = self.gpu.raw_stream();
         // SAFETY: as many bytes on both sides; the run waits for the stream before anyone touches the host's again.
         unsafe {
@@ -189,7 +206,7 @@ impl CudaExecutable {
     fn run_steps(
         &self,
         plan: &Plan,
-        workspace: &mut Workspace,
+        memory: &mut RunMemory,
         inputs: &[Buffer],
         outputs: &[Option<Allocation>],
         clock: Option<&mut Clock>,
@@ -202,12 +219,12 @@ impl CudaExecutable {
             .map(|timing| Marks::new(&self.gpu, timing, self.commands.list.len()))
             .transpose()?;
         let outcome = (|| {
-            let bases = self.bind(plan, workspace, inputs, outputs, &mut held)?;
+            let bases = self.bind(plan, memory, inputs, outputs, &mut held)?;
             for range in &held.staged {
-                self.exchange(workspace, range.clone(), true)?;
+                self.exchange(memory, range.clone(), true)?;
             }
-            self.enqueue(plan, workspace, bases, marks.as_ref())?;
-            self.exchange(workspace, self.staging.status..self.staging.len_bytes, false)
+            self.enqueue(plan, memory, bases, marks.as_ref())?;
+            self.exchange(memory, self.staging.status..self.staging.len_bytes, false)
         })();
         // Whatever happened, nothing may still be running on memory that is given back.
         let waited = self.gpu.synchronize();
@@ -219,14 +236,14 @@ impl CudaExecutable {
                 _ => marks.seconds()?,
             };
         }
-        let status = Status::from_bytes(&workspace.host.bytes()[self.staging.status..]);
+        let status = Status::from_bytes(&memory.host.bytes()[self.staging.status..]);
         status.check().map_err(Error::Graph)
     }
 
     fn results(
         &self,
         plan: &Plan,
-        workspace: &Workspace,
+        memory: &RunMemory,
         inputs: &[Buffer],
         outputs: Vec<Option<Allocation>>,
     ) -> Vec<Buffer> {
@@ -235,7 +252,7 @@ impl CudaExecutable {
             let dtype = output.ty.dtype;
             results.push(match (output.source, self.staging.outputs[i], allocation) {
                 (OutputSource::Written, Some(slot), _) => {
-                    let bytes = &workspace.host.bytes()[slot..][..output.ty.size_bytes()];
+                    let bytes = &memory.host.bytes()[slot..][..output.ty.size_bytes()];
                     let data = mapped::copy(bytes, dtype);
                     Buffer::on_device(Box::new(Resident::on_host(&self.gpu, data)))
                 }
@@ -276,19 +293,23 @@ impl Backend for CudaExecutable {
                 resident_mut(memory).address_mut()?;
             }
         }
-        let make = || Workspace::new(&self.gpu, plan, &self.commands, &self.staging);
-        let mut workspace = self.workspaces.take(make)?;
+        let make = || RunMemory::new(&self.gpu, plan, &self.commands, &self.staging);
+        let mut memory = self.memories.take(make)?;
         let outputs = plan.outputs.iter().zip(&self.staging.outputs);
         let outputs = outputs.map(|(o, slot)| self.fresh(o, *slot)).collect::<Result<Vec<_>>>();
         let outcome = outputs.and_then(|outputs| {
-            self.run_steps(plan, &mut workspace, &inputs, &outputs, clock)?;
-            Ok(self.results(plan, &workspace, &inputs, outputs))
+            self.run_steps(plan, &mut memory, &inputs, &outputs, clock)?;
+            Ok(self.results(plan, &memory, &inputs, outputs))
         });
-        self.workspaces.give_back(workspace);
+        self.memories.give_back(memory);
         outcome
     }
 
+    fn workspaces(&self) -> Vec<Workspace> {
+        workspaces(self.commands.scratch_bytes, &self.staging)
+    }
+
     fn allocated_arena_bytes(&self) -> usize {
-        self.workspaces.allocated_arena_bytes()
+        self.memories.allocated_arena_bytes()
     }
 }

@@ -14,7 +14,7 @@ use std::ffi::c_void;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// What NVIDIA recommends for Hopper ("cuBLAS", section on workspaces); older devices need less.
-const WORKSPACE_BYTES: usize = 32 << 20;
+pub(super) const WORKSPACE_BYTES: usize = 32 << 20;
 
 /// The library on a device, with the scratch memory that its products share: they run one after the other.
 pub(super) struct Library {

@@ -45,6 +45,10 @@ impl Backend for Beside {
         None
     }
 
+    fn workspaces(&self) -> Vec<Workspace> {
+        self.0.workspaces()
+    }
+
     fn allocated_arena_bytes(&self) -> usize {
         self.0.allocated_arena_bytes()
     }

@@ -10,13 +10,13 @@ use super::memory::Unified;
 use crate::buffer::{Buffer, DeviceMemory, Memory};
 use crate::executable::{Backend, Clock, Done, Timing, wait};
 use crate::places::Bases;
-use crate::workspaces::Workspaces;
-use crate::{Error, Result};
+use crate::run_memories::RunMemories;
+use crate::{Error, Result, Workspace, parts};
 use block2::RcBlock;
 use candle_core::backend::BackendStorage;
 use candle_core::{MetalStorage, Storage, StorageRef};
 use candle_metal_kernels::metal::{Buffer as RawBuffer, CommandBuffer};
-use metal_candle_compiler::render::Status;
+use metal_candle_compiler::render::{Dialect, Status};
 use metal_candle_compiler::{OutputSource, Plan, PlanOutput};
 use objc2::rc::autoreleasepool;
 use objc2::runtime::ProtocolObject;
@@ -28,8 +28,8 @@ use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// Workspaces that are kept while nothing runs.
-const IDLE_WORKSPACES: usize = 2;
+/// Memories of runs that are kept while nothing runs.
+const IDLE_MEMORIES: usize = 2;
 
 /// What a device keeps of a plan.
 pub(crate) struct MetalExecutable {
@@ -41,11 +41,11 @@ struct Prepared {
     commands: Commands,
     outputs: Vec<PlanOutput>,
     arena_bytes: usize,
-    workspaces: Workspaces<Workspace>,
+    memories: RunMemories<RunMemory>,
 }
 
 /// The memory of one run.
-struct Workspace {
+struct RunMemory {
     arena: Arc<RawBuffer>,
     scratch: Arc<RawBuffer>,
     status: Arc<RawBuffer>,
@@ -54,7 +54,7 @@ struct Workspace {
 /// A run on its way, and all that the device may touch meanwhile.
 struct Run {
     prepared: Arc<Prepared>,
-    workspace: Workspace,
+    memory: RunMemory,
     inputs: Vec<Buffer>,
     outputs: Vec<Option<Arc<RawBuffer>>>,
 }
@@ -64,15 +64,29 @@ type RawCommandBuffer = ProtocolObject<dyn MTLCommandBuffer>;
 /// Storages of Candle's, by their key, that nobody may write now.
 type Locked<'a> = BTreeMap<usize, StorageRef<'a>>;
 
+impl Gpu {
+    /// See [`Device::workspaces`](crate::Device::workspaces).
+    pub(crate) fn workspaces(&self, plan: &Plan) -> Result<Vec<Workspace>> {
+        Ok(workspaces(parts::scratch_bytes(plan, Dialect::METAL, &self.limits)?))
+    }
+}
+
+fn workspaces(scratch_bytes: usize) -> Vec<Workspace> {
+    vec![
+        Workspace::own("scratch memory of calls", scratch_bytes),
+        Workspace::own("the status", size_of::<Status>()),
+    ]
+}
+
 impl MetalExecutable {
     /// # Errors
     /// [`Error::Render`], [`Error::Compile`], [`Error::OutOfMemory`]; what Metal says.
     pub(crate) fn new(gpu: Arc<Gpu>, plan: &Plan) -> Result<MetalExecutable> {
         let (commands, arena_bytes) = (Commands::new(&gpu, plan)?, plan.arena_bytes);
-        let make = || Workspace::new(&gpu, arena_bytes, commands.scratch_bytes);
-        let workspaces = Workspaces::new(IDLE_WORKSPACES, arena_bytes, make)?;
+        let make = || RunMemory::new(&gpu, arena_bytes, commands.scratch_bytes);
+        let memories = RunMemories::new(IDLE_MEMORIES, arena_bytes, make)?;
         let outputs = plan.outputs.clone();
-        let prepared = Prepared { gpu, commands, outputs, arena_bytes, workspaces };
+        let prepared = Prepared { gpu, commands, outputs, arena_bytes, memories };
         Ok(MetalExecutable { prepared: Arc::new(prepared) })
     }
 
@@ -82,9 +96,9 @@ impl MetalExecutable {
         let outputs = prepared.outputs.iter().map(|output| prepared.fresh(output));
         let outputs = outputs.collect::<Result<Vec<_>>>()?;
         let scratch_bytes = prepared.commands.scratch_bytes;
-        let make = || Workspace::new(&prepared.gpu, prepared.arena_bytes, scratch_bytes);
-        let workspace = prepared.workspaces.take(make)?;
-        Ok(Run { prepared: Arc::clone(prepared), workspace, inputs, outputs })
+        let make = || RunMemory::new(&prepared.gpu, prepared.arena_bytes, scratch_bytes);
+        let memory = prepared.memories.take(make)?;
+        Ok(Run { prepared: Arc::clone(prepared), memory, inputs, outputs })
     }
 
     /// Gives all commands of a run to the device, which calls `done` once it is through.
@@ -164,14 +178,18 @@ impl Backend for MetalExecutable {
         self.start(inputs, &Locked::new(), done).err().map(Err)
     }
 
+    fn workspaces(&self) -> Vec<Workspace> {
+        workspaces(self.prepared.commands.scratch_bytes)
+    }
+
     fn allocated_arena_bytes(&self) -> usize {
-        self.prepared.workspaces.allocated_arena_bytes()
+        self.prepared.memories.allocated_arena_bytes()
     }
 }
 
-impl Workspace {
-    fn new(gpu: &Arc<Gpu>, arena_bytes: usize, scratch_bytes: usize) -> Result<Workspace> {
-        Ok(Workspace {
+impl RunMemory {
+    fn new(gpu: &Arc<Gpu>, arena_bytes: usize, scratch_bytes: usize) -> Result<RunMemory> {
+        Ok(RunMemory {
             arena: gpu.allocate(arena_bytes, "the arena")?,
             scratch: gpu.allocate(scratch_bytes, "the calls' scratch memory")?,
             status: gpu.allocate(size_of::<Status>(), "the status")?,
@@ -190,7 +208,7 @@ impl Prepared {
 
 impl Run {
     fn clear_status(&self) {
-        let status = self.workspace.status.contents();
+        let status = self.memory.status.contents();
         // SAFETY: so many bytes of this run's own, which nothing runs on yet.
         unsafe { status.write_bytes(0, size_of::<Status>()) };
     }
@@ -229,7 +247,7 @@ impl Run {
 
     /// Where this run's memory is.
     fn bases<'a>(&'a self, locked: &'a Locked<'_>) -> Result<Vec<Option<(&'a RawBuffer, usize)>>> {
-        let Workspace { arena, scratch, status } = &self.workspace;
+        let RunMemory { arena, scratch, status } = &self.memory;
         let mut bases: Vec<Option<(&RawBuffer, usize)>> =
             [arena, scratch, status].map(|b| Some((&**b, 0))).to_vec();
         for (index, input) in self.inputs.iter().enumerate() {
@@ -257,13 +275,13 @@ impl Run {
 
     /// The results, once the device has ceased to work on them.
     fn finish(self, outcome: Result<()>) -> Result<Vec<Buffer>> {
-        let Run { prepared, workspace, inputs, outputs } = self;
-        let status = workspace.status.contents();
+        let Run { prepared, memory, inputs, outputs } = self;
+        let status = memory.status.contents();
         // SAFETY: so many bytes, which the device has ceased to write.
         let status = unsafe { std::slice::from_raw_parts(status, size_of::<Status>()) };
         let checked =
             outcome.and_then(|()| Status::from_bytes(status).check().map_err(Error::Graph));
-        prepared.workspaces.give_back(workspace);
+        prepared.memories.give_back(memory);
         checked.map(|()| results(&prepared, inputs, outputs))
     }
 }
