@@ -37,7 +37,10 @@ pub(crate) fn call(
         DType::F32 => attention::<f32>(args, y, lse, attrs, parallel),
         DType::BF16 => attention::<bf16>(args, y, lse, attrs, parallel),
         DType::F16 => attention::<f16>(args, y, lse, attrs, parallel),
-        DType::F64 => Attention::<f64>::new(args, attrs).tiled(y, lse, parallel),
+        DType::F64 => {
+            let it = Attention::<f64>::new(args, attrs);
+            it.tiled(y.map(|y| it.result(y)), lse.map(|lse| it.row_result(lse)), parallel);
+        }
         other => panic!("metal-candle bug: expected a float, got {other}"),
     }
 }
@@ -52,7 +55,9 @@ fn attention<T: Float + Number<Acc = f32>>(
     let it = Attention::<T>::new(args, attrs);
     match (y, lse) {
         (Some(y), None) if it.is_few() => it.few(it.result(y), parallel),
-        (y, lse) => it.tiled(y, lse, parallel),
+        (y, lse) => {
+            it.tiled(y.map(|y| it.result(y)), lse.map(|lse| it.row_result(lse)), parallel);
+        }
     }
 }
 
@@ -126,10 +131,9 @@ impl<'a, T: Float> Attention<'a, T> {
         }
     }
 
-    fn tiled(&self, y: Option<&mut Out>, lse: Option<&mut Out>, parallel: bool) {
-        let y = y.map(|y| Parts::new(self.result(y)));
-        let lse = lse.map(|lse| Parts::new(self.row_result(lse)));
-        let blocks = self.blocks();
+    /// `y: [b, tq, hq, dv]` and `lse: [b, tq, hq]`, those that are wanted.
+    fn tiled(&self, y: Option<&mut [T]>, lse: Option<&mut [T::Acc]>, parallel: bool) {
+        let (y, lse, blocks) = (y.map(Parts::new), lse.map(Parts::new), self.blocks());
         parallel::for_each(parallel, self.b * self.hk * blocks, |task| {
             let (pair, block) = (task / blocks, self.block(task % blocks));
             let (b, head) = (pair / self.hk, pair % self.hk);
@@ -162,14 +166,12 @@ impl<'a, T: Float> Attention<'a, T> {
         });
     }
 
-    /// `[b, tq, hq, dv]`
     fn result<'o>(&self, out: &'o mut Out) -> &'o mut [T] {
         let expected = [self.b, self.tq, self.hq, self.dv];
         assert_eq!(out.shape().dims(), expected, "metal-candle bug: attention");
         out.slice()
     }
 
-    /// `[b, tq, hq]`
     fn row_result<'o>(&self, out: &'o mut Out) -> &'o mut [T::Acc] {
         let expected = [self.b, self.tq, self.hq];
         assert_eq!(out.shape().dims(), expected, "metal-candle bug: attention_logsumexp");

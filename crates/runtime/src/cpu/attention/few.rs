@@ -256,7 +256,7 @@ mod tests {
             out
         };
         let (expected, got) =
-            (result(&|out| it.tiled(out, false)), result(&|out| it.few(out, false)));
+            (result(&|out| it.tiled(Some(out), None, false)), result(&|out| it.few(out, false)));
         for (i, (expected, got)) in expected.iter().zip(&got).enumerate() {
             let [expected, got] = [expected, got].map(|x| f64::from(x.widen()));
             let near = (expected - got).abs() <= tolerance;
