@@ -7,6 +7,7 @@ mod ranks;
 mod report;
 mod schedule;
 mod step;
+mod submit;
 mod traced;
 mod trainer;
 

@@ -4,6 +4,7 @@ mod compile;
 mod grad;
 mod recording;
 
+pub(crate) use compile::Underway;
 pub use compile::{Compiled, InputSource, Outline, compile};
 pub use grad::{grad, value_and_grad};
 pub use recording::Recording;

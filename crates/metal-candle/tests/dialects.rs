@@ -88,16 +88,17 @@ fn task(name: &str, recording: Recording, tolerance: f64) -> Task {
     Task { name: name.into(), graph, inputs, donated, want, tolerances }
 }
 
-/// The step after some others, its state donated: norm of the gradients, loss, parameters, moments.
+/// The step after some others, its state donated: corrections, norm of the gradients, loss, parameters, moments, whether
+/// it was applied.
 fn training(name: &str, step: &TrainStep, batches: &[Batch], tolerance: f64) -> Task {
     let mut task = task(name, step.recording(batches, RATE).unwrap(), tolerance);
     // By AdamW, what is next to nothing moves a parameter as far as what is large: rounded, it may go the other way.
-    let parameters = (task.want.len() - 2) / 3;
+    let parameters = (task.want.len() - 4) / 3;
     let rounded = tolerance > 1e-2;
-    task.tolerances[2..2 + parameters].fill(if rounded { RATE } else { tolerance * RATE });
+    task.tolerances[3..3 + parameters].fill(if rounded { RATE } else { tolerance * RATE });
     // A square is twice as far off as what was squared.
-    task.tolerances[2 + 2 * parameters..].iter_mut().for_each(|tolerance| *tolerance *= 2.0);
-    assert_eq!(task.donated.iter().filter(|donated| **donated).count(), 3 * parameters);
+    task.tolerances[3 + 2 * parameters..].iter_mut().for_each(|tolerance| *tolerance *= 2.0);
+    assert_eq!(task.donated.iter().filter(|donated| **donated).count(), 3 * parameters + 1);
     task
 }
 

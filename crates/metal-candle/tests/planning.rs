@@ -17,6 +17,7 @@ use metal_candle::io::data::{Batch, Documents, Example};
 use metal_candle::io::peft::TargetModules;
 use metal_candle::models::{BaseWeights, Decoder, load_decoder, load_outline};
 use metal_candle::nn::LoRAAdapter;
+use metal_candle::plan::{OutputSource, PlanOutput};
 use metal_candle::train::{AdamWConfig, StepShape, TrainStep, Trainer, TrainingConfig};
 use metal_candle::{DType, Device, ErrorKind, InputSource, LazyTensor};
 use std::fmt::Write as _;
@@ -86,6 +87,30 @@ fn a_training_step_planned_from_headers_is_the_one_that_runs() {
             step.run_accumulated(&vec![batch(packed); accumulated], 1e-3).unwrap();
             assert_eq!(step.allocated_arena_bytes(), outline.plan.arena_bytes);
             assert!(outline.plan.arena_bytes > 0);
+        }
+    }
+}
+
+#[test]
+fn a_training_steps_state_and_whether_it_was_applied_are_updated_in_place() {
+    // So the next step can be asked for before the host has seen anything of this one.
+    for device in [Device::Cpu, Device::Cuda(0), Device::Metal(0)] {
+        let decoder = Arc::new(load_outline(&folder("llama"), BASE, &device).unwrap());
+        let lora = LoraConfig { target_modules: TargetModules::AllLinear, ..LoraConfig::default() };
+        let lora = LoRAAdapter::new(lora, decoder.modules(), 1, &device).unwrap();
+        for accumulated in [1, 2] {
+            let shape = StepShape { batch: 2, seq: 16, accumulated, packed: false };
+            let (decoder, optimizer) = (Arc::clone(&decoder), AdamWConfig::default());
+            let plan = TrainStep::outline(decoder, &lora, optimizer, 1.0, shape).unwrap().plan;
+            let state = 3 * lora.parameters().len() + 1;
+            assert_eq!(plan.outputs.len(), 3 + state);
+            let in_place = |output: &PlanOutput| matches!(output.source, OutputSource::Donated(_));
+            let (answer, state) = plan.outputs[3..].split_last().unwrap();
+            assert!(in_place(answer), "{device}: {:?}", plan.outputs);
+            // On Metal, whose runs are waited for, a moment may come in memory of its own.
+            let all = matches!(device, Device::Metal(_)) || state.iter().all(in_place);
+            assert!(all, "{device}: {:?}", plan.outputs);
+            assert!(!plan.outputs[..3].iter().any(in_place), "{device}: {:?}", plan.outputs);
         }
     }
 }

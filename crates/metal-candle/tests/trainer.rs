@@ -14,18 +14,20 @@ mod testbed;
 mod tiny;
 
 use crate::testbed::device;
-
 use lessons::{examples, lora};
+use metal_candle::Device;
 use metal_candle::io::LoraConfig;
 use metal_candle::io::data::{Batch, BatchOptions, Batcher, Example, Order};
 use metal_candle::io::peft::TargetModules;
 use metal_candle::nn::LoRAAdapter;
 use metal_candle::train::TrainingConfig;
-use metal_candle::train::{AdamWConfig, LRScheduler, Report, StepShape, TrainStep, Trainer};
+use metal_candle::train::{
+    AdamWConfig, LRScheduler, Report, StepMetrics, StepShape, TrainStep, Trainer,
+};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use tiny::Tiny;
+use tiny::{HIDDEN, Tiny, VOCAB};
 
 fn fresh_adapter(dropout: f64) -> LoRAAdapter {
     LoRAAdapter::new(lora(dropout), Tiny::new().decoder().modules(), 1, device()).unwrap()
@@ -311,6 +313,50 @@ fn a_step_that_is_not_finite_changes_nothing_and_names_the_parameter() {
         assert_eq!(&after.to_vec::<f32>().unwrap(), before, "{name}");
     }
     assert!(step.diagnose(&[batch()]).unwrap().is_some());
+}
+
+#[test]
+fn steps_that_are_submitted_do_what_they_do_one_by_one_to_the_last_bit() {
+    let mut tiny = Tiny::new().untied();
+    // What has the last token in it is not finite.
+    let embedding = &mut tiny.weights.get_mut("model.embed_tokens.weight").unwrap().1;
+    embedding[(VOCAB - 1) * HIDDEN..].fill(f32::NAN);
+    let decoder = Arc::new(tiny.decoder());
+    let step = || {
+        let (decoder, optimizer) = (Arc::clone(&decoder), AdamWConfig::default());
+        TrainStep::new(decoder, fresh_adapter(0.1), optimizer, 1.0, 3).unwrap()
+    };
+    // Skipped first, alone, several in a row, and last.
+    let good = [false, true, true, false, true, false, false, false, true, true, false];
+    let batches = good.map(|good| {
+        let mut batch = batch();
+        if !good {
+            batch.ids[5] = VOCAB as u32 - 1;
+        }
+        batch
+    });
+    let (mut one_by_one, mut ahead) = (step(), step());
+    let want = batches.iter().map(|batch| one_by_one.run(batch, 1e-2).unwrap());
+    let want: Vec<StepMetrics> = want.collect();
+    assert_eq!(want.iter().map(|metrics| metrics.applied).collect::<Vec<_>>(), good);
+
+    let mut got = Vec::new();
+    for batch in &batches {
+        got.extend(ahead.submit(std::slice::from_ref(batch), 1e-2).unwrap());
+        assert_eq!(ahead.is_running(), matches!(device(), Device::Cuda(_)));
+    }
+    assert_eq!((got.len(), ahead.count().steps), (good.len() - 1, good.len()));
+    got.extend(ahead.finish().unwrap());
+    assert_eq!(ahead.finish().unwrap(), None);
+    let bits = |all: &[StepMetrics]| -> Vec<(u32, u32, bool)> {
+        let bits = |m: &StepMetrics| (m.loss.to_bits(), m.gradient_norm.to_bits(), m.applied);
+        all.iter().map(bits).collect()
+    };
+    assert_eq!(bits(&got), bits(&want));
+    assert_eq!(ahead.count(), one_by_one.count());
+    for ((name, a), (_, b)) in ahead.state().zip(one_by_one.state()) {
+        assert_eq!(a.to_vec::<f32>().unwrap(), b.to_vec::<f32>().unwrap(), "{name}");
+    }
 }
 
 #[test]

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! executable ─ a plan made ready, and a run of it
+//! flight ───── a run that need not be over
 //! bind ─────── where a run's memory lies
 //! staging ──── small values, which travel together
 //! graph ────── a run recorded, to be replayed
@@ -21,6 +22,7 @@ mod bind;
 mod command;
 mod compile;
 mod executable;
+mod flight;
 mod gpu;
 mod graph;
 mod join;

@@ -4,6 +4,7 @@ use crate::buffer::Buffer;
 use crate::cpu::CpuExecutable;
 #[cfg(feature = "cuda")]
 use crate::cuda::CudaExecutable;
+use crate::in_flight::Started;
 #[cfg(feature = "metal")]
 use crate::metal::MetalExecutable;
 use crate::{Device, Error, Result, Workspace, World, WorldError, verify};
@@ -65,6 +66,16 @@ pub(crate) trait Backend: Send + Sync {
         pool: Option<&ThreadPool>,
         clock: Option<&mut Clock>,
     ) -> Result<Vec<Buffer>>;
+
+    /// As [`Backend::run`], but it need not wait.
+    fn start(
+        &self,
+        plan: &Plan,
+        inputs: Vec<Buffer>,
+        pool: Option<&ThreadPool>,
+    ) -> Result<Started> {
+        self.run(plan, inputs, pool, None).map(Started::over)
+    }
 
     /// As [`Backend::run`], but it need not wait: then it returns nothing, and `done` gets the results once they are there,
     /// on whatever thread.
@@ -147,6 +158,16 @@ impl Executable {
     ) -> Result<Vec<Buffer>> {
         self.check_inputs(&mut inputs)?;
         self.backend.run(&self.plan, inputs, pool, None)
+    }
+
+    /// See [`Backend::start`].
+    pub(crate) fn start(
+        &self,
+        mut inputs: Vec<Buffer>,
+        pool: Option<&ThreadPool>,
+    ) -> Result<Started> {
+        self.check_inputs(&mut inputs)?;
+        self.backend.start(&self.plan, inputs, pool)
     }
 
     pub(crate) fn profile(

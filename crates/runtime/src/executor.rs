@@ -79,7 +79,11 @@ impl AsyncGraphExecutor {
     /// [`Error::InputCount`], [`Error::InputType`] and [`Error::DonatedShared`] for the inputs; [`Error::Graph`]
     /// for an index among the values that is out of range; [`Error::OutOfMemory`]; [`Error::KernelPanic`].
     pub fn run(&self, executable: &Executable, inputs: Vec<Buffer>) -> Result<Vec<Buffer>> {
-        executable.run(inputs, self.owner.shared.pool.as_ref())
+        executable.run(inputs, self.pool())
+    }
+
+    pub(crate) fn pool(&self) -> Option<&ThreadPool> {
+        self.owner.shared.pool.as_ref()
     }
 
     /// As [`AsyncGraphExecutor::run`], and the seconds that it took on the device.
@@ -92,7 +96,7 @@ impl AsyncGraphExecutor {
         inputs: Vec<Buffer>,
         timing: Timing,
     ) -> Result<(Vec<Buffer>, Vec<f64>)> {
-        executable.profile(inputs, self.owner.shared.pool.as_ref(), timing)
+        executable.profile(inputs, self.pool(), timing)
     }
 
     /// Runs the executable on the executor's threads. Returns at once.

@@ -25,6 +25,7 @@ mod executable;
 mod executor;
 #[cfg(any(feature = "cuda", feature = "metal", test))]
 mod hazards;
+mod in_flight;
 mod mapped;
 #[cfg(any(test, feature = "metal"))]
 mod metal;
@@ -47,6 +48,7 @@ pub use element::Element;
 pub use error::{Error, PlanFault, Result};
 pub use executable::{Executable, Timing};
 pub use executor::AsyncGraphExecutor;
+pub use in_flight::InFlight;
 pub use mapped::MappedBytes;
 pub use pending::Pending;
 pub use workspaces::Workspace;

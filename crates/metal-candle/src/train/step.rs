@@ -2,16 +2,15 @@
 
 use super::AdamWConfig;
 use super::ranks::Ranks;
-use super::traced::{SCALARS, Traced, loss};
+use super::submit::Submitted;
+use super::traced::{Traced, loss};
 use crate::error::ErrorKind;
 use crate::io::LoraConfig;
 use crate::io::data::Batch;
 use crate::lazy::one_device;
 use crate::models::Decoder;
 use crate::nn::LoRAAdapter;
-use crate::{
-    Compiled, DType, Device, LazyTensor, Outline, Recording, Result, Timing, World, compile,
-};
+use crate::{Compiled, DType, Device, LazyTensor, Outline, Recording, Result, World, compile};
 use std::sync::Arc;
 
 /// What one step did.
@@ -52,8 +51,8 @@ impl StepShape {
     fn arguments(self, device: &Device, in_world: bool) -> Result<Vec<LazyTensor>> {
         let hold = |dims: &[usize], dtype| LazyTensor::placeholder(dims, dtype, device);
         let dims = [self.batch, self.seq];
-        let mut args = vec![hold(&[], DType::F32)?; SCALARS - 1];
-        args.push(hold(&[], DType::I64)?);
+        let pair = || hold(&[2], DType::F32);
+        let mut args = vec![hold(&[], DType::F32)?, pair()?, pair()?, hold(&[], DType::I64)?];
         args.extend(in_world.then(|| hold(&[], DType::F32)).transpose()?);
         for _ in 0..self.accumulated {
             args.extend([hold(&dims, DType::U32)?, hold(&dims, DType::I64)?]);
@@ -70,22 +69,28 @@ impl StepShape {
 
 /// An adapter in training: parameters, moments, and the compiled step that moves them.
 ///
-/// The arguments of the step are `[p.., m.., v.., rate, correction1, correction2, seed]`, then every micro-batch
+/// The arguments of the step are `[p.., m.., v.., applied, rate, corrections, corrections, seed]`, then every micro-batch
 /// (ids and labels, and of packed ones segments and positions), then (of more than one) their shares of the loss.
-/// Its results are `[norm, loss, p.., m.., v..]`; the state is updated in place.
+/// Its results are `[corrections, norm, loss, p.., m.., v.., applied]`; the state is updated in place.
 ///
-/// Among several ranks, there is a sixth scalar, whether this one was asked to stop, and a result, how many were; the
+/// How often the state was updated decides AdamW's corrections. A step may be [submitted](TrainStep::submit) before it is
+/// known whether the one before was applied: that one leaves it in the state, and the step takes those of the two pairs of
+/// corrections that belong to it.
+///
+/// Among several ranks, there is one scalar more, whether this one was asked to stop, and a result, how many were; the
 /// shares are of all ranks' loss. The gradients, the loss and that number are summed over the ranks in one exchange,
 /// after the last micro-batch: from there on all ranks compute the same.
 pub struct TrainStep {
-    traced: Traced,
-    state: Vec<LazyTensor>,
-    step: Compiled,
+    pub(super) traced: Traced,
+    pub(super) state: Vec<LazyTensor>,
+    pub(super) step: Compiled,
     evaluate: Compiled,
     diagnose: Compiled,
     optimizer: AdamWConfig,
     max_gradient_norm: f64,
-    count: StepCount,
+    pub(super) count: StepCount,
+    /// Submitted, and not finished.
+    pub(super) submitted: Option<Submitted>,
     seed: i64,
     device: Device,
     ranks: Option<Ranks>,
@@ -106,7 +111,7 @@ impl TrainStep {
         let parameters = adapter.parameters();
         let (n, device) = (parameters.len(), *decoder.device());
         one_device("TrainStep::new", std::iter::once(decoder.weight()).chain(&parameters))?;
-        let mut state = Vec::with_capacity(3 * n);
+        let mut state = Vec::with_capacity(3 * n + 1);
         // The step owns and overwrites its state: the caller's adapter keeps its own values.
         for parameter in &parameters {
             state.push(parameter.to_owned_copy()?);
@@ -116,6 +121,7 @@ impl TrainStep {
                 state.push(LazyTensor::zeros(p.dims(), p.dtype(), &device)?.into_owned()?);
             }
         }
+        state.push(LazyTensor::ones(&[], DType::U8, &device)?.into_owned()?);
         // Its memory is let go with the caller's handles.
         let adapter = adapter.with_parameters(&placeholders(&parameters)?)?;
         let traced =
@@ -138,6 +144,7 @@ impl TrainStep {
             optimizer,
             max_gradient_norm,
             count,
+            submitted: None,
             seed,
             device,
             ranks: None,
@@ -165,73 +172,6 @@ impl TrainStep {
 
     pub(super) fn ranks(&self) -> Option<&Ranks> {
         self.ranks.as_ref()
-    }
-
-    /// One update on one batch, at this learning rate.
-    ///
-    /// # Errors
-    /// Where an id or a label is out of range, or memory runs out; the state is then lost with the step.
-    pub fn run(&mut self, batch: &Batch, rate: f64) -> Result<StepMetrics> {
-        self.run_accumulated(std::slice::from_ref(batch), rate)
-    }
-
-    /// One update on several batches, one after the other within one plan: as if they were one, in the memory of
-    /// one.
-    ///
-    /// # Errors
-    /// As [`TrainStep::run`].
-    pub fn run_accumulated(&mut self, batches: &[Batch], rate: f64) -> Result<StepMetrics> {
-        Ok(self.run_or_stop(batches, rate, false)?.0)
-    }
-
-    /// [`TrainStep::run_accumulated`], and whether any rank was asked to stop, as this one is by `stop`.
-    pub(super) fn run_or_stop(
-        &mut self,
-        batches: &[Batch],
-        rate: f64,
-        stop: bool,
-    ) -> Result<(StepMetrics, bool)> {
-        let args = self.take_arguments(batches, rate, stop)?;
-        let results = self.step.call(args)?;
-        self.take_results(results)
-    }
-
-    /// [`TrainStep::run`], and the seconds that it took on the device: of each step of its plan, or of all.
-    ///
-    /// # Errors
-    /// As [`TrainStep::run`].
-    pub fn profile(
-        &mut self,
-        batch: &Batch,
-        rate: f64,
-        timing: Timing,
-    ) -> Result<(StepMetrics, Vec<f64>)> {
-        let args = self.take_arguments(std::slice::from_ref(batch), rate, false)?;
-        let (results, seconds) = self.step.profile(args, timing)?;
-        Ok((self.take_results(results)?.0, seconds))
-    }
-
-    /// The state, which the step takes along, and what changes from step to step.
-    fn take_arguments(
-        &mut self,
-        batches: &[Batch],
-        rate: f64,
-        stop: bool,
-    ) -> Result<Vec<LazyTensor>> {
-        let rest = self.arguments(batches, rate, stop)?;
-        let mut args = std::mem::take(&mut self.state);
-        args.extend(rest);
-        self.count.steps += 1;
-        Ok(args)
-    }
-
-    fn take_results(&mut self, mut results: Vec<LazyTensor>) -> Result<(StepMetrics, bool)> {
-        self.state = results.split_off(2 + usize::from(self.traced.in_world));
-        let (gradient_norm, loss) = (scalar(&results[0])?, scalar(&results[1])?);
-        let applied = loss.is_finite() && gradient_norm.is_finite();
-        self.count.updates += usize::from(applied);
-        let stopped = results.get(2).map(scalar).transpose()?.is_some_and(|asked| asked > 0.0);
-        Ok((StepMetrics { loss, gradient_norm, applied }, stopped))
     }
 
     /// The first parameter whose gradient on these batches is not finite, by its name in a PEFT file; `None` if it is
@@ -275,17 +215,18 @@ impl TrainStep {
         &self.traced.adapter.config
     }
 
-    /// Updates so far: steps that were applied.
+    /// Updates so far: finished steps that were applied.
     pub fn updates(&self) -> usize {
         self.count.updates
     }
 
-    /// How often it has moved.
+    /// How often it has moved. What was [submitted](TrainStep::submit) counts among the steps, and once it is finished
+    /// among the updates.
     pub fn count(&self) -> StepCount {
         self.count
     }
 
-    /// Parameters and moments, by name.
+    /// Parameters and moments after the last step, by name.
     pub fn state(&self) -> impl Iterator<Item = (String, &LazyTensor)> {
         let names = ["parameter", "mean", "square"]
             .into_iter()
@@ -298,13 +239,17 @@ impl TrainStep {
     /// # Errors
     /// Where `tensors` are not those of [`TrainStep::state`], in its order.
     pub fn restore(&mut self, tensors: Vec<LazyTensor>, count: StepCount) -> Result<()> {
-        let fits = tensors.len() == self.state.len()
+        // Whether the last step was applied is in the count.
+        let expected = self.state.len().saturating_sub(1);
+        let fits = tensors.len() == expected
             && tensors.iter().zip(&self.state).all(|(a, b)| a.dims() == b.dims());
         if !fits {
-            let (expected, got) = (self.state.len(), tensors.len());
+            let got = tensors.len();
             return Err(ErrorKind::Parameters { expected, got }.into());
         }
-        self.state = tensors.iter().map(LazyTensor::to_owned_copy).collect::<Result<_>>()?;
+        let copies = tensors.iter().map(LazyTensor::to_owned_copy).collect::<Result<Vec<_>>>()?;
+        self.submitted = None;
+        self.state.splice(..copies.len(), copies);
         self.count = count;
         Ok(())
     }
@@ -326,6 +271,7 @@ impl TrainStep {
         let n = parameters.len();
         let adapter = adapter.with_parameters(&parameters)?;
         let mut args = [parameters.clone(), parameters.clone(), parameters].concat();
+        args.push(LazyTensor::placeholder(&[], DType::U8, &device)?);
         args.extend(shape.arguments(&device, false)?);
         let traced = Traced { decoder, adapter, n, in_world: false };
         traced.compiled(optimizer, max_gradient_norm).outline(&args)
@@ -341,8 +287,8 @@ impl TrainStep {
         self.step.plan(&args)
     }
 
-    /// What the next step on these batches would compute, and from what. Its results are the norm of the gradients, the
-    /// loss, and the state.
+    /// What the next step on these batches would compute, and from what. Its results are AdamW's corrections, the norm of
+    /// the gradients, the loss, and the state.
     ///
     /// # Errors
     /// Where the step could not be traced.
@@ -358,6 +304,7 @@ impl TrainStep {
     }
 
     fn parameters(&self) -> &[LazyTensor] {
+        // None where the state was lost with a step.
         &self.state[..self.state.len() / 3]
     }
 
@@ -369,16 +316,27 @@ impl TrainStep {
     }
 
     /// What follows the state.
-    fn arguments(&self, batches: &[Batch], rate: f64, stop: bool) -> Result<Vec<LazyTensor>> {
+    pub(super) fn arguments(
+        &self,
+        batches: &[Batch],
+        rate: f64,
+        stop: bool,
+    ) -> Result<Vec<LazyTensor>> {
         let total: usize = batches.iter().map(|b| b.trained).sum();
         let deal =
             |ranks: &Ranks| batches.iter().map(|b| ranks.deal(b)).collect::<Result<Vec<_>>>();
         let own = self.ranks.as_ref().map(deal).transpose()?;
         let batches = own.as_deref().unwrap_or(batches);
         let number = |x: f64| LazyTensor::from_vec(vec![x as f32], &[], &self.device);
-        let [correction1, correction2] = self.optimizer.corrections(self.count.updates + 1);
+        let pair = |updates: usize| {
+            let pair = self.optimizer.corrections(updates).map(|x| x as f32);
+            LazyTensor::from_slice(&pair, &[2], &self.device)
+        };
+        // A step that is not finished may count as one more.
+        let updates = self.count.updates + 1;
+        let if_applied = updates + usize::from(self.submitted.is_some());
         let seed = self.seed.wrapping_add(self.draws());
-        let mut args = vec![number(rate)?, number(correction1)?, number(correction2)?];
+        let mut args = vec![number(rate)?, pair(updates)?, pair(if_applied)?];
         args.push(LazyTensor::from_vec(vec![seed], &[], &self.device)?);
         if self.traced.in_world {
             args.push(number(f64::from(u8::from(stop)))?);
@@ -418,6 +376,6 @@ fn tensors(batch: &Batch, device: &Device) -> Result<Vec<LazyTensor>> {
     Ok(all)
 }
 
-fn scalar(x: &LazyTensor) -> Result<f32> {
+pub(super) fn scalar(x: &LazyTensor) -> Result<f32> {
     x.to_scalar::<f32>()
 }

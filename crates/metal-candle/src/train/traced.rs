@@ -23,12 +23,18 @@ pub(super) struct Traced {
 }
 
 impl Traced {
+    /// Parameters, means, squares, and whether the step before was applied.
+    pub(super) fn state_len(&self) -> usize {
+        3 * self.n + 1
+    }
+
     /// The loss, and the gradients of all parameters; of several ranks this one's part of them.
     ///
     /// Each micro-batch goes forward and back before the next begins, so that its activations are gone by then.
     pub(super) fn gradients(&self, args: &[LazyTensor]) -> Result<(LazyTensor, Vec<LazyTensor>)> {
         let parameters = &args[..self.n];
-        let (scalars, batches) = args[3 * self.n..].split_at(SCALARS + usize::from(self.in_world));
+        let (scalars, batches) =
+            args[self.state_len()..].split_at(SCALARS + usize::from(self.in_world));
         let seed = &scalars[3];
         // The shares are the only scalars.
         let shares = batches.iter().filter(|x| x.rank() == 0).count();
@@ -66,7 +72,7 @@ impl Traced {
 
     /// The whole step, its state donated.
     pub(super) fn compiled(self, optimizer: AdamWConfig, max_norm: f64) -> Compiled {
-        let state = 0..3 * self.n;
+        let state = 0..self.state_len();
         compile(move |args: &[LazyTensor]| self.step(&optimizer, max_norm, args)).donate(state)
     }
 
@@ -76,10 +82,12 @@ impl Traced {
         max_norm: f64,
         args: &[LazyTensor],
     ) -> Result<Vec<LazyTensor>> {
+        let [rate, if_skipped, if_applied] = [0, 1, 2].map(|i| &args[self.state_len() + i]);
+        let corrections = args[3 * self.n].where_cond(if_applied, if_skipped)?;
         let (mut loss, mut gradients) = self.gradients(args)?;
         let mut stop = None;
         if self.in_world {
-            gradients.extend([loss, args[3 * self.n + SCALARS].clone()]);
+            gradients.extend([loss, args[self.state_len() + SCALARS].clone()]);
             gradients = sums(&gradients)?;
             stop = gradients.pop();
             loss = gradients.pop().expect("metal-candle bug: a sum without the loss");
@@ -90,7 +98,8 @@ impl Traced {
         let total = norm.add(&loss)?;
         let apply = total.sub(&total)?.eq(&total.zeros_like()?)?;
 
-        let [rate, correction1, correction2] = [0, 1, 2].map(|i| &args[3 * self.n + i]);
+        let [correction1, correction2] = [0, 1].map(|i| corrections.narrow(0, i, 1)?.reshape(&[]));
+        let (correction1, correction2) = (&correction1?, &correction2?);
         let scalars = StepScalars { rate, correction1, correction2 };
         let (mut p, mut m, mut v) = (Vec::new(), Vec::new(), Vec::new());
         for (i, gradient) in gradients.iter().enumerate() {
@@ -104,8 +113,10 @@ impl Traced {
             m.push(next.mean);
             v.push(next.square);
         }
-        // The norm first: what it needs is recorded micro-batch by micro-batch.
-        Ok([vec![norm, loss], stop.into_iter().collect(), p, m, v].concat())
+        // The corrections first: they read whether the step before was applied, and then this one's answer may take its
+        // place. Then the norm: what it needs is recorded micro-batch by micro-batch.
+        let first = [corrections, norm, loss].into_iter().chain(stop);
+        Ok([first.collect(), p, m, v, vec![apply]].concat())
     }
 }
 

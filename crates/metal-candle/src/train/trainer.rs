@@ -2,7 +2,8 @@
 
 use super::checkpoint::{self, Progress};
 use super::report::{Report, Window};
-use super::{AdamWConfig, LRScheduler, StepShape, TrainStep, fit};
+use super::submit::Finished;
+use super::{AdamWConfig, LRScheduler, StepMetrics, StepShape, TrainStep, fit};
 use crate::error::ErrorKind;
 use crate::fnv::Fnv;
 use crate::io::data::{Batch, BatchOptions, Batcher, Example, Order};
@@ -78,6 +79,23 @@ impl Default for TrainingConfig {
 }
 
 impl TrainingConfig {
+    fn reports_after(&self, step: usize) -> bool {
+        step.is_multiple_of(self.steps_per_report.max(1))
+    }
+
+    fn validates_after(&self, step: usize) -> bool {
+        step == self.iters || step.is_multiple_of(self.steps_per_eval.max(1))
+    }
+
+    fn saves_after(&self, step: usize) -> bool {
+        self.save_every > 0 && step.is_multiple_of(self.save_every)
+    }
+
+    /// Whether anything but the next step comes after this one.
+    fn pauses_after(&self, step: usize) -> bool {
+        self.reports_after(step) || self.validates_after(step) || self.saves_after(step)
+    }
+
     /// One of so many ranks' part of the largest batches of an update that these examples make, or any.
     fn shape(&self, train: Option<&[Example]>, ranks: usize) -> Result<StepShape> {
         let order = Order::Shuffled { seed: self.seed };
@@ -107,6 +125,12 @@ const BEST: &str = "best";
 
 /// Updates that may be skipped in a row.
 const SKIPPED_MOST: usize = 20;
+
+/// What the steps did since the last report, and updates that were skipped in a row.
+struct Tally {
+    window: Window,
+    skipped: usize,
+}
 
 /// Fine-tunes an adapter on a frozen decoder.
 pub struct Trainer {
@@ -174,40 +198,46 @@ impl Trainer {
         if !valid.is_empty() && progress.iteration == 0 {
             self.validate(valid, &mut progress, &mut report)?;
         }
-        let mut window = Window::start();
-        let mut skipped = 0;
+        let mut tally = Tally { window: Window::start(), skipped: 0 };
+        let mut waiting: Option<(usize, Vec<Batch>)> = None;
         while progress.iteration < c.iters {
             let rate = c.schedule.rate(progress.iteration);
             let micro: Vec<Batch> =
                 (0..c.grad_accumulation_steps.max(1)).map(|_| batches.next_batch()).collect();
             let asked = self.stop.load(Ordering::Relaxed);
-            let (metrics, stopped) = self.step.run_or_stop(&micro, rate, asked)?;
+            let before = self.step.submit_or_stop(&micro, rate, asked)?;
             progress.iteration += 1;
             progress.cursor = batches.cursor();
+            let step = progress.iteration;
+            if let (Some(finished), Some((step, micro))) = (before, waiting.take()) {
+                self.settle(step, &micro, finished.metrics, &mut tally, &mut report)?;
+            }
+            // One alone need not ask others whether to stop.
+            let stop = |this: &Self| this.ranks() == 1 && this.stop.load(Ordering::Relaxed);
+            // While the device works on, the next batch is made; but not past what wants to see this step's end.
+            if self.step.is_running() && !c.pauses_after(step) && !stop(self) {
+                waiting = Some((step, micro));
+                continue;
+            }
+            let finished = self.step.finish_or_stop()?;
+            let Finished { metrics, stopped } =
+                finished.expect("metal-candle bug: a step that was submitted is missing");
+            self.settle(step, &micro, metrics, &mut tally, &mut report)?;
             progress.count = self.step.count();
-            let (step, loss, gradient_norm) =
-                (progress.iteration, metrics.loss, metrics.gradient_norm);
-            skipped = if metrics.applied { 0 } else { skipped + 1 };
-            if skipped > 0 {
-                let culprit = self.step.diagnose(&micro)?;
-                self.give_up(skipped, culprit.as_deref())?;
-                report(Report::Skipped { step, loss, gradient_norm, culprit });
-            }
-            window.add(&micro, loss);
-            // Ranks stop after the same step; one alone need not ask the others.
-            let stopped = stopped || self.ranks() == 1 && self.stop.load(Ordering::Relaxed);
+            // Ranks stop after the same step.
+            let stopped = stopped || stop(self);
             let last = step == c.iters || stopped;
-            if last || step.is_multiple_of(c.steps_per_report.max(1)) {
-                report(window.close(step, rate, gradient_norm));
+            if last || c.reports_after(step) {
+                report(tally.window.close(step, rate, metrics.gradient_norm));
             }
-            let is_due = step == c.iters || step.is_multiple_of(c.steps_per_eval.max(1));
+            let is_due = c.validates_after(step);
             let mut done = last;
             if !valid.is_empty() && is_due && !stopped {
                 self.validate(valid, &mut progress, &mut report)?;
                 done |= c.patience > 0 && self.any(progress.stale >= c.patience)?;
-                window = Window::start();
+                tally.window = Window::start();
             }
-            if done || c.save_every > 0 && step.is_multiple_of(c.save_every) {
+            if done || c.saves_after(step) {
                 self.save(&progress, &settings, &mut report)?;
             }
             if done && step < c.iters {
@@ -216,6 +246,26 @@ impl Trainer {
             }
         }
         self.step.adapter()
+    }
+
+    /// Takes note of what a step did.
+    fn settle(
+        &self,
+        step: usize,
+        micro: &[Batch],
+        metrics: StepMetrics,
+        tally: &mut Tally,
+        report: &mut impl FnMut(Report),
+    ) -> Result<()> {
+        let StepMetrics { loss, gradient_norm, applied } = metrics;
+        tally.skipped = if applied { 0 } else { tally.skipped + 1 };
+        if tally.skipped > 0 {
+            let culprit = self.step.diagnose(micro)?;
+            self.give_up(tally.skipped, culprit.as_deref())?;
+            report(Report::Skipped { step, loss, gradient_norm, culprit });
+        }
+        tally.window.add(micro, loss);
+        Ok(())
     }
 
     /// The plan of a step on the largest batches that these examples make.

@@ -6,7 +6,7 @@ use crate::lazy::{LazyTensor, Leaf, Trace, one_device, trace};
 use crate::{Device, Error, Result};
 use metal_candle_compiler::Plan;
 use metal_candle_graph::TensorType;
-use metal_candle_runtime::{AsyncGraphExecutor, Buffer, Executable, Timing, World};
+use metal_candle_runtime::{AsyncGraphExecutor, Buffer, Executable, InFlight, Timing, World};
 use smallvec::SmallVec;
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -72,6 +72,12 @@ struct Planned {
     trace: Trace,
 }
 
+/// A call that need not be over: what it leaves on the device may go into the next one.
+pub(crate) struct Underway {
+    run: InFlight,
+    traced: Arc<Traced>,
+}
+
 /// Wraps `f`. Nothing is traced before the first call.
 pub fn compile(
     f: impl Fn(&[LazyTensor]) -> Result<Vec<LazyTensor>> + Send + Sync + 'static,
@@ -106,6 +112,18 @@ impl Compiled {
         let inputs = traced.bind(args)?;
         let values = AsyncGraphExecutor::global().run(&traced.executable, inputs).at_caller()?;
         Ok(traced.results(values))
+    }
+
+    /// [`Compiled::call`], not waited for where the device works by itself.
+    ///
+    /// # Errors
+    /// As [`Compiled::call`]; what only the run can show comes with [`Underway::wait`].
+    #[track_caller]
+    pub(crate) fn start(&self, args: Vec<LazyTensor>) -> Result<Underway> {
+        let traced = self.traced(&args)?;
+        let inputs = traced.bind(args)?;
+        let run = AsyncGraphExecutor::global().start(&traced.executable, inputs).at_caller()?;
+        Ok(Underway { run, traced })
     }
 
     /// [`Compiled::call`], and the seconds that it took on the device: of each step of the plan, or of all.
@@ -279,6 +297,28 @@ impl Traced {
 
     fn results(&self, values: Vec<Buffer>) -> Vec<LazyTensor> {
         values.into_iter().zip(&self.results).map(|(v, ty)| LazyTensor::ready(v, *ty)).collect()
+    }
+}
+
+impl Underway {
+    pub(crate) fn is_over(&self) -> bool {
+        self.run.is_over()
+    }
+
+    /// The result of this number, if it may be handed on already.
+    pub(crate) fn take(&mut self, result: usize) -> Option<LazyTensor> {
+        let value = self.run.take(result)?;
+        Some(LazyTensor::ready(value, self.traced.results[result]))
+    }
+
+    /// Waits for the results that were not taken.
+    ///
+    /// # Errors
+    /// Those of the run.
+    #[track_caller]
+    pub(crate) fn wait(self) -> Result<Vec<Option<LazyTensor>>> {
+        let values = self.run.wait().at_caller()?.into_iter().zip(&self.traced.results);
+        Ok(values.map(|(value, ty)| Some(LazyTensor::ready(value?, *ty))).collect())
     }
 }
 

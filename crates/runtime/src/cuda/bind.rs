@@ -2,7 +2,7 @@
 
 use super::executable::{CudaExecutable, RunMemory};
 use super::gpu::Said;
-use super::memory::{Allocation, Resident};
+use super::memory::{Allocation, Pinned, Resident};
 use super::staging::join;
 use crate::buffer::{Buffer, DeviceMemory, Memory};
 use crate::candle::Shared;
@@ -30,9 +30,9 @@ impl CudaExecutable {
     pub(super) fn bind<'a>(
         &self,
         plan: &Plan,
-        memory: &mut RunMemory,
-        inputs: &'a [Buffer],
-        outputs: &[Option<Allocation>],
+        memory: &RunMemory,
+        host: &mut Pinned,
+        (inputs, outputs): (&'a [Buffer], &[Option<Allocation>]),
         held: &mut Held<'a>,
     ) -> Result<Vec<CUdeviceptr>> {
         let staging = memory.staging.address();
@@ -48,7 +48,7 @@ impl CudaExecutable {
                     match slot.and_then(|slot| Some((slot, resident.staged()?))) {
                         Some((slot, bytes)) => {
                             let range = slot..slot + bytes.len();
-                            memory.host.bytes_mut()[range.clone()].copy_from_slice(bytes);
+                            host.bytes_mut()[range.clone()].copy_from_slice(bytes);
                             join(&mut held.staged, range);
                             at(slot)
                         }

@@ -1,23 +1,25 @@
 //! A plan made ready for a device, and one run of it.
 //!
 //! A run binds its memory, copies what small inputs the host holds in one go, asks for the steps, copies back the
-//! status and the small results in one go, and waits. When two runs in a row have all their memory in the same place,
-//! the steps are recorded as a graph, which later runs replay.
+//! status and the small results in one go, and waits, or leaves that to [`Asked`]. When two runs in a row have all their
+//! memory in the same place, the steps are recorded as a graph, which later runs replay.
 
 use super::Gpu;
 use super::bind::{Held, resident_mut};
 use super::command::Commands;
+use super::flight::{Asked, Hosts, arrived, fill_in_equal};
 use super::gpu::Said;
 use super::graph::Graph;
 use super::marks::Marks;
 use super::memory::{Allocation, Pinned, Resident};
 use super::product::WORKSPACE_BYTES;
 use super::staging::Staging;
-use crate::buffer::Buffer;
+use crate::buffer::{Buffer, Memory};
 use crate::executable::{Backend, Clock, Timing};
+use crate::in_flight::Started;
 use crate::places::Bases;
 use crate::run_memories::RunMemories;
-use crate::{Error, Result, Workspace, World, mapped, parts, verify};
+use crate::{Error, Result, Workspace, World, parts, verify};
 use cudarc::driver::result;
 use cudarc::driver::sys::{self, CUdeviceptr};
 use metal_candle_compiler::render::{Dialect, Status};
@@ -33,7 +35,8 @@ const IDLE_MEMORIES: usize = 2;
 pub(crate) struct CudaExecutable {
     pub(super) gpu: Arc<Gpu>,
     commands: Commands,
-    pub(super) staging: Staging,
+    pub(super) staging: Arc<Staging>,
+    hosts: Arc<Hosts>,
     /// By input: whether a command refers to it.
     pub(super) used: Vec<bool>,
     /// By output: whether its memory must be zeroed.
@@ -43,12 +46,11 @@ pub(crate) struct CudaExecutable {
     world: Option<Arc<World>>,
 }
 
-/// The memory of one run.
+/// The device's memory of one run. The next run may have it as soon as this one is asked for, since it comes later.
 pub(super) struct RunMemory {
     pub(super) arena: Allocation,
     pub(super) scratch: Allocation,
     pub(super) staging: Allocation,
-    pub(super) host: Pinned,
     /// Where the run before this had its memory.
     last: Vec<CUdeviceptr>,
     graph: Option<Graph>,
@@ -65,7 +67,6 @@ impl RunMemory {
             arena: gpu.allocate(plan.arena_bytes, "the arena")?,
             scratch: gpu.allocate(commands.scratch_bytes, "the calls' scratch memory")?,
             staging: gpu.allocate(staging.len_bytes, "small inputs and results")?,
-            host: Pinned::new(gpu, staging.len_bytes)?,
             last: Vec::new(),
             graph: None,
         })
@@ -104,11 +105,12 @@ impl CudaExecutable {
                 used[place.base - Bases::INPUTS] = true;
             }
         }
-        let staging = Staging::new(plan);
+        let staging = Arc::new(Staging::new(plan));
         let make = || RunMemory::new(&gpu, plan, &commands, &staging);
         Ok(CudaExecutable {
             memories: RunMemories::new(IDLE_MEMORIES, plan.arena_bytes, make)?,
             zeroed: (0..plan.outputs.len()).map(|i| !verify::is_written_whole(plan, i)).collect(),
+            hosts: Arc::new(Hosts::new(&gpu, staging.len_bytes)?),
             staging,
             used,
             commands,
@@ -189,9 +191,15 @@ impl CudaExecutable {
     }
 
     /// Copies a part of the staging memory there or back.
-    fn exchange(&self, memory: &mut RunMemory, range: Range<usize>, there: bool) -> Result<()> {
+    fn exchange(
+        &self,
+        memory: &RunMemory,
+        host: &mut Pinned,
+        range: Range<usize>,
+        there: bool,
+    ) -> Result<()> {
         let device = memory.staging.address() + range.start as u64;
-        let host = &mut memory.host.bytes_mut()[range];
+        let host = &mut host.bytes_mut()[range];
         let stream = self.gpu.raw_stream();
         // SAFETY: as many bytes on both sides; the run waits for the stream before anyone touches the host's again.
         unsafe {
@@ -203,12 +211,30 @@ impl CudaExecutable {
         .said(|| "exchanging small values".into())
     }
 
+    /// Asks the stream for a run, from the copy of what goes there to that of what comes back.
+    fn ask<'a>(
+        &self,
+        plan: &Plan,
+        memory: &mut RunMemory,
+        host: &mut Pinned,
+        (inputs, outputs): (&'a [Buffer], &[Option<Allocation>]),
+        held: &mut Held<'a>,
+        marks: Option<&Marks>,
+    ) -> Result<()> {
+        let bases = self.bind(plan, memory, host, (inputs, outputs), held)?;
+        for range in &held.staged {
+            self.exchange(memory, host, range.clone(), true)?;
+        }
+        self.enqueue(plan, memory, bases, marks)?;
+        self.exchange(memory, host, self.staging.status..self.staging.len_bytes, false)
+    }
+
     fn run_steps(
         &self,
         plan: &Plan,
         memory: &mut RunMemory,
-        inputs: &[Buffer],
-        outputs: &[Option<Allocation>],
+        host: &mut Pinned,
+        (inputs, outputs): (&[Buffer], &[Option<Allocation>]),
         clock: Option<&mut Clock>,
     ) -> Result<()> {
         // Until the end: a rank that is lost meanwhile must not let this one wait for ever.
@@ -218,14 +244,7 @@ impl CudaExecutable {
         let marks = timing
             .map(|timing| Marks::new(&self.gpu, timing, self.commands.list.len()))
             .transpose()?;
-        let outcome = (|| {
-            let bases = self.bind(plan, memory, inputs, outputs, &mut held)?;
-            for range in &held.staged {
-                self.exchange(memory, range.clone(), true)?;
-            }
-            self.enqueue(plan, memory, bases, marks.as_ref())?;
-            self.exchange(memory, self.staging.status..self.staging.len_bytes, false)
-        })();
+        let outcome = self.ask(plan, memory, host, (inputs, outputs), &mut held, marks.as_ref());
         // Whatever happened, nothing may still be running on memory that is given back.
         let waited = self.gpu.synchronize();
         watch.map_or(Ok(()), |watch| watch.end())?;
@@ -236,39 +255,47 @@ impl CudaExecutable {
                 _ => marks.seconds()?,
             };
         }
-        let status = Status::from_bytes(&memory.host.bytes()[self.staging.status..]);
-        status.check().map_err(Error::Graph)
+        Ok(())
     }
 
+    /// Those that do not come back to the host first.
     fn results(
         &self,
         plan: &Plan,
-        memory: &RunMemory,
         inputs: &[Buffer],
         outputs: Vec<Option<Allocation>>,
-    ) -> Vec<Buffer> {
-        let mut results: Vec<Buffer> = Vec::with_capacity(plan.outputs.len());
+    ) -> Vec<Option<Buffer>> {
+        let mut results: Vec<Option<Buffer>> = Vec::with_capacity(plan.outputs.len());
         for (i, (output, allocation)) in plan.outputs.iter().zip(outputs).enumerate() {
             let dtype = output.ty.dtype;
             results.push(match (output.source, self.staging.outputs[i], allocation) {
-                (OutputSource::Written, Some(slot), _) => {
-                    let bytes = &memory.host.bytes()[slot..][..output.ty.size_bytes()];
-                    let data = mapped::copy(bytes, dtype);
-                    Buffer::on_device(Box::new(Resident::on_host(&self.gpu, data)))
-                }
+                (OutputSource::Written, Some(_), _) | (OutputSource::SameAs(_), ..) => None,
                 (OutputSource::Written, None, Some(allocation)) => {
-                    Buffer::on_device(Box::new(Resident::on_device(allocation, dtype)))
+                    Some(Buffer::on_device(Box::new(Resident::on_device(allocation, dtype))))
                 }
                 (OutputSource::Written, None, None) => {
                     panic!("metal-candle bug: output {i} has no memory")
                 }
                 (OutputSource::Donated(i) | OutputSource::Input(i), ..) => {
-                    inputs[i as usize].clone()
+                    Some(inputs[i as usize].clone())
                 }
-                (OutputSource::SameAs(i), ..) => results[i as usize].clone(),
             });
         }
+        fill_in_equal(plan, &mut results);
         results
+    }
+
+    /// Sees that what the run will write is on the device, and has memory for the rest of its results.
+    fn outputs(&self, plan: &Plan, inputs: &mut [Buffer]) -> Result<Vec<Option<Allocation>>> {
+        for (buffer, input) in inputs.iter_mut().zip(&plan.inputs) {
+            if input.donated
+                && let Some(memory) = buffer.unique_device_mut()
+            {
+                resident_mut(memory).address_mut()?;
+            }
+        }
+        let outputs = plan.outputs.iter().zip(&self.staging.outputs);
+        outputs.map(|(output, slot)| self.fresh(output, *slot)).collect()
     }
 
     fn fresh(&self, output: &PlanOutput, slot: Option<usize>) -> Result<Option<Allocation>> {
@@ -286,23 +313,50 @@ impl Backend for CudaExecutable {
         clock: Option<&mut Clock>,
     ) -> Result<Vec<Buffer>> {
         self.gpu.bind()?;
-        for (buffer, input) in inputs.iter_mut().zip(&plan.inputs) {
-            if input.donated
-                && let Some(memory) = buffer.unique_device_mut()
-            {
-                resident_mut(memory).address_mut()?;
-            }
-        }
+        let outputs = self.outputs(plan, &mut inputs)?;
+        let mut host = self.hosts.take()?;
         let make = || RunMemory::new(&self.gpu, plan, &self.commands, &self.staging);
         let mut memory = self.memories.take(make)?;
-        let outputs = plan.outputs.iter().zip(&self.staging.outputs);
-        let outputs = outputs.map(|(o, slot)| self.fresh(o, *slot)).collect::<Result<Vec<_>>>();
-        let outcome = outputs.and_then(|outputs| {
-            self.run_steps(plan, &mut memory, &inputs, &outputs, clock)?;
-            Ok(self.results(plan, &memory, &inputs, outputs))
-        });
+        let run = self.run_steps(plan, &mut memory, &mut host, (&inputs, &outputs), clock);
         self.memories.give_back(memory);
-        outcome
+        let outcome = run.and_then(|()| {
+            let mut results = self.results(plan, &inputs, outputs);
+            arrived(&self.gpu, plan, &self.staging, &host, &mut results)?;
+            Ok(results)
+        });
+        self.hosts.give_back(host);
+        let all = |results: Vec<Option<Buffer>>| results.into_iter().collect::<Option<Vec<_>>>();
+        outcome.map(|results| all(results).expect("metal-candle bug: a result is missing"))
+    }
+
+    fn start(
+        &self,
+        plan: &Plan,
+        mut inputs: Vec<Buffer>,
+        pool: Option<&ThreadPool>,
+    ) -> Result<Started> {
+        // A lock of Candle's is a thread's, and who sums over ranks must be watched: these are waited for.
+        let is_candle = |buffer: &Buffer| matches!(buffer.memory(), Memory::Shared(_));
+        if self.world.is_some() || inputs.iter().any(is_candle) {
+            return self.run(plan, inputs, pool, None).map(Started::over);
+        }
+        self.gpu.bind()?;
+        let outputs = self.outputs(plan, &mut inputs)?;
+        let mut host = self.hosts.take()?;
+        let make = || RunMemory::new(&self.gpu, plan, &self.commands, &self.staging);
+        let mut memory = self.memories.take(make)?;
+        let mut held = Held::default();
+        let run = self.ask(plan, &mut memory, &mut host, (&inputs, &outputs), &mut held, None);
+        if run.is_err() {
+            // A part of it may run; that it cannot be waited for is said by whoever tries next.
+            let _ = self.gpu.synchronize();
+        }
+        drop(held);
+        self.memories.give_back(memory);
+        run?;
+        let asked = Asked::new(&self.gpu, &self.hosts, &self.staging, host)?;
+        let results = self.results(plan, &inputs, outputs);
+        Ok(Started { results, flight: Some(Box::new(asked)) })
     }
 
     fn workspaces(&self) -> Vec<Workspace> {

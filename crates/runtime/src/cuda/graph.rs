@@ -5,10 +5,11 @@ use super::gpu::Said;
 use crate::Result;
 use cudarc::driver::result;
 use cudarc::driver::sys::{self, CUstream};
-use std::sync::PoisonError;
+use std::sync::{Arc, PoisonError};
 
 /// The commands of a run, with the addresses that they had.
 pub(super) struct Graph {
+    gpu: Arc<Gpu>,
     graph: sys::CUgraph,
     executable: sys::CUgraphExec,
 }
@@ -18,7 +19,10 @@ unsafe impl Send for Graph {}
 
 impl Graph {
     /// Records what `enqueue` asks of the stream that it is given; nothing of it runs.
-    pub(super) fn record(gpu: &Gpu, enqueue: impl FnOnce(CUstream) -> Result<()>) -> Result<Graph> {
+    pub(super) fn record(
+        gpu: &Arc<Gpu>,
+        enqueue: impl FnOnce(CUstream) -> Result<()>,
+    ) -> Result<Graph> {
         let recorder = gpu.recorder.lock().unwrap_or_else(PoisonError::into_inner);
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         let doing = || "recording a plan".to_owned();
@@ -30,7 +34,7 @@ impl Graph {
         let graph = graph.said(doing)?;
         // SAFETY: a graph that was just recorded.
         match unsafe { result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0)) } {
-            Ok(executable) => Ok(Graph { graph, executable }),
+            Ok(executable) => Ok(Graph { gpu: Arc::clone(gpu), graph, executable }),
             Err(error) => {
                 // SAFETY: as above.
                 let _ = unsafe { result::graph::destroy(graph) };
@@ -53,7 +57,9 @@ impl Graph {
 
 impl Drop for Graph {
     fn drop(&mut self) {
-        // SAFETY: made in `record`; every run has waited for its replay. A failure can be told to nobody.
+        // A run that nobody has waited for yet may replay it.
+        let _ = self.gpu.synchronize();
+        // SAFETY: made in `record`, and used no more. A failure can be told to nobody.
         unsafe {
             let _ = result::graph::exec_destroy(self.executable);
             let _ = result::graph::destroy(self.graph);

@@ -110,6 +110,8 @@ pub(super) struct Pinned {
 
 // SAFETY: it owns its bytes.
 unsafe impl Send for Pinned {}
+// SAFETY: `&Pinned` reads bytes that nobody writes meanwhile, see `bytes`.
+unsafe impl Sync for Pinned {}
 
 impl Pinned {
     pub(super) fn new(gpu: &Arc<Gpu>, len_bytes: usize) -> Result<Pinned> {
@@ -124,7 +126,7 @@ impl Pinned {
     }
 
     pub(super) fn bytes(&self) -> &[u8] {
-        // SAFETY: initialised in `new`; the device writes only while a run holds the workspace, and has been waited for.
+        // SAFETY: initialised in `new`; the device writes only for the run that holds this, which reads once it has waited.
         unsafe { std::slice::from_raw_parts(self.data, self.len_bytes) }
     }
 
