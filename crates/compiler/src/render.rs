@@ -104,8 +104,6 @@ pub struct Source {
     pub align_bytes: usize,
     /// Whether it uses a template of a library call.
     pub is_call: bool,
-    /// The same text, but that it only asks for what it will read and no kernel before it writes.
-    pub early: Option<String>,
 }
 
 /// Renders `kernel`, to be launched within `limits`, as the function `name`.
@@ -127,8 +125,7 @@ pub fn render(
         operands.iter().map(|o| body::access_bytes(kernel, &launch, o)).max().unwrap_or(1);
     let text = body::render(kernel, dialect, &launch, &operands, name);
     let bindings = operands.iter().map(|o| o.binding).collect();
-    let (name, is_call, early) = (name.to_owned(), false, None);
-    Ok(Source { name, text, bindings, launch, align_bytes, is_call, early })
+    Ok(Source { name: name.to_owned(), text, bindings, launch, align_bytes, is_call: false })
 }
 
 fn check_dtypes(kernel: &Kernel, dialect: &Dialect) -> Result<(), RenderError> {

@@ -58,7 +58,6 @@ pub fn beside(members: &[&Source], ahead: Option<&Ahead<'_>>, dialect: &Dialect)
         launch,
         align_bytes: every.iter().map(|member| member.align_bytes).max().unwrap_or(1),
         is_call: every.iter().any(|member| member.is_call),
-        early: None,
     })
 }
 
@@ -91,30 +90,16 @@ struct Kind<'a> {
     source: &'a Source,
     /// Where each one's operands begin, among all.
     operands: Vec<usize>,
-    /// Those of all members.
-    blocks: Range<usize>,
-}
-
-impl Kind<'_> {
-    /// What asks for what its members will read, as a kernel.
-    fn early(&self) -> Option<Source> {
-        let text = self.source.early.clone()?;
-        Some(Source { text, early: None, ..self.source.clone() })
-    }
 }
 
 impl Joined<'_> {
     /// With `{name}` for the kernel's name.
     fn text(&self, launch: &Launch) -> String {
         let (dialect, kinds) = (self.dialect, kinds(self.members, self.first_operand()));
-        let function = |source: &Source, name: String| dialect.as_function(source, &name);
+        let function = |source, name: String| dialect.as_function(source, &name);
         let mut text: String =
             self.ahead.map_or_else(String::new, |a| function(a.source, AHEAD.into()));
         text.extend(kinds.iter().enumerate().map(|(i, kind)| function(kind.source, part(i))));
-        if self.ahead.is_some() {
-            let asks = kinds.iter().enumerate().filter_map(|(i, kind)| Some((i, kind.early()?)));
-            text.extend(asks.map(|(i, asks)| function(&asks, early(i))));
-        }
         let count: usize = self.members.iter().map(|member| member.bindings.len()).sum();
         let any = |n: usize| dialect.output.replace("{type}", "u8").replace("{name}", &operand(n));
         let operands: Vec<String> = (0..self.first_operand() + count).map(any).collect();
@@ -123,17 +108,12 @@ impl Joined<'_> {
         body.open(format!("{head}({})", operands.join(", ")));
         body.line(dialect.first_lines[0]);
         body.line("(void)tid, (void)blocks;");
-        if let Some(ahead) = self.ahead {
-            // What the kernel ahead need not be waited for.
-            for (i, kind) in
-                kinds.iter().enumerate().filter(|(_, kind)| kind.source.early.is_some())
-            {
-                self.call(&mut body, &early(i), kind, &operand);
-            }
-            self.run_ahead(&mut body, ahead);
-        }
+        self.ahead.into_iter().for_each(|ahead| self.run_ahead(&mut body, ahead));
+        let mut first = 0;
         for (i, kind) in kinds.iter().enumerate() {
-            self.call(&mut body, &part(i), kind, &|n| self.name(n));
+            let blocks = first..first + kind.operands.len() * kind.source.launch.grid;
+            first = blocks.end;
+            self.call(&mut body, i, kind, blocks);
         }
         body.close();
         text += &body.finish();
@@ -163,23 +143,27 @@ impl Joined<'_> {
         body.line("barrier();");
     }
 
-    /// The call of a function of a kind's members, by the blocks that are theirs; `name` is that of an operand.
-    fn call(
-        &self,
-        body: &mut Text,
-        function: &str,
-        kind: &Kind<'_>,
-        name: &dyn Fn(usize) -> String,
-    ) {
-        let (grid, Range { start, end }) = (kind.source.launch.grid, kind.blocks.clone());
-        body.open(format!("if (block >= {start} && block < {end})"));
-        body.line(format!("const u32 own = block - {start};"));
+    /// The call of the members of a kind, by the blocks that are theirs.
+    fn call(&self, body: &mut Text, number: usize, kind: &Kind<'_>, blocks: Range<usize>) {
+        let grid = kind.source.launch.grid;
+        body.open(format!("if (block >= {} && block < {})", blocks.start, blocks.end));
+        body.line(format!("const u32 own = block - {};", blocks.start));
         let mut arguments = vec![format!("own % {grid}"), grid.to_string()];
         for n in 0..kind.source.bindings.len() {
-            arguments.push(format!("Any{{{}}}", chosen(&kind.operands, n, grid, name)));
+            arguments.push(format!("Any{{{}}}", self.chosen(&kind.operands, n, grid)));
         }
-        body.line(format!("{function}({});", arguments.join(", ")));
+        body.line(format!("{}({});", part(number), arguments.join(", ")));
         body.close();
+    }
+
+    /// The `n`-th operand of the member whose block this is.
+    fn chosen(&self, operands: &[usize], n: usize, grid: usize) -> String {
+        let (last, others) = operands.split_last().expect("metal-candle bug: a kind of no member");
+        let choice = |(i, first): (usize, &usize)| {
+            format!("own < {} ? {} : ", (i + 1) * grid, self.name(first + n))
+        };
+        let choices: String = others.iter().enumerate().map(choice).collect();
+        choices + &self.name(last + n)
     }
 
     /// An operand, or what was made of it ahead.
@@ -191,29 +175,15 @@ impl Joined<'_> {
     }
 }
 
-/// The `n`-th operand of the member whose block this is.
-fn chosen(operands: &[usize], n: usize, grid: usize, name: &dyn Fn(usize) -> String) -> String {
-    let (last, others) = operands.split_last().expect("metal-candle bug: a kind of no member");
-    let choice =
-        |(i, first): (usize, &usize)| format!("own < {} ? {} : ", (i + 1) * grid, name(first + n));
-    let choices: String = others.iter().enumerate().map(choice).collect();
-    choices + &name(last + n)
-}
-
 /// Members of equal text are beside each other; operands are counted from `first` on.
 fn kinds<'a>(members: &[&'a Source], first: usize) -> Vec<Kind<'a>> {
     let (mut kinds, mut at): (Vec<Kind<'a>>, usize) = (Vec::new(), first);
     for source in members {
         match kinds.iter_mut().find(|kind| kind.source.text == source.text) {
             Some(kind) => kind.operands.push(at),
-            None => kinds.push(Kind { source, operands: vec![at], blocks: 0..0 }),
+            None => kinds.push(Kind { source, operands: vec![at] }),
         }
         at += source.bindings.len();
-    }
-    let mut first = 0;
-    for kind in &mut kinds {
-        kind.blocks = first..first + kind.operands.len() * kind.source.launch.grid;
-        first = kind.blocks.end;
     }
     kinds
 }
@@ -222,10 +192,6 @@ const AHEAD: &str = "{name}_ahead";
 
 fn part(number: usize) -> String {
     format!("{{name}}_part{number}")
-}
-
-fn early(number: usize) -> String {
-    format!("{{name}}_early{number}")
 }
 
 fn operand(number: usize) -> String {

@@ -61,7 +61,7 @@ pub(super) struct Draft<'a> {
     constants: Vec<String>,
     functions: Vec<String>,
     align_bytes: usize,
-    early: Option<&'static str>,
+    waits: bool,
 }
 
 struct Operand {
@@ -84,7 +84,7 @@ impl<'a> Draft<'a> {
             constants: Vec::new(),
             functions: Vec::new(),
             align_bytes: 1,
-            early: None,
+            waits: false,
         }
     }
 
@@ -130,10 +130,9 @@ impl<'a> Draft<'a> {
         self
     }
 
-    /// The template calls `after_predecessor` itself, before it touches what earlier kernels write; the template `early` does what comes
-    /// before that call.
-    pub(super) fn waits_after(self, early: &'static str) -> Draft<'a> {
-        Draft { early: Some(early), ..self }
+    /// The template calls `after_predecessor` itself, before it touches what earlier kernels write.
+    pub(super) fn waits(self) -> Draft<'a> {
+        Draft { waits: true, ..self }
     }
 
     pub(super) fn typedef(mut self, name: &str, is: &str) -> Draft<'a> {
@@ -175,24 +174,22 @@ impl<'a> Draft<'a> {
 
     pub(super) fn finish(self, launch: Launch) -> Part {
         let draft = self.constant("BLOCK", launch.block as i64);
-        let text = draft.text(&launch, draft.template);
-        let early = draft.early.map(|early| draft.text(&launch, early));
+        let text = draft.text(&launch);
         let mut hash = FxHasher::default();
         hash.write(text.as_bytes());
         let name = format!("{}_{:016x}", draft.call, hash.finish());
         Part::Kernel(Source {
             text: text.replace("{name}", &name),
+            name,
             bindings: draft.operands.iter().map(|operand| operand.binding).collect(),
             launch,
             align_bytes: draft.align_bytes,
             is_call: true,
-            early: early.map(|text| text.replace("{name}", &name)),
-            name,
         })
     }
 
     /// With `{name}` for the kernel's name.
-    fn text(&self, launch: &Launch, template: &str) -> String {
+    fn text(&self, launch: &Launch) -> String {
         let dialect = self.gpu.dialect;
         let parameter = |(n, operand): (usize, &Operand)| {
             let form = if operand.written { dialect.output } else { dialect.argument };
@@ -201,7 +198,7 @@ impl<'a> Draft<'a> {
         };
         let mut parameters: Vec<String> = self.operands.iter().enumerate().map(parameter).collect();
         parameters.extend(dialect.ids.iter().map(|id| (*id).to_owned()));
-        let wait = if self.early.is_some() { &[] } else { dialect.wait };
+        let wait = if self.waits { &[] } else { dialect.wait };
         let mut lines: Vec<&str> = [dialect.first_lines, wait].concat();
         match dialect.shared {
             _ if launch.shared_bytes == 0 => {}
@@ -224,7 +221,7 @@ impl<'a> Draft<'a> {
             operands.push("shared");
         }
         let more: String = self.arguments.iter().map(|n| format!(", {n}")).collect();
-        text.line(format!("{template}<K{more}>({});", operands.join(", ")));
+        text.line(format!("{}<K{more}>({});", self.template, operands.join(", ")));
         text.close();
         text.finish()
     }

@@ -6,23 +6,16 @@ template <typename K, typename A, typename T> FN void put_product(DEVICE T* out,
     *out = T(K::alpha() * sum + (K::ACCUMULATE ? A(*out) : A(0)));
 }
 
-// Asks for the beginning of each column: the weight is the same whatever kernels before this one write.
-template <typename K, i32 M, typename T>
-FN void ask_for_columns(DEVICE const T*, DEVICE const T* w, DEVICE T*, Thread t) {
-    typedef typename K::I I;
-    const I col = I(t.block) * (K::BLOCK / 32) + t.tid / 32;
-    for (I k = t.tid % 32 * 64; k < K::INNER && k < 1024; k += 32 * 64) {
-        if (col < K::COLS) prefetch(w + (K::weight(col) + k));
-    }
-}
-
 // W lies column after column: a SIMD group for each.
 template <typename K, i32 M, typename T>
 FN void times_columns(DEVICE const T* x, DEVICE const T* w, DEVICE T* out, Thread t) {
     typedef typename K::I I;
     typedef typename K::A A;
     const I groups = K::BLOCK / 32;
-    ask_for_columns<K, M>(x, w, out, t);
+    // The weight is the same whatever the kernel before this one writes.
+    for (I col = I(t.block) * groups + t.tid / 32, k = t.tid % 32 * 64; k < K::INNER && k < 1024; k += 32 * 64) {
+        if (col < K::COLS) prefetch(w + (K::weight(col) + k));
+    }
     after_predecessor();
     for (I col = I(t.block) * groups + t.tid / 32; col < K::COLS; col += I(t.blocks) * groups) {
         A sum[M];
@@ -42,10 +35,6 @@ FN void times_columns(DEVICE const T* x, DEVICE const T* w, DEVICE T* out, Threa
         }
     }
 }
-
-// Where rows are far from each other, there is nothing to ask for.
-template <typename K, i32 M, typename T>
-FN void ask_for_rows(DEVICE const T*, DEVICE const T*, DEVICE T*, Thread, SHARED u64*) {}
 
 // W lies row after row: a block for each eight accesses of columns. A SIMD group reads four rows of them at once.
 template <typename K, i32 M, typename T>

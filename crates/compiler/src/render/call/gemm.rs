@@ -62,15 +62,15 @@ fn few_rows(
         .place("to", out.layout.strides(), out.layout.offset)
         .collapsed();
     let step = a.layout.strides[rank - 1];
-    let ([template, early], lines, stride) = match reads {
-        Reads::Columns => (["times_columns", "ask_for_columns"], n, b.layout.strides[rank - 1]),
-        Reads::Rows => (["times_rows", "ask_for_rows"], k, b.layout.strides[rank - 2]),
+    let (template, lines, stride) = match reads {
+        Reads::Columns => ("times_columns", n, b.layout.strides[rank - 1]),
+        Reads::Rows => ("times_rows", k, b.layout.strides[rank - 2]),
     };
     let weight = Walk::over(&[lines]).place("weight", &[stride], b.layout.offset);
     let vector = vector(&x, step, a.dtype);
     let beyond = weight.reach().max(k * step.unsigned_abs()) + k + n + 2 * BLOCK * RUN;
     let draft = Draft::new(gpu, "gemm", template)
-        .waits_after(early)
+        .waits()
         .template(rows)
         .reads(Binding::Arg(0), "x", a.dtype)
         .reads(Binding::Arg(1), "w", b.dtype)

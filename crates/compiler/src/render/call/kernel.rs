@@ -65,7 +65,6 @@ impl Kernel<'_> {
             launch: self.launch,
             align_bytes: 16,
             is_call: true,
-            early: None,
         }
     }
 
