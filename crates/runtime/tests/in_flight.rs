@@ -6,7 +6,7 @@ use metal_candle_compiler::{OutputSource, plan};
 use metal_candle_graph::{BinaryOp, ComputationGraph, DType, Dims, Operation, TensorType};
 use metal_candle_runtime::{AsyncGraphExecutor, Buffer, Device, Error, Executable, InFlight};
 use std::sync::Arc;
-use support::{buffer, device, shape, values};
+use support::{device, shape, values};
 
 /// More than travels by way of the host.
 const N: usize = 20_000;
@@ -23,6 +23,11 @@ fn adding() -> Arc<Executable> {
     let plan = plan(&g, device().target(), &[true, false]).unwrap();
     assert_eq!(plan.outputs[0].source, OutputSource::Donated(0), "{plan}");
     Arc::new(Executable::new(plan, device()).unwrap())
+}
+
+/// On the device.
+fn buffer(dtype: DType, values: &[f64]) -> Buffer {
+    support::buffer(dtype, values).to_device(device()).unwrap()
 }
 
 fn start(executable: &Arc<Executable>, inputs: Vec<Buffer>) -> Result<InFlight, Error> {

@@ -12,8 +12,9 @@
 use super::{Links, WorldError};
 use metal_candle_graph::DType;
 use std::io::{self, Read, Write};
-use std::net::TcpStream;
+use std::net::{Shutdown, TcpStream};
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 /// All went well; no rank has this number.
 pub(super) const OK: u32 = u32::MAX;
@@ -55,11 +56,22 @@ impl Star {
     }
 }
 
-/// Tells the other ranks which one is gone.
+/// How long a rank may take to hear that another one is gone.
+const HEARING: Duration = Duration::from_secs(2);
+
+/// Tells the other ranks which one is gone, and hears out those that are still speaking: a link that is closed on them would
+/// take the word back.
 pub(crate) fn tell(streams: &mut [TcpStream], lost: usize) {
-    for (_, stream) in (1..).zip(streams).filter(|(rank, _)| *rank != lost) {
-        // Who does not hear it sees the link closed.
+    let mut others: Vec<&mut TcpStream> =
+        (1..).zip(streams).filter(|(rank, _)| *rank != lost).map(|(_, stream)| stream).collect();
+    // Who does not hear it sees the link closed.
+    for stream in &mut others {
         let _ = stream.write_all(&(lost as u32).to_le_bytes());
+        let _ = stream.shutdown(Shutdown::Write);
+    }
+    for stream in others {
+        let _ = stream.set_read_timeout(Some(HEARING));
+        let _ = io::copy(stream, &mut io::sink());
     }
 }
 
@@ -85,8 +97,9 @@ fn lead(streams: &mut [TcpStream], bytes: &mut [u8], dtype: DType) -> Result<(),
 
 fn follow(stream: &mut TcpStream, bytes: &mut [u8]) -> Result<(), WorldError> {
     let mut exchange = || {
-        stream.write_all(&(bytes.len() as u64).to_le_bytes())?;
-        stream.write_all(bytes)?;
+        let len = (bytes.len() as u64).to_le_bytes();
+        // Where nobody reads on, what was said before tells why.
+        let _ = stream.write_all(&len).and_then(|()| stream.write_all(bytes));
         let mut said = [0; 4];
         stream.read_exact(&mut said)?;
         match u32::from_le_bytes(said) {
