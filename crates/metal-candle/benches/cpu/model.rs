@@ -132,7 +132,7 @@ fn generation(
     })
 }
 
-fn base(row: &Value) -> Result<BaseWeights, Failure> {
+pub(crate) fn base(row: &Value) -> Result<BaseWeights, Failure> {
     Ok(match text(row, "base")? {
         "f32" => BaseWeights::F32,
         "bf16" => BaseWeights::BF16,

@@ -1,0 +1,15 @@
+//! Embeddings: texts in, vectors out, near each other where the texts mean the same.
+//!
+//! ```text
+//! model ── an encoder with its tokenizer: what a user calls
+//! batch ── texts of like lengths together, so that little is padded
+//! pool ─── from the vectors of tokens to one of a text
+//! ```
+
+mod batch;
+mod model;
+mod pool;
+
+pub use crate::io::{EmbeddingConfig, Pooling};
+pub use model::{EmbeddingModel, Embeddings};
+pub use pool::{cls_pool, mean_pool, normalize};
