@@ -1,7 +1,7 @@
 //! What a user calls.
 
 use super::batch::{Batch, Limits, batches};
-use super::{EmbeddingConfig, Pooling, cls_pool, mean_pool, normalize};
+use super::{EmbeddingConfig, Embeddings, Pooling, cls_pool, mean_pool, normalize};
 use crate::io::tokenizer::Tokenizer;
 use crate::io::{self, SentenceFolder};
 use crate::models::{BaseWeights, Encoder, load_encoder};
@@ -35,54 +35,6 @@ pub struct EmbeddingModel {
     batch_size: usize,
     /// Ids and, where there is padding, a mask, `[b, t]` each, to `f32 [b, hidden]`.
     step: Compiled,
-}
-
-/// Vectors, one for each text, in the order of the texts.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Embeddings {
-    dimension: usize,
-    values: Vec<f32>,
-    cut: usize,
-}
-
-impl Embeddings {
-    /// Elements of a vector.
-    pub fn dimension(&self) -> usize {
-        self.dimension
-    }
-
-    /// Vectors.
-    pub fn len(&self) -> usize {
-        self.values.len() / self.dimension
-    }
-
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.values.is_empty()
-    }
-
-    /// The vector of a text.
-    ///
-    /// # Panics
-    /// Where there is no such text.
-    pub fn row(&self, text: usize) -> &[f32] {
-        &self.values[text * self.dimension..(text + 1) * self.dimension]
-    }
-
-    /// Every vector.
-    pub fn rows(&self) -> impl ExactSizeIterator<Item = &[f32]> {
-        self.values.chunks_exact(self.dimension)
-    }
-
-    /// One vector after the other.
-    pub fn into_vec(self) -> Vec<f32> {
-        self.values
-    }
-
-    /// Texts that were longer than the model reads.
-    pub fn cut(&self) -> usize {
-        self.cut
-    }
 }
 
 impl EmbeddingModel {
@@ -129,6 +81,15 @@ impl EmbeddingModel {
         EmbeddingModel { batch_size: texts.max(1), ..self }
     }
 
+    /// The same model with all that lies between its products in another dtype; see
+    /// [`Encoder::with_activations`]. Vectors are f32 in any case.
+    #[must_use]
+    pub fn with_activations(self, dtype: DType) -> EmbeddingModel {
+        let encoder = Arc::new(Encoder::clone(&self.encoder).with_activations(dtype));
+        let step = step(Arc::clone(&encoder), &self.config);
+        EmbeddingModel { encoder, step, ..self }
+    }
+
     /// Elements of a vector.
     pub fn dimension(&self) -> usize {
         self.encoder.config.hidden_size
@@ -172,7 +133,7 @@ impl EmbeddingModel {
             }
             done(batch.texts.len());
         }
-        Ok(Embeddings { dimension, values, cut })
+        Ok(Embeddings::new(dimension, values, cut))
     }
 
     /// The plan of the first batch of these texts, and the seconds that a run of it takes, of each step or in all.
