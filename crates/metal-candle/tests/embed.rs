@@ -211,6 +211,11 @@ fn weights_of_fewer_bits_are_held_joined_too() {
         }
         joined.push(got.into_vec());
     }
+    let rounded = load(&data("bert"), BaseWeights::BF16).unwrap().with_activations(DType::BF16);
+    for (got, want) in rounded.encode(&texts).unwrap().rows().zip(&want) {
+        let cosine = cosine(got, want);
+        assert!(cosine > 0.995, "all in bf16: {cosine}");
+    }
     // They are not f32 after all.
     assert!(joined[0] != joined[1] && joined[1] != joined[2]);
 }

@@ -244,8 +244,8 @@ fn embed(encoder: &Path, base: &'static str, [shortest, longest]: [usize; 2]) ->
     Row {
         name: format!("embed MiniLM-L6 {base}, {of}"),
         work: json!({
-            "work": "embed", "model": encoder.display().to_string(), "base": base, "texts": texts,
-            "batch": batch, "shortest": shortest, "longest": longest,
+            "work": "embed", "model": encoder.display().to_string(), "base": base, "activations": base,
+            "texts": texts, "batch": batch, "shortest": shortest, "longest": longest,
         }),
         peers: &["sentence-transformers"],
         unit: Unit::Texts(texts as f64),

@@ -1,7 +1,7 @@
 //! Vectors of texts, by what a user would call.
 
 use super::Failure;
-use super::model::base;
+use super::model::{activations, base};
 use super::serve::{Prepared, number, text};
 use metal_candle::Device;
 use metal_candle::embed::EmbeddingModel;
@@ -9,8 +9,8 @@ use serde_json::Value;
 
 const WORDS: [&str; 8] = ["the", "house", "river", "light", "green", "stone", "music", "paper"];
 
-/// Of `{"work": "embed", "model": FOLDER, "base": "f32", "texts": 32, "batch": 32, "shortest": 64, "longest": 64}`: all of
-/// the texts, from strings to numbers.
+/// Of `{"work": "embed", "model": FOLDER, "base": "f32", "activations": "f32", "texts": 32, "batch": 32, "shortest": 64,
+/// "longest": 64}`: all of the texts, from strings to numbers.
 pub(crate) fn embed(row: &Value) -> Result<Prepared, Failure> {
     let (model, texts) = model_and_texts(row)?;
     Ok(Prepared::new(move || {
@@ -23,6 +23,7 @@ pub(crate) fn embed(row: &Value) -> Result<Prepared, Failure> {
 /// The texts are those of `reference/bench.py`: their lengths spread evenly and in no order, a token to a word.
 pub(crate) fn model_and_texts(row: &Value) -> Result<(EmbeddingModel, Vec<String>), Failure> {
     let model = EmbeddingModel::load(text(row, "model")?.as_ref(), base(row)?, &Device::Cpu)?;
+    let model = model.with_activations(activations(row)?);
     let (count, shortest, longest) =
         (number(row, "texts")?, number(row, "shortest")?, number(row, "longest")?);
     if count < 2 || longest < shortest || shortest < 2 {
