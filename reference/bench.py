@@ -186,18 +186,21 @@ def by_llama_cpp(row):
 
 
 def embed(row):
-    """Texts of so many tokens: as many words that are one token each, between the two of every text."""
+    """Texts of so many tokens, the lengths spread evenly and in no order: as many words that are one token each,
+    between the two of every text."""
     import torch
     from sentence_transformers import SentenceTransformer
 
     torch.set_num_threads(THREADS)
-    model = SentenceTransformer(row["model"], device="cpu")
+    dtype = {"f32": torch.float32, "bf16": torch.bfloat16}[row["base"]]
+    model = SentenceTransformer(row["model"], device="cpu", model_kwargs={"dtype": dtype})
     words = ["the", "house", "river", "light", "green", "stone", "music", "paper"]
-    tokens = row["tokens"] - 2
-    texts = [" ".join(words[(i + j * j) % len(words)] for j in range(tokens)) for i in range(row["batch"])]
-    ids = model.tokenizer(texts)["input_ids"]
-    if any(len(row_ids) != row["tokens"] for row_ids in ids):
-        raise Missing(f"texts of {[len(row_ids) for row_ids in ids]} tokens")
+    count, shortest, longest = row["texts"], row["shortest"], row["longest"]
+    lens = [shortest + (longest - shortest) * (i * 37 % count) // (count - 1) for i in range(count)]
+    texts = [" ".join(words[(i + j * j) % len(words)] for j in range(n - 2)) for i, n in enumerate(lens)]
+    got = [len(ids) for ids in model.tokenizer(texts)["input_ids"]]
+    if got != lens:
+        raise Missing(f"texts of {got} tokens")
     return clocked(lambda: model.encode(texts, batch_size=row["batch"]))
 
 

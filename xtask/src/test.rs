@@ -85,8 +85,9 @@ fn set_up() -> Result<()> {
         }
     }
     set_up_clang()?;
-    let model = model::fetch()?;
-    println!("model: {}", model.display());
+    for model in [model::fetch()?, model::fetch_encoder()?] {
+        println!("model: {}", model.display());
+    }
     Ok(())
 }
 

@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 const RETRIES: usize = 3;
 const INDEX: &str = "model.safetensors.index.json";
 /// What a model folder may hold beside its weights.
-const SMALL: [&str; 7] = [
+const SMALL: [&str; 11] = [
     "config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -24,6 +24,11 @@ const SMALL: [&str; 7] = [
     "generation_config.json",
     "chat_template.jinja",
     "chat_template.json",
+    // Of sentence-transformers.
+    "modules.json",
+    "1_Pooling/config.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
 ];
 
 /// What of a repository is the model.

@@ -6,6 +6,7 @@ mod columns;
 mod config;
 mod data;
 mod device;
+mod embed;
 mod eval;
 mod fuse;
 mod generate;
@@ -57,6 +58,8 @@ enum Command {
     Eval(eval::Args),
     /// Measure how well a model predicts a text
     Perplexity(perplexity::Args),
+    /// Give texts vectors that are near each other where the texts mean the same
+    Embed(embed::Args),
     /// Merge an adapter into its base
     Fuse(fuse::Args),
     /// Move adapters between PEFT, mlx-lm and llama.cpp
@@ -122,6 +125,7 @@ fn run(command: Command) -> anyhow::Result<train::End> {
         Command::Chat(args) => chat::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Perplexity(args) => perplexity::run(&args),
+        Command::Embed(args) => embed::run(&args),
         Command::Fuse(args) => fuse::run(&args),
         Command::Adapter(command) => adapter::run(&command),
         Command::Plan(args) => plan::run(&args),

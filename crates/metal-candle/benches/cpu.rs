@@ -10,6 +10,8 @@
 //! WHO is `ours`, or `candle` for the same operations by eager Candle. Every row is what a program that repeats the
 //! work would use: a compiled function, a `TrainStep`, a `Generator`.
 
+#[path = "cpu/embed.rs"]
+mod embed;
 #[path = "support/kinds.rs"]
 mod kinds;
 #[path = "cpu/model.rs"]

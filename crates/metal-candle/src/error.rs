@@ -111,6 +111,10 @@ pub enum ErrorKind {
     RopeDivisors { expected: usize, got: usize },
     #[error("the prompt has {tokens} tokens: expected 1 to {context}, the model's context")]
     PromptLength { tokens: usize, context: usize },
+    #[error("texts of {got} tokens: the encoder has positions for {expected}")]
+    TextLength { expected: usize, got: usize },
+    #[error("expected one text at least, got none")]
+    NoTexts,
     /// A setting of the sampling that no distribution has.
     #[error("{name}: expected {expected}, got {got}")]
     Sampling { name: &'static str, expected: &'static str, got: f64 },

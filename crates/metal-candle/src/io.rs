@@ -3,7 +3,8 @@
 //! ```text
 //! gguf ─────── a model file: metadata, tensors, names as in Hugging Face
 //! hf ───────── a model folder: config.json and safetensors, whole or in shards
-//! config ───── the shape of a decoder, as plain data
+//! sentence ─── what sentence-transformers writes beside an encoder
+//! config ───── the shapes of decoders and encoders, as plain data
 //! generation ─ how a model's makers mean it to be run
 //! tokenizer ── text <-> ids, from tokenizer.json or from a GGUF's metadata
 //! chat ─────── messages -> text, by the model's own Jinja template
@@ -32,15 +33,17 @@ pub mod hf;
 pub mod mlx;
 mod nf4;
 pub mod peft;
+mod sentence;
 pub mod tokenizer;
 
 pub use adapter::AdapterFormat;
 pub use bytes::Bytes;
 pub use chat::{ChatTemplate, Message};
-pub use config::{DecoderConfig, RopeLayout, RopeScaling};
+pub use config::{Activation, DecoderConfig, EncoderConfig, RopeLayout, RopeScaling};
 pub use error::{Error, Result};
 pub use generation::GenerationConfig;
 pub use gguf::GgufFile;
-pub use hf::HfFolder;
+pub use hf::{HfFolder, HfWeights};
 pub use peft::{LoraConfig, PeftAdapter};
+pub use sentence::{EmbeddingConfig, Pooling, SentenceFolder};
 pub use tokenizer::Tokenizer;

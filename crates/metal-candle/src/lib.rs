@@ -3,13 +3,15 @@
 //!
 //! ```text
 //! lazy ─────── LazyTensor: record, evaluate        transform ─ grad, compile
-//! nn, models ─ layers and decoders                 io ──────── files
+//! nn, models ─ layers and models                   io ──────── files
 //! train ────── the training step and its loop      generate ── text out
+//!                                                   embed ───── vectors of texts
 //! ```
 //!
 //! `ARCHITECTURE.md` in the repository has the whole picture.
 #![warn(missing_docs)]
 
+pub mod embed;
 mod error;
 mod fnv;
 pub mod generate;

@@ -8,6 +8,6 @@ mod weight;
 
 pub use crate::io::LoraConfig as LoRAAdapterConfig;
 pub use adapter::{AdapterRegistry, ApplyAdapter, LoRAAdapter};
-pub use layers::{Embedding, Linear, RmsNorm, Rotary, Rotation};
+pub use layers::{Embedding, LayerNorm, Linear, RmsNorm, Rotary, Rotation};
 pub use lora::{LoRADropout, LoRALayer};
 pub use weight::Weight;

@@ -1,4 +1,4 @@
-//! What a model records (a training step, a prompt, a decoded token), in both languages of GPUs, as their backends run it:
+//! What a model records (a training step, a prompt, a decoded token, the vectors of texts), in both languages of GPUs, as their backends run it:
 //! compiled as C++ and run on the CPU, thread by thread, by the machine of the compiler's tests. No GPU is needed.
 
 #[path = "support/lessons.rs"]
@@ -30,13 +30,14 @@ mod walk;
 
 use lessons::lora;
 use machine::DIALECTS;
+use metal_candle::embed::{mean_pool, normalize};
 use metal_candle::generate::{Generator, KVCache};
 use metal_candle::graph::oracle::{self, Value};
 use metal_candle::io::data::{Batch, Documents};
-use metal_candle::models::{BaseWeights, Decoder};
+use metal_candle::models::{BaseWeights, Decoder, load_encoder};
 use metal_candle::nn::{ApplyAdapter, LoRAAdapter};
 use metal_candle::train::{AdamWConfig, TrainStep};
-use metal_candle::{DType, Recording};
+use metal_candle::{DType, LazyTensor, Recording};
 use plans::Task;
 use std::sync::Arc;
 use testbed::device;
@@ -150,4 +151,24 @@ fn decoding((base, activations, tolerance): (BaseWeights, DType, f64)) -> [Task;
 #[test]
 fn decoded_tokens_equal_the_oracle() {
     check("decoding", &[decoding(F32), decoding(BF16)].concat());
+}
+
+/// Of texts of 9, 5 and 1 tokens.
+fn embedding((base, activations, tolerance): (BaseWeights, DType, f64)) -> Task {
+    let folder = testbed::file("data/embed/bert");
+    let encoder = load_encoder(&folder, base, device()).unwrap().with_activations(activations);
+    let ids: Vec<u32> = (0..27).map(|i| 2 + i * 7 % 60).collect();
+    let mask: Vec<u8> =
+        [9, 5, 1].iter().flat_map(|n| (0..9).map(move |i| u8::from(i < *n))).collect();
+    let ids = LazyTensor::from_vec(ids, &[3, 9], device()).unwrap();
+    let mask = LazyTensor::from_vec(mask, &[3, 9], device()).unwrap();
+    let hidden = encoder.hidden(&ids, Some(&mask)).unwrap();
+    let vectors = normalize(&mean_pool(&hidden, Some(&mask)).unwrap()).unwrap();
+    let recording = LazyTensor::recording(&[&vectors]);
+    task(&format!("vectors of texts in {activations}"), recording, tolerance)
+}
+
+#[test]
+fn vectors_of_texts_equal_the_oracle() {
+    check("embedding", &[embedding(F32), embedding(BF16)]);
 }

@@ -2,6 +2,8 @@
 
 #[path = "regressions/adapters.rs"]
 mod adapters;
+#[path = "regressions/embeddings.rs"]
+mod embeddings;
 #[path = "regressions/graph.rs"]
 mod graph;
 #[path = "regressions/inference.rs"]

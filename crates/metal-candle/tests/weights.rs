@@ -45,7 +45,7 @@ fn a_mapped_weight_has_the_bytes_of_the_file_at_an_address_of_the_map() {
     let folder = model(CandleDType::F32, CandleDType::F32);
     let name = "model.layers.1.mlp.up_proj.weight";
     let open = HfFolder::open(folder.path()).unwrap();
-    let [one, again] = [(); 2].map(|()| open.weight(name).unwrap());
+    let [one, again] = [(); 2].map(|()| open.weights().weight(name).unwrap());
     assert!(matches!(one.bytes, Bytes::Mapped(_)));
     assert_eq!(one.bytes.as_ptr(), again.bytes.as_ptr());
     let read =

@@ -14,7 +14,7 @@ use std::process::Command;
 
 pub(super) fn run(options: &Options) -> Result<()> {
     let mut crew = Crew::gather(options)?;
-    let all = rows::all(&model::fetch()?, options.quick);
+    let all = rows::all(&model::fetch()?, &model::fetch_encoder()?, options.quick);
     let wanted: Vec<&Row> = all.iter().filter(|row| options.wants(&row.name)).collect();
     let file = options.json.clone().unwrap_or_else(|| crew.folder.join("cpu.json"));
     let processor = processor();

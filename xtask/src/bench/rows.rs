@@ -70,8 +70,8 @@ impl Floor {
     }
 }
 
-/// Every row, for the model in this file.
-pub(super) fn all(model: &Path, quick: bool) -> Vec<Row> {
+/// Every row, for the language model in this file and the encoder in this folder.
+pub(super) fn all(model: &Path, encoder: &Path, quick: bool) -> Vec<Row> {
     let mut rows = vec![lora("base+lora", true), lora("lora branch", false)];
     for work in ["softmax", "rms_norm", "silu(x)*x", "relu(gelu(2x+1)*x+x)"] {
         rows.extend([[64, 512], [1024, 1024], [4096, 4096]].map(|dims| map(work, dims)));
@@ -84,7 +84,10 @@ pub(super) fn all(model: &Path, quick: bool) -> Vec<Row> {
     let trained = [("f32", "qv"), ("bf16", "qv"), ("q4_1", "qv"), ("bf16", "all"), ("q4_1", "all")];
     rows.extend(trained.map(|(base, targets)| train(model, base, targets)));
     let tokens = if quick { 16 } else { 128 };
-    rows.extend([decode(model, tokens), overhead(model, tokens), prefill(model), embed(model)]);
+    rows.extend([decode(model, tokens), overhead(model, tokens), prefill(model)]);
+    rows.extend(["f32", "bf16"].map(|base| embed(encoder, base, [64, 64])));
+    // As texts are: of all lengths, in no order.
+    rows.push(embed(encoder, "f32", [4, 128]));
     rows
 }
 
@@ -223,26 +226,33 @@ fn prefill(model: &Path) -> Row {
     }
 }
 
-/// Sentences of some sixty tokens, made vectors of.
-fn embed(model: &Path) -> Row {
-    let folder = model.with_file_name("all-MiniLM-L6-v2");
-    let hub = "sentence-transformers/all-MiniLM-L6-v2".to_owned();
-    let name = if folder.is_dir() { folder.display().to_string() } else { hub };
-    let [batch, tokens]: [usize; 2] = [32, 64];
+/// Texts of so many tokens, from the shortest to the longest, made vectors of.
+fn embed(encoder: &Path, base: &'static str, [shortest, longest]: [usize; 2]) -> Row {
+    let batch: usize = 32;
     let [layers, hidden, inner]: [usize; 3] = [6, 384, 1536];
     let weights = layers * hidden * (4 * hidden + 2 * inner);
-    let products = 2.0 * (batch * tokens * weights) as f64;
-    let scores = 4.0 * (layers * batch * tokens * tokens * hidden) as f64;
+    // As `reference/bench.py` has it; the attention of a text grows with the square of its length.
+    let texts = if shortest == longest { batch } else { 4 * batch };
+    let lens = (0..texts).map(|i| shortest + (longest - shortest) * i / (texts - 1));
+    let tokens: usize = lens.clone().sum();
+    let products = 2.0 * (tokens * weights) as f64;
+    let scores = 4.0 * (layers * hidden) as f64 * lens.map(|len| (len * len) as f64).sum::<f64>();
+    let of = match shortest == longest {
+        true => format!("{texts} texts of {longest} tokens"),
+        false => format!("{texts} texts of {shortest} to {longest} tokens"),
+    };
     Row {
-        name: format!("embed MiniLM-L6 f32, {batch} texts of {tokens} tokens"),
+        name: format!("embed MiniLM-L6 {base}, {of}"),
         work: json!({
-            "work": "embed", "model": name, "batch": batch, "tokens": tokens,
+            "work": "embed", "model": encoder.display().to_string(), "base": base, "activations": "f32",
+            "texts": texts, "batch": batch, "shortest": shortest, "longest": longest,
         }),
         peers: &["sentence-transformers"],
-        unit: Unit::Texts(batch as f64),
-        floor: Floor { arithmetic: vec![("f32", products + scores)], memory: None },
+        unit: Unit::Texts(texts as f64),
+        floor: Floor { arithmetic: vec![(base, products), ("f32", scores)], memory: None },
         is_model: true,
-        note: None,
+        note: (base == "bf16")
+            .then_some("what lies between our products is f32, the faster way on a CPU"),
     }
 }
 
@@ -273,7 +283,7 @@ mod tests {
 
     #[test]
     fn no_two_rows_share_a_name() {
-        let rows = all(Path::new("model.gguf"), false);
+        let rows = all(Path::new("model.gguf"), Path::new("encoder"), false);
         let mut names: Vec<&str> = rows.iter().map(|row| row.name.as_str()).collect();
         names.sort_unstable();
         names.dedup();

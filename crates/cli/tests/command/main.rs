@@ -14,6 +14,7 @@ mod basics;
 mod chat;
 mod config;
 mod device;
+mod embed;
 mod generate;
 #[cfg(feature = "hub")]
 mod hub;

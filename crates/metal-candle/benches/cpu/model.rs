@@ -37,10 +37,7 @@ pub(crate) fn train(row: &Value) -> Result<Prepared, Failure> {
 /// The step of such a row, its batches, and their shape.
 pub(crate) fn training(row: &Value) -> Result<(TrainStep, Vec<Batch>, StepShape), Failure> {
     let decoder = load_decoder(text(row, "model")?.as_ref(), base(row)?, &Device::Cpu)?;
-    let decoder = decoder.with_activations(match text(row, "activations")? {
-        "bf16" => DType::BF16,
-        _ => DType::F32,
-    });
+    let decoder = decoder.with_activations(activations(row)?);
     let (batch, seq) = (number(row, "batch")?, number(row, "seq")?);
     let batches: Vec<Batch> = packed_text(decoder.config.vocab_size)?
         .chunks_exact(batch * seq)
@@ -132,12 +129,19 @@ fn generation(
     })
 }
 
-fn base(row: &Value) -> Result<BaseWeights, Failure> {
+pub(crate) fn base(row: &Value) -> Result<BaseWeights, Failure> {
     Ok(match text(row, "base")? {
         "f32" => BaseWeights::F32,
         "bf16" => BaseWeights::BF16,
         "q4_1" => BaseWeights::AsStored,
         other => return Err(format!("a base in {other:?}: expected f32, bf16 or q4_1").into()),
+    })
+}
+
+pub(crate) fn activations(row: &Value) -> Result<DType, Failure> {
+    Ok(match text(row, "activations")? {
+        "bf16" => DType::BF16,
+        _ => DType::F32,
     })
 }
 

@@ -6,7 +6,7 @@
 //! for, and let go when another one is.
 
 use crate::ops::Op;
-use crate::{Failure, model};
+use crate::{Failure, embed, model};
 use metal_candle::Device;
 use serde_json::{Value, json};
 use std::io::{BufRead, Write};
@@ -116,7 +116,7 @@ fn prepare(who: &str, row: &Value) -> Result<Prepared, Failure> {
         ("ours", "prefill") => model::prefill(row),
         ("ours", "decode") => model::decode(row),
         ("ours", "overhead") => model::overhead(row),
-        ("ours", "embed") => Err("this library has no encoder yet".into()),
+        ("ours", "embed") => embed::embed(row),
         ("ours", _) => Ok(Prepared::lazy(&Op::parse(row)?)),
         ("candle", _) => Ok(Prepared::eager(&Op::parse(row)?)),
         _ => Err(format!("nobody is called {who:?}: expected ours or candle").into()),

@@ -1,6 +1,7 @@
 //! Where the time of a plan goes: `--steps '{"work": "train", ...}'`, a row as `cargo xtask bench cpu` asks for it.
 
 use super::Failure;
+use super::embed::model_and_texts;
 use super::model::{prompted, training};
 use super::serve::{number, text};
 use crate::kinds::{self, Units};
@@ -19,9 +20,10 @@ pub(crate) fn print(row: &str) -> Result<(), Failure> {
         "train" => train(&row),
         "prefill" => prefill(&row),
         "decode" => decode(&row),
+        "embed" => embed(&row),
         other => {
-            Err(format!("no plan of {other:?} to look at: expected train, prefill or decode")
-                .into())
+            let expected = "expected train, prefill, decode or embed";
+            Err(format!("no plan of {other:?} to look at: {expected}").into())
         }
     }
 }
@@ -64,6 +66,18 @@ fn decode(row: &Value) -> Result<(), Failure> {
     }
     let shape = DecodeShape { batch: 1, tokens: 1, capacity };
     best.print(&Generator::outline(decoder, shape)?.plan);
+    Ok(())
+}
+
+fn embed(row: &Value) -> Result<(), Failure> {
+    let (model, texts) = model_and_texts(row)?;
+    let (plan, seconds) = model.profile(&texts, Timing::Steps)?;
+    let mut best = Best::default();
+    best.add(&seconds);
+    for _ in 1..RUNS {
+        best.add(&model.profile(&texts, Timing::Steps)?.1);
+    }
+    best.print(&plan);
     Ok(())
 }
 

@@ -1,4 +1,4 @@
-//! The shape of a decoder, whatever file it came from.
+//! The shapes of decoders and encoders, whatever file they came from.
 
 use std::collections::BTreeMap;
 
@@ -68,6 +68,58 @@ impl DecoderConfig {
         let layer = |i| of_layer.map(|(module, dims)| (format!("model.layers.{i}.{module}"), dims));
         (0..self.num_layers).flat_map(layer).collect()
     }
+}
+
+/// A BERT-like encoder (Devlin et al. 2019): learned positions, norms after the residual, every token sees every other.
+///
+/// Names are those of Hugging Face's `config.json`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct EncoderConfig {
+    /// `bert`, `roberta`, `xlm-roberta`, `camembert`: the family's name in the file.
+    pub architecture: String,
+    /// Rows of the embedding.
+    pub vocab_size: usize,
+    /// Width of the residual stream.
+    pub hidden_size: usize,
+    /// Width of the MLP.
+    pub intermediate_size: usize,
+    /// Encoder layers.
+    pub num_layers: usize,
+    /// Heads; divides `hidden_size`.
+    pub num_heads: usize,
+    /// Epsilon of every norm.
+    pub layer_norm_eps: f64,
+    /// Of the MLP.
+    pub activation: Activation,
+    /// Rows of the table of positions.
+    pub max_position_embeddings: usize,
+    /// The row of a text's first token: RoBERTa's begin after that of its padding.
+    pub position_offset: usize,
+    /// Rows of the table of token types; a text of its own is of type 0.
+    pub type_vocab_size: usize,
+}
+
+impl EncoderConfig {
+    /// Tokens of the longest text that there are positions for.
+    pub fn max_tokens(&self) -> usize {
+        self.max_position_embeddings - self.position_offset
+    }
+
+    /// Width of one head.
+    pub fn head_dim(&self) -> usize {
+        self.hidden_size / self.num_heads
+    }
+}
+
+/// What stands between the products of an encoder's MLP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// By the error function.
+    Gelu,
+    /// By the hyperbolic tangent.
+    GeluTanh,
+    /// `max(x, 0)`
+    Relu,
 }
 
 /// What is done to the rotary frequencies `f_i = theta^(-2i / head_dim)`; `L` is the context of the

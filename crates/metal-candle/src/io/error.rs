@@ -42,6 +42,12 @@ pub enum Error {
         path.display()
     )]
     NoModel { path: PathBuf },
+    /// No encoder there to load.
+    #[error(
+        "{}: expected the folder of an encoder, with config.json, tokenizer.json and model.safetensors",
+        path.display()
+    )]
+    NoEncoder { path: PathBuf },
     /// A tokenizer, or a text that it cannot encode.
     #[error("{}: tokenizer: {problem}", path.display())]
     Tokenizer { path: PathBuf, problem: tokenizer::Problem },

@@ -5,6 +5,7 @@
 //! are mapped, so that weights are in memory once at most, and shared by all who run them. See
 //! [`MappedBytes`](super::bytes::MappedBytes) for what must not happen to a mapped file.
 
+mod bert;
 mod bitsandbytes;
 mod config;
 mod config_json;
@@ -25,17 +26,52 @@ pub use self::problem::Problem;
 use self::shard::Shard;
 pub(crate) use self::write::SafetensorsWriter;
 use super::gguf::{Encoding, StoredTensor};
-use super::{DecoderConfig, Error, Result, file};
+use super::{DecoderConfig, EncoderConfig, Error, Result, file};
 
 const CONFIG: &str = "config.json";
 const WEIGHTS: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 
-/// An open model folder: its config and the headers of its weights in memory, the weights mapped.
+/// An open folder of a decoder: its config and the headers of its weights in memory, the weights mapped.
 #[derive(Debug)]
 pub struct HfFolder {
-    path: PathBuf,
     config: DecoderConfig,
+    weights: HfWeights,
+}
+
+impl HfFolder {
+    /// Reads and checks `config.json` and the headers of the weights.
+    ///
+    /// # Errors
+    /// [`Error::File`], [`Error::Json`]; [`Error::Model`] for what this crate cannot compute; as [`HfWeights::open`].
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let config = config::read(&path.as_ref().join(CONFIG))?;
+        Ok(Self { config, weights: HfWeights::open(path)? })
+    }
+
+    /// The decoder's shape.
+    pub fn config(&self) -> &DecoderConfig {
+        &self.config
+    }
+
+    /// What lies beside the config.
+    pub fn weights(&self) -> &HfWeights {
+        &self.weights
+    }
+}
+
+/// The `config.json` of an encoder.
+///
+/// # Errors
+/// [`Error::File`], [`Error::Json`]; [`Error::Model`] for what this crate cannot compute.
+pub fn encoder_config(folder: &Path) -> Result<EncoderConfig> {
+    bert::read(&folder.join(CONFIG))
+}
+
+/// The weights of a model folder: their headers in memory, they themselves mapped.
+#[derive(Debug)]
+pub struct HfWeights {
+    path: PathBuf,
     shards: Vec<Shard>,
     /// Which shard holds a weight.
     index: BTreeMap<String, usize>,
@@ -44,16 +80,14 @@ pub struct HfFolder {
     nf4_parts: BTreeMap<String, usize>,
 }
 
-impl HfFolder {
-    /// Reads and checks `config.json` and the headers of the weights.
+impl HfWeights {
+    /// Reads and checks the headers.
     ///
     /// # Errors
-    /// [`Error::File`], [`Error::Json`]; [`Error::Model`] for what this crate cannot compute, for a
-    /// shard that is missing, for weights that bitsandbytes wrote otherwise than in NF4, and for
-    /// whatever contradicts the format or a file's length.
+    /// [`Error::File`]; [`Error::Model`] for a folder without weights, for a shard that is missing, for weights that
+    /// bitsandbytes wrote otherwise than in NF4, and for whatever contradicts the format or a file's length.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref().to_owned();
-        let config = config::read(&path.join(CONFIG))?;
         let (whole, index) = (path.join(WEIGHTS), path.join(INDEX));
         let (shards, mut index) = if whole.exists() {
             let shard = Shard::open(whole)?;
@@ -65,22 +99,17 @@ impl HfFolder {
             return Err(Error::Model { path, problem: Problem::NoWeights });
         };
         let (states, nf4_parts) = bitsandbytes::split(&mut index);
-        let mut folder = Self { path, config, shards, index, nf4: BTreeMap::new(), nf4_parts };
+        let mut weights = Self { path, shards, index, nf4: BTreeMap::new(), nf4_parts };
         for (weight, state) in states {
-            let nf4 = folder.nf4_state(&weight, &state)?;
-            folder.nf4.insert(weight, nf4);
+            let nf4 = weights.nf4_state(&weight, &state)?;
+            weights.nf4.insert(weight, nf4);
         }
-        Ok(folder)
+        Ok(weights)
     }
 
     /// Where the folder is.
     pub fn path(&self) -> &Path {
         &self.path
-    }
-
-    /// The decoder's shape.
-    pub fn config(&self) -> &DecoderConfig {
-        &self.config
     }
 
     /// The names of the weights, in the order of the alphabet.

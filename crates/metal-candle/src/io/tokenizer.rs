@@ -4,6 +4,7 @@
 //! (byte-level BPE). The work is done by the `tokenizers` crate; what is ours is building it from a
 //! GGUF, the check of a hostile merge table, and text that streams without half a character.
 
+mod cut;
 mod gguf;
 mod stream;
 
@@ -44,6 +45,8 @@ pub enum Problem {
     SpecialToken { key: &'static str, token: String },
     #[error("chat template: {cause}")]
     Template { cause: super::chat::Problem },
+    #[error("texts of {limit} tokens at most leave no room for the {added} that are added to each")]
+    Truncation { limit: usize, added: usize },
     #[error("{cause}")]
     Library { cause: tokenizers::Error },
 }
@@ -83,7 +86,8 @@ pub struct Tokenizer {
 
 impl Tokenizer {
     /// From a `tokenizer.json`; special ids and the chat template from the `tokenizer_config.json`
-    /// and `chat_template.jinja` beside it, where they exist.
+    /// and `chat_template.jinja` beside it, where they exist. Padding and truncation, with which some are saved, are left
+    /// out, as transformers does.
     ///
     /// # Errors
     /// [`Error::File`], [`Error::Json`], [`Error::Tokenizer`].
@@ -92,8 +96,9 @@ impl Tokenizer {
         let bytes = file::read(path)?;
         let failed = |problem| Error::Tokenizer { path: path.to_owned(), problem };
         check_json(path, &bytes)?;
-        let inner = tokenizers::Tokenizer::from_bytes(&bytes)
-            .map_err(|cause| failed(Problem::Library { cause }))?;
+        let library = |cause| failed(Problem::Library { cause });
+        let mut inner = tokenizers::Tokenizer::from_bytes(&bytes).map_err(library)?;
+        inner.with_padding(None).with_truncation(None).map_err(library)?;
         let mut tokenizer = Self::new(path, inner);
         tokenizer.read_config(&path.with_file_name("tokenizer_config.json"))?;
         let template = path.with_file_name("chat_template.jinja");

@@ -1,7 +1,9 @@
-//! From a model file or folder to a decoder.
+//! From a model file or folder to a decoder, or to an encoder.
 
+mod encoder;
 mod source;
 
+pub use self::encoder::load_encoder;
 use self::source::{WeightSource, random};
 use super::{Decoder, DecoderLayer};
 use crate::io::gguf::{self, Encoding, GgufFile};
@@ -88,7 +90,7 @@ pub fn load_decoder(path: &Path, base: BaseWeights, device: &Device) -> Result<D
     if is_folder(path)? {
         let folder = HfFolder::open(path)?;
         let config = folder.config().clone();
-        let source = WeightSource::Folder(&folder);
+        let source = WeightSource::Folder(folder.weights());
         return Builder { source, read: Read::Weights, base, device }.decoder(config);
     }
     gguf_decoder(&GgufFile::open(path)?, base, device)
@@ -104,7 +106,7 @@ pub fn load_outline(path: &Path, base: BaseWeights, device: &Device) -> Result<D
     if is_folder(path)? {
         let folder = HfFolder::open(path)?;
         let config = folder.config().clone();
-        return Builder { source: WeightSource::Folder(&folder), read, base, device }
+        return Builder { source: WeightSource::Folder(folder.weights()), read, base, device }
             .decoder(config);
     }
     let file = GgufFile::open(path)?;
@@ -170,10 +172,17 @@ struct Builder<'a> {
 }
 
 impl Builder<'_> {
-    fn decoder(&self, config: DecoderConfig) -> Result<Decoder> {
-        if let got @ (DType::U8 | DType::U32 | DType::I64 | DType::F64) = self.base.dtype() {
-            return Err(ErrorKind::BaseType { got }.into());
+    fn check_base(&self) -> Result<()> {
+        match self.base.dtype() {
+            got @ (DType::U8 | DType::U32 | DType::I64 | DType::F64) => {
+                Err(ErrorKind::BaseType { got }.into())
+            }
+            DType::F32 | DType::BF16 | DType::F16 => Ok(()),
         }
+    }
+
+    fn decoder(&self, config: DecoderConfig) -> Result<Decoder> {
+        self.check_base()?;
         let table = [config.vocab_size, config.hidden_size];
         let embed = self.matrix("model.embed_tokens.weight", table)?;
         let output = match config.tie_word_embeddings {

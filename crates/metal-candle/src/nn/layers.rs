@@ -1,4 +1,4 @@
-//! The layers of a decoder.
+//! The layers of a model.
 
 use super::rope::{attention_factor, inverse_frequencies};
 use super::{LoRALayer, Weight};
@@ -71,6 +71,26 @@ impl RmsNorm {
     /// Where the last dim of x is not that of the weight.
     pub fn forward(&self, x: &LazyTensor) -> Result<LazyTensor> {
         x.rms_norm(&self.weight.to_dtype(x.dtype())?, self.eps)
+    }
+}
+
+/// Layer normalisation (Ba et al. 2016).
+#[derive(Clone, Debug)]
+pub struct LayerNorm {
+    /// `[hidden]`
+    pub weight: LazyTensor,
+    /// `[hidden]`
+    pub bias: LazyTensor,
+    /// Added to the variance.
+    pub eps: f64,
+}
+
+impl LayerNorm {
+    /// # Errors
+    /// Where the last dim of x is not that of the weight.
+    pub fn forward(&self, x: &LazyTensor) -> Result<LazyTensor> {
+        let [weight, bias] = [self.weight.to_dtype(x.dtype())?, self.bias.to_dtype(x.dtype())?];
+        x.layer_norm(&weight, &bias, self.eps)
     }
 }
 

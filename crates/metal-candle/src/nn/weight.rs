@@ -22,6 +22,45 @@ pub enum Weight {
 }
 
 impl Weight {
+    /// The matrices one below the other, in memory of their own: one product with it reads x once, where one with each
+    /// reads it each time. `None` where they are held in different ways or have different inputs.
+    ///
+    /// # Errors
+    /// Where there is no memory for it.
+    pub fn stacked(parts: &[&Weight]) -> Result<Option<Weight>> {
+        let tensors = parts.iter().map(|part| match part {
+            Weight::Dense(tensor) => tensor,
+            Weight::Quantised { blocks, .. } => blocks,
+        });
+        let tensors: Vec<&LazyTensor> = tensors.collect();
+        let Some(first) = parts.first() else { return Ok(None) };
+        if parts.iter().any(|part| !part.is_like(first)) {
+            return Ok(None);
+        }
+        let all = LazyTensor::cat(&tensors, 0)?.into_owned()?;
+        Ok(Some(match **first {
+            Weight::Dense(_) => Weight::Dense(all),
+            Weight::Quantised { format, cols, .. } => {
+                let rows = parts.iter().map(|part| part.dims()[0]).sum();
+                Weight::Quantised { blocks: all, format, rows, cols }
+            }
+        }))
+    }
+
+    /// Whether the rows are held as those of another.
+    fn is_like(&self, other: &Weight) -> bool {
+        match (self, other) {
+            (Weight::Dense(a), Weight::Dense(b)) => {
+                a.dtype() == b.dtype() && a.dims()[1] == b.dims()[1]
+            }
+            (
+                Weight::Quantised { format, cols, .. },
+                Weight::Quantised { format: other, cols: others, .. },
+            ) => format == other && cols == others,
+            _ => false,
+        }
+    }
+
     /// `[out, in]`
     pub fn dims(&self) -> [usize; 2] {
         match self {

@@ -16,15 +16,20 @@ pub(crate) fn data_folder() -> PathBuf {
 
 /// SmolLM2-135M-Instruct, if this machine has it; in CI it must.
 pub(crate) fn smollm2(test: &str) -> Option<PathBuf> {
+    real("SmolLM2-135M-Instruct.Q4_1.gguf", test)
+}
+
+/// The file or folder of a real model, likewise.
+pub(crate) fn real(name: &str, test: &str) -> Option<PathBuf> {
     let cache = || std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
     let home = || std::env::var_os("HOME").map(|home| Path::new(&home).join(".cache"));
     let models = std::env::var_os("METAL_CANDLE_MODELS")
         .map(PathBuf::from)
         .or_else(|| Some(cache().or_else(home)?.join("metal-candle/models")))?;
-    let path = models.join("SmolLM2-135M-Instruct.Q4_1.gguf");
+    let path = models.join(name);
     if !path.exists() {
         assert!(std::env::var_os("CI").is_none(), "no {}", path.display());
-        eprintln!("SKIPPED {test}: no {}: run `cargo xtask quickstart` first", path.display());
+        eprintln!("SKIPPED {test}: no {}: run `cargo xtask test` first", path.display());
         return None;
     }
     Some(path)

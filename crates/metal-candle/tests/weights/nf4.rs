@@ -113,7 +113,8 @@ fn a_checkpoint_of_bitsandbytes_is_read_with_and_without_double_quantisation() {
     let vectors = tensors(&file("data/nf4/vectors.safetensors"));
     for name in ["plain", "double"] {
         let path = file("data/nf4").join(name);
-        let folder = HfFolder::open(&path).unwrap();
+        let open = HfFolder::open(&path).unwrap();
+        let folder = open.weights();
         // Two matrices of other kinds, seven linear layers; nothing that belongs to them.
         assert_eq!(folder.weight_names().count(), 11);
         let k_proj = folder.weight("model.layers.0.self_attn.k_proj.weight").unwrap();

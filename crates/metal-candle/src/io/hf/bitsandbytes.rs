@@ -11,7 +11,7 @@ use metal_candle_graph::{BlockFormat, DType};
 use safetensors::tensor::Dtype;
 use serde::Deserialize;
 
-use super::{HfFolder, Problem};
+use super::{HfWeights, Problem};
 use crate::io::bytes::Bytes;
 use crate::io::gguf::{Encoding, StoredTensor};
 use crate::io::{Error, Result, nf4};
@@ -80,7 +80,7 @@ pub(super) fn split(
     (states, parts)
 }
 
-impl HfFolder {
+impl HfWeights {
     /// Reads and checks what is said about a weight.
     pub(super) fn nf4_state(&self, weight: &str, state: &str) -> Result<Nf4> {
         let json: State =

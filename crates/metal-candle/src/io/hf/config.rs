@@ -11,7 +11,7 @@ use crate::io::{DecoderConfig, Error, Result, RopeLayout, file};
 /// The families that are decoders of ours. TinyLlama and SmolLM call themselves `llama`.
 const FAMILIES: [&str; 4] = ["llama", "mistral", "qwen2", "qwen3"];
 /// More than any model counts, and two of them multiply without overflow.
-const MAX_SIZE: usize = 1 << 31;
+pub(super) const MAX_SIZE: usize = 1 << 31;
 
 /// The key that says how to read the others.
 #[derive(Deserialize)]
@@ -188,13 +188,17 @@ impl Json {
 }
 
 /// A key that counts something.
-fn size(key: &'static str, got: usize, limit: usize) -> std::result::Result<usize, Problem> {
+pub(super) fn size(
+    key: &'static str,
+    got: usize,
+    limit: usize,
+) -> std::result::Result<usize, Problem> {
     match got {
         size if (1..=limit).contains(&size) => Ok(size),
         _ => Err(inconsistent(key, got, format!("1 to {limit}"))),
     }
 }
 
-fn inconsistent(key: &'static str, got: usize, expected: String) -> Problem {
+pub(super) fn inconsistent(key: &'static str, got: usize, expected: String) -> Problem {
     Problem::Inconsistent { key, got: got.to_string(), expected }
 }

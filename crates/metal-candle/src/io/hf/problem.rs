@@ -7,6 +7,17 @@
 pub enum Problem {
     #[error("model_type is {got:?}: expected one of {known:?}")]
     Architecture { got: String, known: Vec<&'static str> },
+    #[error(
+        "model_type is {got:?}: expected an encoder, one of {known:?}; MPNet and others, whose positions or layers are \
+         of another kind, are not supported"
+    )]
+    Encoder { got: String, known: Vec<&'static str> },
+    #[error(
+        "module {index} is {got:?}: expected a Transformer, a Pooling and at most a Normalize, in this order"
+    )]
+    Module { index: usize, got: String },
+    #[error("module {index} is said to be in {name:?}: expected a folder in this one")]
+    ModuleFolder { index: usize, name: String },
     #[error("{key} is {value}, which is not supported: expected {expected}")]
     Unsupported { key: &'static str, value: String, expected: &'static str },
     #[error("{key} is {got}: expected {expected}")]

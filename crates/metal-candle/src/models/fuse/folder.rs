@@ -54,6 +54,7 @@ fn refuse_occupied(to: &Path) -> Result<()> {
 
 fn from_folder(base: &HfFolder, adapter: &Path, to: &Path, float: Option<DType>) -> Result<Fused> {
     let adapter = LoRAAdapter::load(adapter, base.config(), &Device::Cpu)?;
+    let base = base.weights();
     let mut shards: BTreeMap<PathBuf, Vec<&str>> = BTreeMap::new();
     for name in base.weight_names() {
         shards.entry(base.weight_shape(name)?.0.to_owned()).or_default().push(name);

@@ -2,7 +2,7 @@
 
 use crate::fnv::Fnv;
 use crate::io::gguf::{self, Encoding, GgufFile, StoredTensor};
-use crate::io::{self, Bytes, HfFolder};
+use crate::io::{self, Bytes, HfWeights};
 use crate::{DType, Device, LazyTensor, Result};
 use candle_core::Tensor;
 use half::f16;
@@ -12,7 +12,7 @@ use std::path::Path;
 #[derive(Clone, Copy)]
 pub(super) enum WeightSource<'a> {
     Gguf(&'a GgufFile),
-    Folder(&'a HfFolder),
+    Folder(&'a HfWeights),
     /// Made up: a weight of any name and shape.
     Random {
         seed: u64,
