@@ -25,6 +25,7 @@ mod executable;
 mod executor;
 #[cfg(any(feature = "cuda", feature = "metal", test))]
 mod hazards;
+mod inputs;
 mod mapped;
 #[cfg(any(test, feature = "metal"))]
 mod metal;
