@@ -5,10 +5,11 @@ use crate::cpu::CpuExecutable;
 #[cfg(feature = "cuda")]
 use crate::cuda::CudaExecutable;
 use crate::in_flight::Started;
+use crate::inputs::Inputs;
 #[cfg(feature = "metal")]
 use crate::metal::MetalExecutable;
-use crate::{Device, Error, Result, Workspace, World, WorldError, verify};
-use metal_candle_compiler::{LibraryCall, OutputSource, Plan, Slot, Work};
+use crate::{Device, Result, Workspace, World, WorldError, verify};
+use metal_candle_compiler::{LibraryCall, Plan, Work};
 use rayon::ThreadPool;
 use std::any::Any;
 use std::fmt;
@@ -20,8 +21,7 @@ use std::sync::Arc;
 pub struct Executable {
     plan: Plan,
     device: Device,
-    /// By input: whether a step or a result refers to it.
-    used: Vec<bool>,
+    inputs: Arc<Inputs>,
     backend: Box<dyn Backend>,
 }
 
@@ -31,13 +31,13 @@ pub(crate) type Done = Box<dyn FnOnce(Result<Vec<Buffer>>) + Send>;
 /// The results of a run that `start` starts, and whose end it is told of: nothing is returned before.
 ///
 /// # Errors
-/// Those of `start`, and of the run; [`Error::Lost`] if that is given up.
+/// Those of `start`, and of the run; [`Error::Lost`](crate::Error::Lost) if that is given up.
 #[cfg(any(test, feature = "metal"))]
 pub(crate) fn wait(start: impl FnOnce(Done) -> Result<()>) -> Result<Vec<Buffer>> {
     let (sender, receiver) = std::sync::mpsc::channel();
     // Nobody may be waiting any more.
     start(Box::new(move |results| drop(sender.send(results))))?;
-    receiver.recv().unwrap_or(Err(Error::Lost))
+    receiver.recv().unwrap_or(Err(crate::Error::Lost))
 }
 
 /// What a run is to be timed by.
@@ -57,6 +57,11 @@ pub(crate) struct Clock {
 
 /// What a device makes of a plan.
 pub(crate) trait Backend: Send + Sync {
+    /// Whether it has taken the inputs that are held, and runs are given the others only; else they are given all.
+    fn holds_inputs(&self) -> bool {
+        false
+    }
+
     /// Runs the steps and waits for them; the CPU on `pool`, if there is one and they are worth it, else on this
     /// thread. The inputs that are used have the plan's types, those that are donated are unique.
     fn run(
@@ -101,23 +106,40 @@ impl Executable {
     /// # Errors
     /// [`Error::Plan`] if a step would touch memory that is not its own; [`Error::OutOfMemory`] for the arena;
     /// [`Error::NotInBuild`] and [`Error::NotInMachine`], and what its driver says.
+    ///
+    /// [`Error::Plan`]: crate::Error::Plan
+    /// [`Error::OutOfMemory`]: crate::Error::OutOfMemory
+    /// [`Error::NotInBuild`]: crate::Error::NotInBuild
+    /// [`Error::NotInMachine`]: crate::Error::NotInMachine
     pub fn new(plan: Plan, device: &Device) -> Result<Executable> {
-        Executable::within(plan, device, None)
+        Executable::holding(plan, device, None, Vec::new())
     }
 
     /// [`Executable::new`]; where the plan sums over ranks, over those of this world.
     ///
+    /// The buffers in `held`, one place for each input of the plan, are the same in every run, which is then given the
+    /// others only, in their order. As long as the executable lives, nothing can donate or write what it holds, unless it
+    /// is a Candle tensor, whose storage is locked and looked up in every run. If `held` is empty, so is nothing held.
+    ///
     /// # Errors
-    /// As [`Executable::new`]; [`WorldError::OtherDevice`].
-    pub fn within(plan: Plan, device: &Device, world: Option<&Arc<World>>) -> Result<Executable> {
+    /// As [`Executable::new`]; [`WorldError::OtherDevice`]; for what is held, as [`AsyncGraphExecutor::run`].
+    ///
+    /// [`AsyncGraphExecutor::run`]: crate::AsyncGraphExecutor::run
+    pub fn holding(
+        plan: Plan,
+        device: &Device,
+        world: Option<&Arc<World>>,
+        held: Vec<Option<Buffer>>,
+    ) -> Result<Executable> {
         verify::verify(&plan)?;
+        let inputs = Arc::new(Inputs::new(&plan, device, held)?);
         let world = world.filter(|_| sums_over_ranks(&plan)).cloned();
         if let Some(world) = world.as_ref().filter(|world| world.device() != device) {
             let (plan, world) = (*device, *world.device());
             return Err(WorldError::OtherDevice { plan, world }.into());
         }
         let backend: Box<dyn Backend> = match device {
-            Device::Cpu => Box::new(CpuExecutable::new(&plan, world)?),
+            Device::Cpu => Box::new(CpuExecutable::new(&plan, world, Arc::clone(&inputs))?),
             #[cfg(feature = "cuda")]
             Device::Cuda(number) => {
                 Box::new(CudaExecutable::new(crate::cuda::Gpu::get(*number)?, &plan, world)?)
@@ -128,8 +150,7 @@ impl Executable {
             }
             other => return Err(other.missing()),
         };
-        let used = used_inputs(&plan);
-        Ok(Executable { plan, device: *device, used, backend })
+        Ok(Executable { plan, device: *device, inputs, backend })
     }
 
     pub fn plan(&self) -> &Plan {
@@ -151,32 +172,24 @@ impl Executable {
         self.backend.workspaces()
     }
 
-    pub(crate) fn run(
-        &self,
-        mut inputs: Vec<Buffer>,
-        pool: Option<&ThreadPool>,
-    ) -> Result<Vec<Buffer>> {
-        self.check_inputs(&mut inputs)?;
+    pub(crate) fn run(&self, given: Vec<Buffer>, pool: Option<&ThreadPool>) -> Result<Vec<Buffer>> {
+        let inputs = self.checked(given)?;
         self.backend.run(&self.plan, inputs, pool, None)
     }
 
     /// See [`Backend::start`].
-    pub(crate) fn start(
-        &self,
-        mut inputs: Vec<Buffer>,
-        pool: Option<&ThreadPool>,
-    ) -> Result<Started> {
-        self.check_inputs(&mut inputs)?;
+    pub(crate) fn start(&self, given: Vec<Buffer>, pool: Option<&ThreadPool>) -> Result<Started> {
+        let inputs = self.checked(given)?;
         self.backend.start(&self.plan, inputs, pool)
     }
 
     pub(crate) fn profile(
         &self,
-        mut inputs: Vec<Buffer>,
+        given: Vec<Buffer>,
         pool: Option<&ThreadPool>,
         timing: Timing,
     ) -> Result<(Vec<Buffer>, Vec<f64>)> {
-        self.check_inputs(&mut inputs)?;
+        let inputs = self.checked(given)?;
         let mut clock = Clock { timing, seconds: Vec::new() };
         let results = self.backend.run(&self.plan, inputs, pool, Some(&mut clock))?;
         Ok((results, clock.seconds))
@@ -185,38 +198,20 @@ impl Executable {
     /// See [`Backend::submit`].
     pub(crate) fn submit(
         &self,
-        mut inputs: Vec<Buffer>,
+        given: Vec<Buffer>,
         pool: Option<&ThreadPool>,
         done: Done,
     ) -> Option<Result<Vec<Buffer>>> {
-        match self.check_inputs(&mut inputs) {
-            Ok(()) => self.backend.submit(&self.plan, inputs, pool, done),
+        match self.checked(given) {
+            Ok(inputs) => self.backend.submit(&self.plan, inputs, pool, done),
             Err(error) => Some(Err(error)),
         }
     }
 
-    /// # Errors
-    /// [`Error::InputCount`], [`Error::InputType`], [`Error::InputDevice`] and [`Error::DonatedShared`].
-    fn check_inputs(&self, inputs: &mut [Buffer]) -> Result<()> {
-        let (expected, got) = (self.plan.inputs.len(), inputs.len());
-        if expected != got {
-            return Err(Error::InputCount { expected, got });
-        }
-        let each = inputs.iter_mut().zip(&self.plan.inputs).zip(&self.used).enumerate();
-        for (index, ((buffer, input), _)) in each.filter(|(_, (_, used))| **used) {
-            let (expected, got, len) = (input.ty, buffer.dtype(), buffer.len());
-            if expected.dtype != got || expected.shape.len() != len {
-                return Err(Error::InputType { index, expected, got, len });
-            }
-            let (expected, got) = (self.device, buffer.device());
-            if expected != got {
-                return Err(Error::InputDevice { index, expected, got });
-            }
-            if input.donated && !buffer.is_unique_now() {
-                return Err(Error::DonatedShared { input: index });
-            }
-        }
-        Ok(())
+    /// What the backend is to be given of these inputs, once they have been looked at.
+    fn checked(&self, mut given: Vec<Buffer>) -> Result<Vec<Buffer>> {
+        self.inputs.check(&self.plan, &mut given)?;
+        Ok(if self.backend.holds_inputs() { given } else { self.inputs.all(given) })
     }
 }
 
@@ -232,21 +227,6 @@ impl fmt::Debug for Executable {
 
 fn sums_over_ranks(plan: &Plan) -> bool {
     plan.steps.iter().any(|step| matches!(step.work, Work::Call(LibraryCall::AllReduce)))
-}
-
-fn used_inputs(plan: &Plan) -> Vec<bool> {
-    let mut used = vec![false; plan.inputs.len()];
-    for operand in plan.steps.iter().flat_map(|s| s.args.iter().chain(&s.outs)) {
-        if let Slot::Input(i) = operand.slot {
-            used[i as usize] = true;
-        }
-    }
-    for output in &plan.outputs {
-        if let OutputSource::Input(i) | OutputSource::Donated(i) = output.source {
-            used[i as usize] = true;
-        }
-    }
-    used
 }
 
 pub(crate) fn message(panic: &(dyn Any + Send)) -> String {

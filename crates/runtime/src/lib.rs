@@ -26,6 +26,7 @@ mod executor;
 #[cfg(any(feature = "cuda", feature = "metal", test))]
 mod hazards;
 mod in_flight;
+mod inputs;
 mod mapped;
 #[cfg(any(test, feature = "metal"))]
 mod metal;

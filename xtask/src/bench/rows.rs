@@ -207,7 +207,9 @@ fn overhead(model: &Path, tokens: usize) -> Row {
         unit: Unit::Time,
         floor: Floor::default(),
         is_model: true,
-        note: Some("the token's time less its steps'; two looks at the clock a step are in it"),
+        note: Some(
+            "the token's time less its steps', and less the looks at the clock between them",
+        ),
     }
 }
 

@@ -59,7 +59,7 @@ struct Traced {
     types: Vec<TensorType>,
     device: Device,
     executable: Arc<Executable>,
-    /// What each input of the plan is.
+    /// What each input of the plan is that the executable does not hold.
     inputs: Vec<Leaf>,
     results: Vec<TensorType>,
 }
@@ -238,12 +238,20 @@ impl Compiled {
     #[track_caller]
     fn trace(&self, args: &[LazyTensor]) -> Result<Traced> {
         let Planned { plan, device, results, trace } = self.planned(args)?;
-        let executable = Executable::within(plan, &device, self.world.as_ref()).at_caller()?;
+        // What the function captures is the same in every call.
+        let held = |leaf: &Leaf| match leaf {
+            Leaf::Value(buffer) => Some(buffer.clone()),
+            Leaf::Argument(_) | Leaf::Placeholder(_) | Leaf::Detached => None,
+        };
+        let captured = trace.leaves.iter().map(held).collect();
+        let executable = Executable::holding(plan, &device, self.world.as_ref(), captured);
+        let executable = Arc::new(executable.at_caller()?);
+        let inputs = trace.leaves.into_iter().filter(|leaf| held(leaf).is_none()).collect();
         Ok(Traced {
             types: args.iter().map(LazyTensor::ty).collect(),
             device,
-            executable: Arc::new(executable),
-            inputs: trace.leaves,
+            executable,
+            inputs,
             results,
         })
     }
@@ -276,7 +284,7 @@ impl Compiled {
 }
 
 impl Traced {
-    /// The plan's inputs, out of the arguments and of what was captured.
+    /// What the executable is to be given: the arguments that the plan takes.
     #[track_caller]
     fn bind(&self, args: Vec<LazyTensor>) -> Result<Vec<Buffer>> {
         let mut buffers: SmallVec<[Option<Buffer>; 8]> = SmallVec::new();
@@ -284,12 +292,12 @@ impl Traced {
             buffers.push(Some(arg.into_buffer()?));
         }
         let input = |leaf: &Leaf| match leaf {
-            Leaf::Value(buffer) => Ok(buffer.clone()),
-            Leaf::Placeholder(ty) => Err(ErrorKind::PlaceholderValue { ty: *ty }),
             // Each argument is one input of the plan, so its memory is handed on, not shared.
             Leaf::Argument(i) => Ok(buffers[*i as usize]
                 .take()
                 .expect("metal-candle bug: an argument is two inputs of its plan")),
+            Leaf::Placeholder(ty) => Err(ErrorKind::PlaceholderValue { ty: *ty }),
+            Leaf::Value(_) => panic!("metal-candle bug: a captured value is not held"),
             Leaf::Detached => panic!("metal-candle bug: a detached input in a compiled function"),
         };
         self.inputs.iter().map(input).collect::<std::result::Result<_, _>>().at_caller()

@@ -104,7 +104,7 @@ fn check_product(what: &str, got: &Tensor, a: &Tensor, b: &Tensor, part: f64) {
 
 #[test]
 fn a_quantised_product_and_its_gradient_are_those_of_the_f32_weight() {
-    // Few rows are multiplied in integers, which are exact here, or as they are; many by bf16 where the processor has it.
+    // Few rows are multiplied in integers, which are exact here, or as they are; many so, too, or by bf16, as the processor has it.
     for format in BlockFormat::ALL {
         use BlockFormat::{NF4, Q4_0, Q4_1, Q4K, Q5K, Q6K, Q8_0};
         let Some((blocks, weight)) = weight(format) else { continue };

@@ -6,6 +6,7 @@ use crate::arena::Arena;
 use crate::buffer::{Buffer, Memory};
 use crate::element::Data;
 use crate::executable::{Backend, Clock, Timing, message};
+use crate::inputs::Inputs;
 use crate::pages::prefer_huge;
 use crate::run_memories::RunMemories;
 use crate::{Error, Result, Workspace, World, verify};
@@ -42,6 +43,9 @@ pub(crate) struct CpuExecutable {
     memories: RunMemories<RunMemory>,
     /// Where it sums over ranks, if it does.
     world: Option<Arc<World>>,
+    inputs: Arc<Inputs>,
+    /// Inputs that are held and live in a Candle storage, by the storage.
+    shared: Vec<(usize, u32)>,
 }
 
 /// What is fixed about a step.
@@ -62,11 +66,11 @@ struct Place {
     offset_bytes: usize,
 }
 
-/// The memory of one run: the arena, and the tables that every run fills anew.
+/// The memory of one run: the arena, and tables in which every run fills in what changes.
 struct RunMemory {
-    arena: Arena,
-    /// Where the arena, the inputs and the outputs start, in this order.
+    /// Where the arena, the inputs and the outputs start, in this order. The arena and what is held stay.
     bases: Vec<*mut u8>,
+    _arena: Arena,
     outputs: Vec<Option<Data>>,
     /// Inputs that live in a Candle storage, by the storage.
     shared: Vec<(usize, u32)>,
@@ -74,16 +78,22 @@ struct RunMemory {
     guards: Vec<[usize; 2]>,
 }
 
-// SAFETY: the pointers are leftovers of earlier runs; a run fills the table before it reads it.
+// SAFETY: the pointers are to the arena, to what the executable holds, and leftovers of earlier runs, which a run replaces
+// before it reads the table.
 unsafe impl Send for RunMemory {}
 
 impl RunMemory {
-    fn new(plan: &Plan) -> Result<RunMemory> {
+    fn new(plan: &Plan, inputs: &Inputs) -> Result<RunMemory> {
         let arena = Arena::new(plan.arena_bytes, Target::CPU.align_bytes)?;
         assert_eq!(arena.len_bytes(), plan.arena_bytes, "metal-candle bug: arena size");
+        let mut bases = vec![std::ptr::null_mut(); 1 + plan.inputs.len() + plan.outputs.len()];
+        bases[0] = arena.as_ptr();
+        for (input, buffer) in inputs.held() {
+            bases[1 + input] = start(buffer, input).unwrap_or_default();
+        }
         Ok(RunMemory {
-            arena,
-            bases: Vec::new(),
+            bases,
+            _arena: arena,
             outputs: Vec::new(),
             shared: Vec::new(),
             guards: Vec::new(),
@@ -91,19 +101,43 @@ impl RunMemory {
     }
 }
 
+/// Where the elements of an input are read; nowhere yet, if they live in a Candle storage.
+fn start(buffer: &Buffer, input: usize) -> Option<*mut u8> {
+    match buffer.memory() {
+        Memory::Owned(data) => Some(data.as_ptr().cast_mut()),
+        Memory::Mapped(mapped) => Some(mapped.as_ptr().cast_mut()),
+        Memory::Shared(_) => None,
+        Memory::Device(_) => panic!("metal-candle bug: input {input} is on a device"),
+    }
+}
+
+/// The storage that an input lives in, if it is Candle's, and the input.
+fn shared(buffer: &Buffer, input: usize) -> Option<(usize, u32)> {
+    match buffer.memory() {
+        Memory::Shared(storage) => Some((storage.key(), input as u32)),
+        Memory::Owned(_) | Memory::Mapped(_) | Memory::Device(_) => None,
+    }
+}
+
 impl CpuExecutable {
     /// # Errors
     /// [`Error::OutOfMemory`] for the arena.
-    pub(crate) fn new(plan: &Plan, world: Option<Arc<World>>) -> Result<CpuExecutable> {
+    pub(crate) fn new(
+        plan: &Plan,
+        world: Option<Arc<World>>,
+        inputs: Arc<Inputs>,
+    ) -> Result<CpuExecutable> {
         let steps: Vec<Prepared> = plan.steps.iter().map(|s| Prepared::new(plan, s)).collect();
         let outputs = 0..plan.outputs.len();
-        let make = || RunMemory::new(plan);
+        let make = || RunMemory::new(plan, &inputs);
         Ok(CpuExecutable {
             zeroed: outputs.map(|i| !verify::is_written_whole(plan, i)).collect(),
             parallel: steps.iter().map(Prepared::pool_work).sum::<u64>() >= POOL_WORK,
             steps,
             memories: RunMemories::new(IDLE_MEMORIES, plan.arena_bytes, make)?,
             world,
+            shared: inputs.held().filter_map(|(i, buffer)| shared(buffer, i)).collect(),
+            inputs,
         })
     }
 
@@ -113,33 +147,28 @@ impl CpuExecutable {
         &self,
         plan: &Plan,
         memory: &mut RunMemory,
-        inputs: &mut [Buffer],
+        given: &mut [Buffer],
         pool: Option<&ThreadPool>,
         clock: Option<&mut Clock>,
     ) -> Result<()> {
-        let RunMemory { arena, bases, outputs, shared, guards } = memory;
-        bases.clear();
-        bases.push(arena.as_ptr());
-        shared.clear();
-        for (i, (buffer, input)) in inputs.iter_mut().zip(&plan.inputs).enumerate() {
-            let written = if input.donated { buffer.unique_mut() } else { None };
-            bases.push(match written {
+        let RunMemory { bases, outputs, shared, guards, .. } = memory;
+        shared.clone_from(&self.shared);
+        for (buffer, i) in given.iter_mut().zip(self.inputs.given()) {
+            let written = if plan.inputs[i].donated { buffer.unique_mut() } else { None };
+            bases[1 + i] = match written {
                 Some(data) => data.as_mut_ptr(),
-                None => match buffer.memory() {
-                    Memory::Owned(data) => data.as_ptr().cast_mut(),
-                    Memory::Mapped(mapped) => mapped.as_ptr().cast_mut(),
-                    Memory::Shared(storage) => {
-                        shared.push((storage.key(), i as u32));
-                        std::ptr::null_mut()
-                    }
-                    Memory::Device(_) => panic!("metal-candle bug: input {i} is on a device"),
-                },
-            });
+                None => start(buffer, i).unwrap_or_else(|| {
+                    shared.extend(self::shared(buffer, i));
+                    std::ptr::null_mut()
+                }),
+            };
         }
-        let outputs = outputs.iter_mut();
-        bases.extend(outputs.map(|o| o.as_mut().map_or(std::ptr::null_mut(), Data::as_mut_ptr)));
+        for (base, output) in bases[1 + plan.inputs.len()..].iter_mut().zip(outputs) {
+            *base = output.as_mut().map_or(std::ptr::null_mut(), Data::as_mut_ptr);
+        }
         let mut held: Vec<StorageRef<'_>> = recycled(std::mem::take(guards));
-        lock_shared(plan, inputs, shared, bases, &mut held)?;
+        let input = |i| self.inputs.get(i, given);
+        lock_shared(plan, input, shared, bases, &mut held)?;
         let outcome = self.walk(plan, &Bases(bases), pool, clock);
         held.clear();
         *guards = recycled(held);
@@ -201,22 +230,26 @@ impl CpuExecutable {
 }
 
 impl Backend for CpuExecutable {
+    fn holds_inputs(&self) -> bool {
+        true
+    }
+
     fn run(
         &self,
         plan: &Plan,
-        mut inputs: Vec<Buffer>,
+        mut given: Vec<Buffer>,
         pool: Option<&ThreadPool>,
         clock: Option<&mut Clock>,
     ) -> Result<Vec<Buffer>> {
-        let memory = self.memories.take(|| RunMemory::new(plan))?;
+        let memory = self.memories.take(|| RunMemory::new(plan, &self.inputs))?;
         let mut lease = Lease { executable: self, memory: Some(memory) };
         let memory = lease.memory.as_mut().expect("metal-candle bug: an ended lease");
         memory.outputs.clear();
         for (output, zeroed) in plan.outputs.iter().zip(&self.zeroed) {
             memory.outputs.push(fresh(output, *zeroed)?);
         }
-        self.run_steps(plan, memory, &mut inputs, pool, clock)?;
-        Ok(results(plan, memory, &inputs))
+        self.run_steps(plan, memory, &mut given, pool, clock)?;
+        Ok(results(plan, memory, |i| self.inputs.get(i, &given)))
     }
 
     fn workspaces(&self) -> Vec<Workspace> {
@@ -232,7 +265,7 @@ impl Backend for CpuExecutable {
 /// runs and no writer wait for each other in a circle.
 fn lock_shared<'a>(
     plan: &Plan,
-    inputs: &'a [Buffer],
+    input: impl Fn(usize) -> &'a Buffer,
     shared: &mut [(usize, u32)],
     bases: &mut [*mut u8],
     held: &mut Vec<StorageRef<'a>>,
@@ -241,7 +274,7 @@ fn lock_shared<'a>(
     let mut last = None;
     for (key, index) in shared.iter() {
         let index = *index as usize;
-        let Memory::Shared(storage) = inputs[index].memory() else {
+        let Memory::Shared(storage) = input(index).memory() else {
             unreachable!("metal-candle bug: input {index} has moved")
         };
         if last != Some(*key) {
@@ -261,7 +294,11 @@ fn lock_shared<'a>(
 }
 
 /// The results, once every step has run.
-fn results(plan: &Plan, memory: &mut RunMemory, inputs: &[Buffer]) -> Vec<Buffer> {
+fn results<'a>(
+    plan: &Plan,
+    memory: &mut RunMemory,
+    input: impl Fn(usize) -> &'a Buffer,
+) -> Vec<Buffer> {
     let mut results: Vec<Buffer> = Vec::with_capacity(plan.outputs.len());
     for (output, data) in plan.outputs.iter().zip(&mut memory.outputs) {
         results.push(match output.source {
@@ -271,7 +308,7 @@ fn results(plan: &Plan, memory: &mut RunMemory, inputs: &[Buffer]) -> Vec<Buffer
                 unsafe { data.set_len(output.ty.shape.len()) };
                 Buffer::from_data(data)
             }
-            OutputSource::Donated(i) | OutputSource::Input(i) => inputs[i as usize].clone(),
+            OutputSource::Donated(i) | OutputSource::Input(i) => input(i as usize).clone(),
             OutputSource::SameAs(i) => results[i as usize].clone(),
         });
     }

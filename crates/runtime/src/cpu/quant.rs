@@ -4,15 +4,18 @@
 //! format ── what a block of each format means     isa ── what the loops ask of an instruction set
 //! unpack ── blocks to f32                         dot ── rows of blocks times a rounded vector
 //!                                                 vnni ─ the same of Q4_1, two blocks to an instruction
-//! nf4 ───── both loops of NF4, a table of f32
+//! nf4 ───── both loops of NF4, a table of f32     int8 ─ many rows times panels of blocks
 //! ```
 //!
-//! A few rows of activations are multiplied with the blocks as they are, in integers (NF4 in f32). Many are multiplied by the blocked
-//! product, which unpacks the weights as it packs them: as bf16, to which it then rounds the activations too, where the
-//! processor multiplies bf16; else as f32. The weight never exists as a whole.
+//! A few rows of activations are multiplied with the blocks as they are, in integers (NF4 in f32); so are many, panel by panel, where
+//! the processor has AVX-512 VNNI. Elsewhere, for other formats and for `x w`, they are multiplied by the blocked product, which
+//! unpacks the weights as it packs them: as bf16, to which it then rounds the activations too, where the processor multiplies
+//! bf16; else as f32. The weight never exists as a whole.
 
 mod dot;
 mod format;
+#[cfg(target_arch = "x86_64")]
+mod int8;
 mod isa;
 mod nf4;
 mod unpack;
@@ -25,13 +28,14 @@ use crate::cpu::number::{Accumulator, Float, Number, Real, for_float};
 use crate::cpu::parallel::{self, Parts};
 use crate::cpu::scratch;
 use crate::cpu::view::{Arg, Out};
+use crate::element::Element;
 use candle_core::quantized::GgmlType;
 use candle_core::quantized::k_quants::{
     BlockQ2K, BlockQ3K, BlockQ4_0, BlockQ4_1, BlockQ4K, BlockQ5_0, BlockQ5_1, BlockQ5K, BlockQ6K,
     BlockQ8_0, BlockQ8_1, BlockQ8K,
 };
 use dot::{DotFn, Rounded};
-use metal_candle_graph::BlockFormat;
+use metal_candle_graph::{BlockFormat, DType};
 use std::ops::Range;
 use unpack::UnpackFn;
 
@@ -225,14 +229,21 @@ impl<'a> Blocks<'a> {
         if self.loops.is_some() { format::LEN } else { self.format.block_len() }
     }
 
-    /// `x wᵀ` or `x w` by the blocked product.
-    fn product<T: Float, X: Multiply>(
+    /// `x wᵀ` or `x w` of many rows.
+    fn product<T: Float, X: Multiply<Acc: Real>>(
         self,
         x: Mat<'_, X>,
         out: &mut [T],
         transposed: bool,
         parallel: bool,
     ) {
+        #[cfg(target_arch = "x86_64")]
+        if !transposed
+            && X::Acc::DTYPE == DType::F32
+            && let Some(loops) = int8::loops(self.format)
+        {
+            return loops.product(x, &self, out, parallel);
+        }
         let n = if transposed { self.cols } else { self.rows };
         let out = MatMut::dense(out, x.rows(), n);
         if transposed {

@@ -1,5 +1,5 @@
 use super::*;
-use crate::AsyncGraphExecutor;
+use crate::{AsyncGraphExecutor, Error};
 use metal_candle_graph::{BinaryOp, ComputationGraph, DType, Shape, TensorType};
 use std::sync::Arc;
 use std::thread;
@@ -60,9 +60,9 @@ fn doubling() -> Executable {
     let x = g.input(0, TensorType::new(DType::F32, Shape::new(&[3]).unwrap()));
     g.outputs = vec![g.binary(BinaryOp::Add, x, x).unwrap()];
     let plan = metal_candle_compiler::plan(&g, Device::Cpu.target(), &[]).unwrap();
-    let cpu = Arc::new(CpuExecutable::new(&plan, None).unwrap());
-    let used = used_inputs(&plan);
-    Executable { plan, device: Device::Cpu, used, backend: Box::new(Beside(cpu)) }
+    let inputs = Arc::new(Inputs::new(&plan, &Device::Cpu, Vec::new()).unwrap());
+    let cpu = Arc::new(CpuExecutable::new(&plan, None, Arc::clone(&inputs)).unwrap());
+    Executable { plan, device: Device::Cpu, inputs, backend: Box::new(Beside(cpu)) }
 }
 
 fn inputs() -> Vec<Buffer> {
@@ -99,4 +99,73 @@ fn a_run_that_is_given_up_is_an_error_and_no_wait_forever() {
         Ok(())
     });
     assert!(matches!(outcome, Err(Error::Lost)), "{outcome:?}");
+}
+
+/// `a - b` of three numbers.
+fn difference(held: Vec<Option<Buffer>>, donated: &[bool]) -> Result<Executable> {
+    let mut g = ComputationGraph::new();
+    let [a, b] = [0, 1].map(|i| g.input(i, TensorType::new(DType::F32, Shape::new(&[3]).unwrap())));
+    g.outputs = vec![g.binary(BinaryOp::Sub, a, b).unwrap()];
+    let plan = metal_candle_compiler::plan(&g, Device::Cpu.target(), donated).unwrap();
+    Executable::holding(plan, &Device::Cpu, None, held)
+}
+
+fn numbers(values: [f32; 3]) -> Buffer {
+    Buffer::from_vec(values.to_vec())
+}
+
+fn values_of(executable: &Executable, given: Vec<Buffer>) -> Vec<f32> {
+    let results = AsyncGraphExecutor::with_threads(1).run(executable, given).unwrap();
+    results[0].to_vec().unwrap()
+}
+
+#[test]
+fn a_run_is_given_what_is_not_held() {
+    let (one, two) = (numbers([1.0; 3]), numbers([2.0, 3.0, 4.0]));
+    let first = difference(vec![Some(one.clone()), None], &[]).unwrap();
+    let second = difference(vec![None, Some(one.clone())], &[]).unwrap();
+    let both = difference(vec![Some(two.clone()), Some(one.clone())], &[]).unwrap();
+    for _ in 0..2 {
+        assert_eq!(values_of(&first, vec![two.clone()]), [-1.0, -2.0, -3.0]);
+        assert_eq!(values_of(&second, vec![two.clone()]), [1.0, 2.0, 3.0]);
+        assert_eq!(values_of(&first, vec![one.clone()]), [0.0; 3]);
+        assert_eq!(values_of(&both, Vec::new()), [1.0, 2.0, 3.0]);
+    }
+    let more = AsyncGraphExecutor::with_threads(1).run(&first, vec![one.clone(), two.clone()]);
+    assert!(matches!(more, Err(Error::InputCount { expected: 1, got: 2 })), "{more:?}");
+    let short =
+        AsyncGraphExecutor::with_threads(1).run(&second, vec![Buffer::from_vec(vec![1f32])]);
+    assert!(matches!(short, Err(Error::InputType { index: 0, len: 1, .. })), "{short:?}");
+}
+
+#[test]
+fn what_is_held_is_checked_and_stays_as_it_is() {
+    let one = numbers([1.0; 3]);
+    let hold = |held, donated| difference(held, donated).unwrap_err();
+    let error = hold(vec![Some(one.clone())], &[]);
+    assert!(matches!(error, Error::InputCount { expected: 2, got: 1 }), "{error:?}");
+    let error = hold(vec![None, Some(Buffer::from_vec(vec![1i64, 2, 3]))], &[]);
+    assert!(matches!(error, Error::InputType { index: 1, got: DType::I64, .. }), "{error:?}");
+    let error = hold(vec![Some(one), None], &[true, false]);
+    assert!(matches!(error, Error::DonatedShared { input: 0 }), "{error:?}");
+
+    // The holder has the other handle: nobody can have it overwritten.
+    let two = numbers([2.0; 3]);
+    let holder = difference(vec![None, Some(two.clone())], &[]).unwrap();
+    let donated = difference(Vec::new(), &[true, false]).unwrap();
+    let run = AsyncGraphExecutor::with_threads(1).run(&donated, vec![two, numbers([1.0; 3])]);
+    assert!(matches!(run, Err(Error::DonatedShared { input: 0 })), "{run:?}");
+    assert_eq!(values_of(&holder, vec![numbers([2.0; 3])]), [0.0; 3]);
+}
+
+/// Candle may change a tensor in place, or give its storage other memory: what is held of it is what it is now.
+#[test]
+fn a_tensor_that_is_held_is_read_anew_in_every_run() {
+    let new = |values: &[f32]| candle_core::Tensor::new(values, &candle_core::Device::Cpu).unwrap();
+    let tensor = new(&[1.0, 2.0, 3.0]);
+    let held = Buffer::from_candle(&tensor).unwrap();
+    let executable = difference(vec![None, Some(held)], &[]).unwrap();
+    assert_eq!(values_of(&executable, vec![numbers([4.0; 3])]), [3.0, 2.0, 1.0]);
+    tensor.slice_set(&new(&[0.0, 8.0]), 0, 1).unwrap();
+    assert_eq!(values_of(&executable, vec![numbers([4.0; 3])]), [3.0, 4.0, -4.0]);
 }
