@@ -28,14 +28,13 @@ use crate::cpu::number::{Accumulator, Float, Number, Real, for_float};
 use crate::cpu::parallel::{self, Parts};
 use crate::cpu::scratch;
 use crate::cpu::view::{Arg, Out};
-use crate::element::Element;
 use candle_core::quantized::GgmlType;
 use candle_core::quantized::k_quants::{
     BlockQ2K, BlockQ3K, BlockQ4_0, BlockQ4_1, BlockQ4K, BlockQ5_0, BlockQ5_1, BlockQ5K, BlockQ6K,
     BlockQ8_0, BlockQ8_1, BlockQ8K,
 };
 use dot::{DotFn, Rounded};
-use metal_candle_graph::{BlockFormat, DType};
+use metal_candle_graph::BlockFormat;
 use std::ops::Range;
 use unpack::UnpackFn;
 
@@ -199,6 +198,12 @@ macro_rules! sources {
 }
 sources!(u32: f32, f32: f32, f64: f64);
 
+/// What integer products are added up in.
+#[cfg(target_arch = "x86_64")]
+fn is_f32<A: crate::element::Element>() -> bool {
+    A::DTYPE == metal_candle_graph::DType::F32
+}
+
 impl<'a> Blocks<'a> {
     pub(crate) fn new(w: &Arg<'a>, format: BlockFormat, rows: usize, cols: usize) -> Blocks<'a> {
         let bytes = w.slice::<u8>();
@@ -239,7 +244,7 @@ impl<'a> Blocks<'a> {
     ) {
         #[cfg(target_arch = "x86_64")]
         if !transposed
-            && X::Acc::DTYPE == DType::F32
+            && is_f32::<X::Acc>()
             && let Some(loops) = int8::loops(self.format)
         {
             return loops.product(x, &self, out, parallel);
