@@ -5,17 +5,11 @@ use std::path::Path;
 use serde::Deserialize;
 
 use super::Problem;
-use super::config::{MAX_SIZE, inconsistent, size};
-use crate::io::{Activation, EncoderConfig, Error, Result, file};
+use super::config::{MAX_SIZE, inconsistent, read_family, size};
+use crate::io::{Activation, EncoderConfig, Result};
 
 /// The families that are encoders of ours.
 const FAMILIES: [&str; 4] = ["bert", "roberta", "xlm-roberta", "camembert"];
-
-/// The key that says how to read the others.
-#[derive(Deserialize)]
-struct Family {
-    model_type: Option<String>,
-}
 
 /// What of a `config.json` changes what an encoder computes.
 #[derive(Deserialize)]
@@ -36,16 +30,8 @@ struct Json {
 }
 
 pub(super) fn read(path: &Path) -> Result<EncoderConfig> {
-    let bytes = file::read(path)?;
-    let json = |cause| Error::Json { path: path.to_owned(), cause };
-    let family: Family = serde_json::from_slice(&bytes).map_err(json)?;
-    let got = family.model_type.unwrap_or_default();
-    let in_file = |problem| Error::Model { path: path.to_owned(), problem };
-    if !FAMILIES.contains(&got.as_str()) {
-        return Err(in_file(Problem::Encoder { got, known: FAMILIES.to_vec() }));
-    }
-    let config: Json = serde_json::from_slice(&bytes).map_err(json)?;
-    config.encoder(got).map_err(in_file)
+    let unknown = |got| Problem::Encoder { got, known: FAMILIES.to_vec() };
+    read_family(path, &FAMILIES, unknown, Json::encoder)
 }
 
 impl Json {

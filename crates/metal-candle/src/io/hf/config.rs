@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 
 use super::Problem;
 use super::rope::{self, RopeJson};
@@ -63,16 +64,27 @@ fn default_window() -> Option<usize> {
 }
 
 pub(super) fn read(path: &Path) -> Result<DecoderConfig> {
+    let unknown = |got| Problem::Architecture { got, known: FAMILIES.to_vec() };
+    read_family(path, &FAMILIES, unknown, Json::decoder)
+}
+
+/// What `shape` makes of a `config.json` and its family, one of `known`; `unknown` is said of any other.
+pub(super) fn read_family<J: DeserializeOwned, C>(
+    path: &Path,
+    known: &[&str],
+    unknown: impl FnOnce(String) -> Problem,
+    shape: impl FnOnce(&J, String) -> std::result::Result<C, Problem>,
+) -> Result<C> {
     let bytes = file::read(path)?;
     let json = |cause| Error::Json { path: path.to_owned(), cause };
     let family: Family = serde_json::from_slice(&bytes).map_err(json)?;
     let got = family.model_type.unwrap_or_default();
     let in_file = |problem| Error::Model { path: path.to_owned(), problem };
-    if !FAMILIES.contains(&got.as_str()) {
-        return Err(in_file(Problem::Architecture { got, known: FAMILIES.to_vec() }));
+    if !known.contains(&got.as_str()) {
+        return Err(in_file(unknown(got)));
     }
-    let config: Json = serde_json::from_slice(&bytes).map_err(json)?;
-    config.decoder(got).map_err(in_file)
+    let config: J = serde_json::from_slice(&bytes).map_err(json)?;
+    shape(&config, got).map_err(in_file)
 }
 
 impl Json {
