@@ -17,7 +17,7 @@ pub(crate) fn call(args: &[Arg], outs: &mut [Out], layout: RopeLayout, parallel:
     };
     assert_eq!(out.shape(), x.shape(), "metal-candle bug: rope");
     let d = x.shape().last().unwrap_or(1);
-    rotate_all(x, [cos, sin], out, layout, parallel, &|row| row * d);
+    Rotation { x, tables: [cos, sin], layout, parallel, place: |row| row * d }.run(out);
 }
 
 /// In place on the output, which holds the base. `args = [x, cos, sin, start]`
@@ -40,70 +40,88 @@ pub(crate) fn call_update(
     let strides = shape.contiguous_strides();
     let (first, rows) = (start * strides[dim] as usize, leading(x.shape()));
     let place = |row| first + offset_of(row, rows, &strides) as usize;
-    rotate_all(x, [cos, sin], out, layout, parallel, &place);
+    Rotation { x, tables: [cos, sin], layout, parallel, place }.run(out);
     Ok(())
 }
 
-/// Where the elements of each row go.
-type Places<'a> = &'a (dyn Fn(usize) -> usize + Send + Sync);
-
-fn rotate_all(
-    x: &Arg,
-    tables: [&Arg; 2],
-    out: &mut Out,
+/// Rows of x, each turned by its rows of cos and sin.
+struct Rotation<'a, P> {
+    x: &'a Arg<'a>,
+    tables: [&'a Arg<'a>; 2],
     layout: RopeLayout,
     parallel: bool,
-    places: Places<'_>,
-) {
-    let half = x.shape().last().unwrap_or(1) / 2;
-    let expected = x.shape().with(x.shape().rank() - 1, half);
-    let fits = tables.iter().all(|t| *t.shape() == expected);
-    assert!(fits, "metal-candle bug: rope of {}", x.shape());
-    let f32_tables = tables.iter().all(|t| t.dtype() == DType::F32);
-    match x.dtype() {
-        DType::F32 if f32_tables => in_f32::<f32>(x, tables, out, layout, parallel, places),
-        DType::BF16 if f32_tables => in_f32::<bf16>(x, tables, out, layout, parallel, places),
-        DType::F16 if f32_tables => in_f32::<f16>(x, tables, out, layout, parallel, places),
-        dtype => for_float!(dtype, T => rope::<T>(x, tables, out, layout, parallel, places)),
-    }
+    /// Where the elements of each row go: every row has a place of its own.
+    place: P,
 }
 
-/// `f(first row, rows)` for some rows at a time.
-fn for_each_rows(parallel: bool, x: &Arg, f: impl Fn(usize, usize) + Send + Sync) {
-    let cols = x.shape().last().unwrap_or(1);
-    if x.shape().is_empty() {
-        return;
+impl<P: Fn(usize) -> usize + Send + Sync> Rotation<'_, P> {
+    fn run(&self, out: &mut Out) {
+        let Rotation { x, tables, .. } = self;
+        let half = x.shape().last().unwrap_or(1) / 2;
+        let expected = x.shape().with(x.shape().rank() - 1, half);
+        let fits = tables.iter().all(|t| *t.shape() == expected);
+        assert!(fits, "metal-candle bug: rope of {}", x.shape());
+        let f32_tables = tables.iter().all(|t| t.dtype() == DType::F32);
+        match x.dtype() {
+            DType::F32 if f32_tables => self.in_f32::<f32>(out),
+            DType::BF16 if f32_tables => self.in_f32::<bf16>(out),
+            DType::F16 if f32_tables => self.in_f32::<f16>(out),
+            dtype => for_float!(dtype, T => self.in_any::<T>(out)),
+        }
     }
-    let (all, most) = (x.shape().len() / cols, (parallel::GRAIN / cols).max(1));
-    parallel::for_each(parallel, all.div_ceil(most), |chunk| {
-        f(chunk * most, most.min(all - chunk * most));
-    });
-}
 
-/// With tables of any float dtype.
-fn rope<T: Float>(
-    x: &Arg,
-    tables: [&Arg; 2],
-    out: &mut Out,
-    layout: RopeLayout,
-    parallel: bool,
-    places: Places<'_>,
-) {
-    let (of_x, out) = (x.read::<T>(), Parts::new(out.slice::<T>()));
-    let d = of_x.cols();
-    for_each_rows(parallel, x, |first, n| {
-        let lens = [d, d / 2, d / 2, d];
-        scratch::split(lens, |[wide, cos, sin, turned]: [&mut [T::Acc]; 4]| {
-            for row in first..first + n {
-                of_x.row(row).widen_to(wide);
-                table_row(tables[0], row, cos);
-                table_row(tables[1], row, sin);
-                turn(wide, cos, sin, layout, turned);
-                // SAFETY: every row has a place of its own.
-                T::narrow_all(turned, unsafe { out.part(places(row), d) });
-            }
+    /// `f(first row, rows)` for some rows at a time.
+    fn for_each_rows(&self, f: impl Fn(usize, usize) + Send + Sync) {
+        let cols = self.x.shape().last().unwrap_or(1);
+        if self.x.shape().is_empty() {
+            return;
+        }
+        let (all, most) = (self.x.shape().len() / cols, (parallel::GRAIN / cols).max(1));
+        parallel::for_each(self.parallel, all.div_ceil(most), |chunk| {
+            f(chunk * most, most.min(all - chunk * most));
         });
-    });
+    }
+
+    /// With tables of any float dtype.
+    fn in_any<T: Float>(&self, out: &mut Out) {
+        let (x, out) = (self.x.read::<T>(), Parts::new(out.slice::<T>()));
+        let d = x.cols();
+        self.for_each_rows(|first, n| {
+            let lens = [d, d / 2, d / 2, d];
+            scratch::split(lens, |[wide, cos, sin, turned]: [&mut [T::Acc]; 4]| {
+                for row in first..first + n {
+                    x.row(row).widen_to(wide);
+                    table_row(self.tables[0], row, cos);
+                    table_row(self.tables[1], row, sin);
+                    turn(wide, cos, sin, self.layout, turned);
+                    // SAFETY: every row has a place of its own.
+                    T::narrow_all(turned, unsafe { out.part((self.place)(row), d) });
+                }
+            });
+        });
+    }
+
+    /// What most models have: rows are read where they lie, if their elements do so side by side.
+    fn in_f32<T: Float + Number<Acc = f32>>(&self, out: &mut Out) {
+        let (x, tables) = (self.x.read::<T>(), self.tables.map(|t| t.read::<f32>()));
+        let (out, d) = (Parts::new(out.slice::<T>()), x.cols());
+        self.for_each_rows(|first, n| {
+            let lens = [d, d / 2, d / 2, d];
+            scratch::split(lens, |[wide, of_cos, of_sin, turned]: [&mut [f32]; 4]| {
+                let tables = tables[0].rows_from(first).zip(tables[1].rows_from(first));
+                let rows = (first..first + n).zip(x.rows_from(first)).zip(tables);
+                for ((row, x), (cos, sin)) in rows {
+                    let (x, cos, sin) = (row_in(x, wide), row_in(cos, of_cos), row_in(sin, of_sin));
+                    // SAFETY: every row has a place of its own.
+                    let out = unsafe { out.part((self.place)(row), d) };
+                    T::accumulate_into(out, turned, |to| match self.layout {
+                        RopeLayout::Half => turn_halves(x, cos, sin, to),
+                        RopeLayout::Interleaved => turn(x, cos, sin, self.layout, to),
+                    });
+                }
+            });
+        });
+    }
 }
 
 fn turn<A: Real>(x: &[A], cos: &[A], sin: &[A], layout: RopeLayout, turned: &mut [A]) {
@@ -116,35 +134,6 @@ fn turn<A: Real>(x: &[A], cos: &[A], sin: &[A], layout: RopeLayout, turned: &mut
         turned[first] = a * cos[i] - b * sin[i];
         turned[second] = b * cos[i] + a * sin[i];
     }
-}
-
-/// What most models have: rows are read where they lie, if their elements do so side by side.
-fn in_f32<T: Float + Number<Acc = f32>>(
-    x: &Arg,
-    tables: [&Arg; 2],
-    out: &mut Out,
-    layout: RopeLayout,
-    parallel: bool,
-    places: Places<'_>,
-) {
-    let (of_x, tables) = (x.read::<T>(), tables.map(|t| t.read::<f32>()));
-    let (out, d) = (Parts::new(out.slice::<T>()), of_x.cols());
-    for_each_rows(parallel, x, |first, n| {
-        let lens = [d, d / 2, d / 2, d];
-        scratch::split(lens, |[wide, of_cos, of_sin, turned]: [&mut [f32]; 4]| {
-            let tables = tables[0].rows_from(first).zip(tables[1].rows_from(first));
-            let rows = (first..first + n).zip(of_x.rows_from(first)).zip(tables);
-            for ((row, x), (cos, sin)) in rows {
-                let (x, cos, sin) = (row_in(x, wide), row_in(cos, of_cos), row_in(sin, of_sin));
-                // SAFETY: every row has a place of its own.
-                let out = unsafe { out.part(places(row), d) };
-                T::accumulate_into(out, turned, |to| match layout {
-                    RopeLayout::Half => turn_halves(x, cos, sin, to),
-                    RopeLayout::Interleaved => turn(x, cos, sin, layout, to),
-                });
-            }
-        });
-    });
 }
 
 /// The row in f32: in place if it is, or in `wide`.
