@@ -4,6 +4,7 @@
 //! accumulates onto the first one's result. No operation of the graph knows about it. Targets may have a call for the thin two
 //! ([`crate::low_rank`]).
 
+use crate::Target;
 use crate::analysis::{Analysis, Kind, Located};
 use metal_candle_graph::{BinaryOp, NodeId, Operation};
 use rustc_hash::FxHashMap;
@@ -25,9 +26,12 @@ pub(crate) struct Gemm {
 /// The products, by the node that holds their final result.
 pub(crate) type Gemms = FxHashMap<NodeId, Gemm>;
 
+/// A product that sums over at least so many takes longer to compute than its result to be read and written.
+const DEEP: usize = 1024;
+
 /// Finds the products. Their results become calls; the nodes that they absorb are dead afterwards. Of two that are
-/// added, a LoRA branch of at most `max_low_rank` accumulates onto the other one.
-pub(crate) fn find(a: &mut Analysis, max_low_rank: usize) -> Gemms {
+/// added, the one of [`goes_last`] accumulates onto the other.
+pub(crate) fn find(a: &mut Analysis, target: &Target) -> Gemms {
     let mut gemms = Gemms::default();
     for id in a.g.ids() {
         if !matches!(a.kind(id), Kind::Call | Kind::Map) {
@@ -42,7 +46,7 @@ pub(crate) fn find(a: &mut Analysis, max_low_rank: usize) -> Gemms {
                 gemms.insert(id, gemm);
             }
             Operation::Binary(BinaryOp::Mul) => absorb_scale(a, id, &mut gemms),
-            Operation::Binary(BinaryOp::Add) => absorb_addend(a, id, &mut gemms, max_low_rank),
+            Operation::Binary(BinaryOp::Add) => absorb_addend(a, id, &mut gemms, target),
             _ => {}
         }
     }
@@ -103,32 +107,36 @@ fn starts_from_nothing(gemms: &Gemms, id: NodeId) -> bool {
     gemms.get(&id).is_some_and(|gemm| gemm.addend.is_none())
 }
 
-fn absorb_addend(a: &mut Analysis, id: NodeId, gemms: &mut Gemms, max_low_rank: usize) {
+fn absorb_addend(a: &mut Analysis, id: NodeId, gemms: &mut Gemms, target: &Target) {
     let (l, r) = (a.operand(id, 0), a.operand(id, 1));
     let (left, right) = (sole_product(a, gemms, l, id), sole_product(a, gemms, r, id));
     let (Some(left), Some(right)) = (left, right) else { return };
-    // The product that starts from nothing accumulates onto the other; the later one can wait.
-    // A branch waits in any case: for the product that it begins with.
-    let is_branch = |id| {
-        let depth = |gemm: &Gemm| gemm.a.layout.shape.last().unwrap_or(0);
-        let is = |gemm: &Gemm| depth(gemm) <= max_low_rank && gemms.contains_key(&gemm.a.base);
-        starts_from_nothing(gemms, id) && gemms.get(&id).is_some_and(is)
-    };
-    let left_is_last = match (is_branch(left), is_branch(right)) {
-        (true, false) => true,
-        (false, true) => false,
-        _ => left > right,
-    };
-    let (onto, product) = if starts_from_nothing(gemms, right)
-        && (!left_is_last || !starts_from_nothing(gemms, left))
-    {
-        (left, right)
-    } else if starts_from_nothing(gemms, left) {
-        (right, left)
-    } else {
-        return;
+    // The product that starts from nothing accumulates onto the other.
+    let (onto, product) = match [left, right].map(|product| starts_from_nothing(gemms, product)) {
+        [true, true] if goes_last(a, gemms, left, right, target) => (right, left),
+        [_, true] => (left, right),
+        [true, false] => (right, left),
+        [false, false] => return,
     };
     move_result(a, gemms, product, id, |gemm| gemm.addend = Some(onto));
+}
+
+/// Whether `left` is to accumulate onto `right`, where each could onto the other.
+///
+/// A branch goes last where it is one call with the product that it begins with. Elsewhere, what is known of a result that no
+/// cache holds goes into it first: the deep product hides that it reads it, as a thin one cannot. Else the later one can wait.
+fn goes_last(a: &Analysis, gemms: &Gemms, left: NodeId, right: NodeId, target: &Target) -> bool {
+    let depth = |id| gemms[&id].a.layout.shape.last().unwrap_or(0);
+    let is_branch = |id| depth(id) <= target.max_low_rank && gemms.contains_key(&gemms[&id].a.base);
+    let ty = a.node(left).ty;
+    let is_far = ty.shape.len() * ty.dtype.size_bytes() >= target.cache_bytes;
+    let hides = |id| is_far && depth(id) >= DEEP;
+    match [is_branch(left), is_branch(right)] {
+        [true, false] => true,
+        [false, true] => false,
+        _ if hides(left) != hides(right) => hides(left),
+        _ => left > right,
+    }
 }
 
 /// The result of `from` is now that of `to`, which no kernel computes any more.

@@ -73,7 +73,7 @@ pub(crate) fn inputs(g: &ComputationGraph, donated: &[bool]) -> Vec<PlanInput> {
 
 pub(crate) fn lower(g: &ComputationGraph, target: &Target, inputs: Vec<PlanInput>) -> Lowered {
     let mut a = Analysis::new(g);
-    let mut gemms = gemm::find(&mut a, target.max_low_rank);
+    let mut gemms = gemm::find(&mut a, target);
     let cheap = emit::cheap(&a);
     let regions = Regions::form(&a, &cheap, target);
     low_rank::join(&mut a, &mut gemms, &regions, target.max_low_rank);

@@ -16,6 +16,8 @@ pub struct Target {
     pub max_operands: usize,
     /// A LoRA branch of at most this rank is one call, [`LibraryCall::LowRank`](crate::LibraryCall::LowRank); 0 for none.
     pub max_low_rank: usize,
+    /// A result of at least so many bytes has left the caches when the next step reads it.
+    pub cache_bytes: usize,
     /// Buffers of up to so many bytes do not share memory with neighbours in time, so that steps which need not wait for each
     /// other's values need not wait for each other's memory either.
     pub apart_bytes: usize,
@@ -33,6 +35,7 @@ impl Target {
         max_reduce: 1 << 14,
         max_operands: usize::MAX,
         max_low_rank: 0,
+        cache_bytes: usize::MAX,
         apart_bytes: 0,
     };
 
@@ -44,6 +47,7 @@ impl Target {
         max_reduce: 1 << 14,
         max_operands: 512,
         max_low_rank: 0,
+        cache_bytes: 32 << 20,
         apart_bytes: FEW_VALUES,
     };
 
@@ -55,6 +59,7 @@ impl Target {
         max_reduce: 1 << 14,
         max_operands: 31,
         max_low_rank: 64,
+        cache_bytes: usize::MAX,
         apart_bytes: FEW_VALUES,
     };
 

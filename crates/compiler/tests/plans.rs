@@ -5,7 +5,7 @@ mod support;
 use expect_test::{Expect, expect};
 use metal_candle_compiler::kernel::KernelOp;
 use metal_candle_compiler::{LibraryCall, OutputSource, Plan, Slot, Target, Work, plan};
-use metal_candle_graph::ComputationGraph;
+use metal_candle_graph::{BinaryOp, ComputationGraph, Operation};
 use support::*;
 
 fn planned(g: &ComputationGraph, donated: &[bool]) -> Plan {
@@ -91,6 +91,30 @@ fn lora_accumulates_onto_the_base_product() {
     assert_eq!((alpha, accumulate), (2.0, true));
     assert_eq!(plan.steps[0].outs[0].slot, Slot::Output(0));
     assert_eq!(plan.steps[2].outs[0].slot, Slot::Output(0));
+}
+
+#[test]
+fn a_deep_base_product_accumulates_onto_the_lora_branch_of_a_result_beyond_the_caches() {
+    let step_depths = |hidden: usize, target: &Target| -> Vec<usize> {
+        let mut g = ComputationGraph::new();
+        let (x, w) = (g.input(0, f32(&[64, hidden])), g.input(1, f32(&[hidden, 512])));
+        let (a, b) = (g.input(2, f32(&[hidden, 8])), g.input(3, f32(&[8, 512])));
+        let base = g.add(Operation::Dot, &[x, w]).unwrap();
+        let low = g.add(Operation::Dot, &[x, a]).unwrap();
+        let branch = g.add(Operation::Dot, &[low, b]).unwrap();
+        let scaled = g.binary_scalar(BinaryOp::Mul, branch, 2.0).unwrap();
+        g.outputs = vec![g.binary(BinaryOp::Add, base, scaled).unwrap()];
+        let plan = plan(&g, target, &[]).unwrap();
+        check_memory(&plan);
+        plan.steps.iter().map(|step| step.args[0].layout.shape.last().unwrap()).collect()
+    };
+    let cached = Target { cache_bytes: usize::MAX, ..Target::CUDA };
+    let beyond = Target { cache_bytes: 64 * 512 * 4, ..Target::CUDA };
+    // x A, then the branch, or the base product, goes last.
+    assert_eq!(step_depths(1024, &cached).last(), Some(&8));
+    assert_eq!(step_depths(1024, &beyond), [1024, 8, 1024]);
+    // Not deep enough to hide it.
+    assert_eq!(step_depths(512, &beyond).last(), Some(&8));
 }
 
 #[test]

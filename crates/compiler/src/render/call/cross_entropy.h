@@ -43,38 +43,68 @@ FN void start_scaled_rows(
     EACH(i, K::ELEMENTS) start_row<K>(labels[K::label(i)], scale[K::scale(i)], i, rows[i], status);
 }
 
+// What a thread of a row's block has of it at once: WIDE times N neighbours, each of them a block's worth from the last.
+constexpr i32 WIDE = 8;
+
+template <typename K, i32 N> FN typename K::I column(typename K::I first, i32 i, Thread t) {
+    return first + (i * K::BLOCK + t.tid) * N;
+}
+
+// Nothing is more than a logit beyond the row.
+template <typename K, i32 N, typename A>
+FN void load_logits(THREAD A (&x)[WIDE][N], DEVICE const A* logits, typename K::I first, Thread t) {
+    for (i32 i = 0; i < WIDE; ++i) {
+        const typename K::I c = column<K, N>(first, i, t);
+        if (c < K::COLS) {
+            load(x[i], logits + c);
+        } else {
+            for (i32 j = 0; j < N; ++j) x[i][j] = A(-INF);
+        }
+    }
+}
+
+// Takes a panel's logits of a row in.
+template <typename K, i32 N, typename A>
+FN void add_row(DEVICE const A* logits, DEVICE Row<A>& row, Thread t, SHARED u64* shared) {
+    typedef typename K::I I;
+    const i32 groups = K::BLOCK / 32;
+    const i64 label = row.label[0];
+    A max = -INF, sum = 0, total = 0;
+    for (I first = 0; first < K::COLS; first += WIDE * K::BLOCK * N) {
+        A x[WIDE][N];
+        load_logits<K>(x, logits, first, t);
+        A larger = max;
+        for (i32 i = 0; i < WIDE; ++i) {
+            for (i32 j = 0; j < N; ++j) larger = Max::of(larger, x[i][j]);
+        }
+        sum *= rescale(max, larger);
+        for (i32 i = 0; i < WIDE; ++i) {
+            const bool within = column<K, N>(first, i, t) < K::COLS;
+            for (i32 j = 0; j < N; ++j) sum += rescale(x[i][j], larger);
+            for (i32 j = 0; j < N; ++j) total += K::SMOOTH && within ? x[i][j] : A(0);
+        }
+        max = larger;
+    }
+    const A all = block_reduce<Max, groups>(max, shared, t.tid);
+    sum = block_reduce<Sum, groups>(sum * rescale(max, all), shared, t.tid);
+    if (K::SMOOTH) total = block_reduce<Sum, groups>(total, shared, t.tid);
+    if (t.tid == 0) {
+        const A larger = Max::of(row.max, all);
+        row.sum = row.sum * rescale(row.max, larger) + sum * rescale(all, larger);
+        row.max = larger;
+        row.total += total;
+        if (label >= 0 && label < K::COLS) row.picked = logits[label];
+        row.label[0] = label - K::COLS;
+    }
+}
+
 // Takes a panel of logits in, a block for each row.
 template <typename K, i32 N, typename A>
 FN void add_logits(DEVICE const A* logits, DEVICE Row<A>* rows, Thread t, SHARED u64* shared) {
     typedef typename K::I I;
-    const i32 groups = K::BLOCK / 32;
     for (I r = t.block; r < K::ROWS; r += t.blocks) {
-        DEVICE Row<A>& row = rows[r];
-        const i64 label = row.label[0];
         // The same for all threads.
-        if (!counts(label)) continue;
-        A max = -INF, sum = 0, total = 0;
-        for (I c = t.tid * N; c < K::COLS; c += K::BLOCK * N) {
-            A x[N];
-            load(x, logits + (r * K::STRIDE + c));
-            A larger = max;
-            for (i32 j = 0; j < N; ++j) larger = Max::of(larger, x[j]);
-            sum *= rescale(max, larger);
-            for (i32 j = 0; j < N; ++j) sum += rescale(x[j], larger);
-            for (i32 j = 0; j < N; ++j) total += x[j];
-            max = larger;
-        }
-        const A all = block_reduce<Max, groups>(max, shared, t.tid);
-        sum = block_reduce<Sum, groups>(sum * rescale(max, all), shared, t.tid);
-        if (K::SMOOTH) total = block_reduce<Sum, groups>(total, shared, t.tid);
-        if (t.tid == 0) {
-            const A larger = Max::of(row.max, all);
-            row.sum = row.sum * rescale(row.max, larger) + sum * rescale(all, larger);
-            row.max = larger;
-            row.total += total;
-            if (label >= 0 && label < K::COLS) row.picked = logits[r * K::STRIDE + I(label)];
-            row.label[0] = label - K::COLS;
-        }
+        if (counts(rows[r].label[0])) add_row<K, N>(logits + r * K::STRIDE, rows[r], t, shared);
     }
 }
 
@@ -90,27 +120,52 @@ template <typename K, typename A> FN void losses(DEVICE const Row<A>* rows, DEVI
     }
 }
 
-// `(softmax - target) scale` of a panel of logits, which it may replace; a block for each row.
+// `(softmax - target) scale` of a panel's logits of a row. It may lie where they do, or in the second half of their place if
+// it takes half of it: what it replaces has been read, since the last comes first. A cache that holds a row
+// which was just taken in gives its last part, too.
 template <typename K, i32 N, typename A, typename D>
-FN void logits_grad(DEVICE const A* logits, DEVICE Row<A>* rows, DEVICE D* out, Thread t) {
+FN void grad_row(DEVICE const A* logits, DEVICE Row<A>& row, DEVICE D* out, Thread t) {
     typedef typename K::I I;
+    const I step = WIDE * K::BLOCK * N;
     const A miss = K::SMOOTH ? K::epsilon() / A(K::CLASSES) : A(0), hit = A(1) - K::epsilon();
-    for (I r = t.block; r < K::ROWS; r += t.blocks) {
-        DEVICE Row<A>& row = rows[r];
-        const i64 label = row.label[1];
-        const bool own = counts(label);
-        const A all = own ? log_sum_exp(row) : A(0), scale = row.scale;
-        for (I c = t.tid * N; c < K::COLS; c += K::BLOCK * N) {
-            A x[N];
-            load(x, logits + (r * K::STRIDE + c));
-            for (i32 j = 0; j < N; ++j) {
-                const A p = math::exp(x[j] - all) - miss - (c + j == label ? hit : A(0));
-                x[j] = own ? p * scale : A(0);
-            }
-            store(out + (r * K::STRIDE + c), x);
-        }
-        // Everybody has the label.
+    const i64 label = row.label[1];
+    const bool own = counts(label);
+    const A all = own ? log_sum_exp(row) : A(0), scale = row.scale;
+    for (I first = (K::COLS - 1) / step * step; first >= 0; first -= step) {
+        A x[WIDE][N];
+        load_logits<K>(x, logits, first, t);
         barrier();
-        if (t.tid == 0 && own) row.label[1] = label - K::COLS;
+        for (i32 i = 0; i < WIDE; ++i) {
+            const I c = column<K, N>(first, i, t);
+            if (c >= K::COLS) continue;
+            for (i32 j = 0; j < N; ++j) {
+                const A p = math::exp(x[i][j] - all) - miss - (c + j == label ? hit : A(0));
+                x[i][j] = own ? p * scale : A(0);
+            }
+            store(out + c, x[i]);
+        }
+    }
+    // Everybody has the label.
+    barrier();
+    if (t.tid == 0 && own) row.label[1] = label - K::COLS;
+}
+
+// The gradient of a panel of logits that were taken in before; a block for each row.
+template <typename K, i32 N, typename A, typename D>
+FN void logits_grad(DEVICE A* logits, DEVICE Row<A>* rows, DEVICE D* out, Thread t) {
+    typedef typename K::I I;
+    for (I r = t.block; r < K::ROWS; r += t.blocks) {
+        grad_row<K, N>(logits + r * K::STRIDE, rows[r], out + r * K::OUT_STRIDE, t);
+    }
+}
+
+// Takes whole rows of logits in and gives their gradient.
+template <typename K, i32 N, typename A, typename D>
+FN void add_logits_and_grad(DEVICE A* logits, DEVICE Row<A>* rows, DEVICE D* out, Thread t, SHARED u64* shared) {
+    typedef typename K::I I;
+    for (I r = t.block; r < K::ROWS; r += t.blocks) {
+        if (counts(rows[r].label[0])) add_row<K, N>(logits + r * K::STRIDE, rows[r], t, shared);
+        barrier();
+        grad_row<K, N>(logits + r * K::STRIDE, rows[r], out + r * K::OUT_STRIDE, t);
     }
 }

@@ -2,24 +2,27 @@
 //!
 //! The loss has whole rows of logits, some rows at a time; the gradient of the weight has all rows, some classes at a
 //! time, so that no part of it is added to in its own dtype. Logits are held in f32 (f64 for f64), for rounding them would
-//! cost the loss its digits; their gradient is rounded to what products multiply.
+//! cost the loss its digits; their gradient is rounded to what products multiply, and lies where they did.
 //!
 //! The kernels know a row by a few numbers in the workspace. None knows which rows or classes it is at, so that all
 //! launches but the last have one text.
 
 use super::draft::{BLOCK, Draft, Gpu};
-use super::factor::{Matrix, Workspace, convert, dense, product, rows};
+use super::factor::{Matrix, Workspace, at_start, convert, dense, product, rows};
 use super::quant::{Blocks, factor, panel, rows_of};
 use super::walk::Walk;
 use super::{Call, Part, Place};
 use crate::Operand;
-use crate::render::Binding;
+use crate::render::launch::SIMD;
+use crate::render::{Binding, scalar};
 use metal_candle_graph::DType;
 use metal_candle_graph::composite::CrossEntropyAttrs;
 use std::ops::Range;
 
 /// Threads that work on a row of logits.
 const ROW_BLOCK: usize = 2 * BLOCK;
+/// Accesses that each of them makes at once, as the header says.
+const WIDE: usize = 8;
 
 /// What the losses and the gradients share.
 struct Linear<'a> {
@@ -125,61 +128,90 @@ impl<'a> Linear<'a> {
         self.parts.push(draft.finish(self.gpu.elements(self.n)));
     }
 
-    /// A kernel with a block for each row of `logits`.
+    /// A kernel with a block for each row of `logits`, which gives their gradient if it does.
     fn row_kernel(
         &self,
         template: &'static str,
         logits: &Place,
         first_row: usize,
+        grad: Option<&Place>,
     ) -> (Draft<'a>, usize) {
         let [rows, cols] = [0, 1].map(|dim| logits.layout.shape[dim]);
-        let stride = logits.layout.strides[0] as usize;
+        let stride = |place: &Place| place.layout.strides[0] as usize;
         let mut n = 16 / self.acc.size_bytes();
-        while !(cols.is_multiple_of(n) && stride.is_multiple_of(n)) {
+        while !(cols.is_multiple_of(n) && stride(logits).is_multiple_of(n)) {
             n /= 2;
         }
         let epsilon = self.attrs.label_smoothing.as_f64();
-        let draft = Draft::new(self.gpu, self.call, template)
+        let a_type = scalar::memory_type(self.acc);
+        let mut draft = Draft::new(self.gpu, self.call, template)
             .template(n)
-            .reads(logits.binding, "logits", self.acc)
-            .operand(self.rows(first_row), "rows", self.row_type(), true)
+            .operand(logits.binding, "logits", a_type, grad.is_some())
+            .operand(self.rows(first_row), "rows", self.row_type(), true);
+        if let Some(grad) = grad {
+            draft = draft
+                .writes(grad.binding, "out", grad.dtype)
+                .constant("OUT_STRIDE", stride(grad) as i64);
+        }
+        let draft = draft
             .constant("ROWS", rows as i64)
             .constant("COLS", cols as i64)
-            .constant("STRIDE", stride as i64)
+            .constant("STRIDE", stride(logits) as i64)
             .constant("CLASSES", self.classes as i64)
             .constant("SMOOTH", i64::from(epsilon != 0.0))
             .function(acc_name(self.acc), "epsilon", &format!("{epsilon:?}"))
-            .walk(&Walk::over(&[rows]), rows * stride + ROW_BLOCK * n);
+            .walk(&Walk::over(&[rows]), 2 * rows * stride(logits) + WIDE * ROW_BLOCK * n);
         (draft, rows)
+    }
+
+    /// Memory that a row's block shares to reduce over it.
+    fn shared_bytes(&self) -> usize {
+        ROW_BLOCK / SIMD * self.acc.size_bytes()
     }
 
     /// Takes logits in.
     fn add_logits(&mut self, logits: &Place, first_row: usize) {
-        let (draft, rows) = self.row_kernel("add_logits", logits, first_row);
-        let shared_bytes = ROW_BLOCK / 32 * self.acc.size_bytes();
-        self.parts.push(draft.finish(self.gpu.block_rows(rows, ROW_BLOCK, shared_bytes)));
+        let (draft, rows) = self.row_kernel("add_logits", logits, first_row, None);
+        let launch = self.gpu.block_rows(rows, ROW_BLOCK, self.shared_bytes());
+        self.parts.push(draft.finish(launch));
     }
 
-    /// Turns logits into their gradient, at `out`.
+    /// Turns logits that were taken in into their gradient, at `out`.
     fn logits_grad(&mut self, logits: &Place, first_row: usize, out: &Place) {
-        let (draft, rows) = self.row_kernel("logits_grad", logits, first_row);
-        let draft = draft.writes(out.binding, "out", out.dtype);
+        let (draft, rows) = self.row_kernel("logits_grad", logits, first_row, Some(out));
         self.parts.push(draft.finish(self.gpu.block_rows(rows, ROW_BLOCK, 0)));
     }
 
-    /// Bytes of a logit and of its gradient, which replaces it where it can.
-    fn logit_bytes(&self) -> usize {
-        let own = if self.factor == self.acc { 0 } else { self.factor.size_bytes() };
-        self.acc.size_bytes() + own
+    /// Both for whole rows, while each is in the cache.
+    fn add_logits_and_grad(&mut self, logits: &Place, first_row: usize, out: &Place) {
+        let (draft, rows) = self.row_kernel("add_logits_and_grad", logits, first_row, Some(out));
+        let launch = self.gpu.cached_rows(rows, ROW_BLOCK, self.shared_bytes());
+        self.parts.push(draft.finish(launch));
     }
 
-    /// Room for a panel of logits, and for its gradient: maybe the same.
-    fn logits(&mut self, dims: [usize; 2], grad: bool) -> (usize, usize) {
-        let [rows, cols] = dims;
-        let logits = self.workspace.take(rows * cols * self.acc.size_bytes());
-        let apart = grad && self.factor != self.acc;
-        let bytes = rows * cols * self.factor.size_bytes();
-        (logits, if apart { self.workspace.take(bytes) } else { logits })
+    /// From one row of a panel of logits to the next: of a length that products and 16-byte accesses like.
+    fn stride(cols: usize) -> usize {
+        cols.next_multiple_of(8)
+    }
+
+    /// Bytes of a panel.
+    fn panel_bytes(&self, rows: usize, cols: usize) -> usize {
+        rows * Self::stride(cols) * self.acc.size_bytes()
+    }
+
+    /// A panel of logits at `offset_bytes`, and where its gradient replaces it: in the second half of each row's place, if it
+    /// takes half of it.
+    fn logits(&self, offset_bytes: usize, [rows, cols]: [usize; 2]) -> (Place, Place) {
+        let stride = Self::stride(cols);
+        let part = |dtype: DType| {
+            let (own, whole) = (dtype.size_bytes(), self.acc.size_bytes());
+            let row = stride * whole / own;
+            at_start(
+                &dense(offset_bytes, dtype, [rows, row])
+                    .narrow(1, row - stride..row - stride + cols),
+            )
+        };
+        (part(self.acc), part(self.factor))
     }
 
     /// The weights of these classes as a factor: where they are, or unpacked to `unpacked`.
@@ -226,8 +258,8 @@ pub(super) fn loss(
             rows(&outs[at].layout).expect("metal-candle bug: a gradient that is not dense");
         Place { binding: Binding::Out(at as u32), dtype: outs[at].dtype, layout }
     });
-    let chunk = at_once(gpu, it.n, it.classes * it.logit_bytes());
-    let (logits, dlogits) = it.logits([chunk, it.classes], grad_x);
+    let chunk = at_once(gpu, it.n, it.panel_bytes(1, it.classes));
+    let panel_at = it.workspace.take(it.panel_bytes(chunk, it.classes));
     let bytes = it.d * it.factor.size_bytes();
     // A weight that is read where it lies is one panel.
     let panel =
@@ -236,8 +268,7 @@ pub(super) fn loss(
     for first in (0..it.n).step_by(chunk) {
         let rows = first..(first + chunk).min(it.n);
         let x = it.x.narrow(0, rows.clone());
-        let logits = dense(logits, it.acc, [rows.len(), it.classes]);
-        let dlogits = dense(dlogits, it.factor, [rows.len(), it.classes]);
+        let (logits, dlogits) = it.logits(panel_at, [rows.len(), it.classes]);
         let mut last = None;
         for start in (0..it.classes).step_by(panel) {
             let classes = start..(start + panel).min(it.classes);
@@ -245,9 +276,11 @@ pub(super) fn loss(
             it.parts.push(product(&x, &w.transposed(), &logits.narrow(1, classes.clone()), false));
             last = Some((classes, w));
         }
-        it.add_logits(&logits, first);
-        let Some(grad) = &grad else { continue };
-        it.logits_grad(&logits, first, &dlogits);
+        let Some(grad) = &grad else {
+            it.add_logits(&logits, first);
+            continue;
+        };
+        it.add_logits_and_grad(&logits, first, &dlogits);
         let grad = grad.narrow(0, rows);
         for start in (0..it.classes).step_by(panel) {
             let classes = start..(start + panel).min(it.classes);
@@ -287,8 +320,8 @@ pub(super) fn grad_weight(
     let mut it = Linear::new(gpu, "linear_cross_entropy_grad_weight", attrs, &args[1..], 1);
     it.start((3, &args[3]), Some(&args[0]));
     let out = Place { binding: Binding::Out(0), dtype: out.dtype, layout: out.layout };
-    let at_once = at_once(gpu, it.classes, it.n * it.logit_bytes());
-    let (logits, dlogits) = it.logits([it.n, at_once], true);
+    let at_once = at_once(gpu, it.classes, it.panel_bytes(it.n, 8) / 8);
+    let panel_at = it.workspace.take(it.panel_bytes(it.n, at_once));
     let bytes = it.d * it.factor.size_bytes();
     let unpacked = it.workspace.take(if it.weight.is(it.factor) { 0 } else { at_once * bytes });
     let direct = gpu.limits.multiplies(it.factor, out.dtype);
@@ -298,7 +331,7 @@ pub(super) fn grad_weight(
     for gradient in [false, true] {
         for start in panels.clone() {
             let classes = start..(start + at_once).min(it.classes);
-            let panel = dense(logits, it.acc, [it.n, classes.len()]);
+            let (panel, dlogits) = it.logits(panel_at, [it.n, classes.len()]);
             if !gradient || at_once < it.classes {
                 let w = it.weights(classes.clone(), unpacked);
                 it.parts.push(product(&x, &w.transposed(), &panel, false));
@@ -307,7 +340,6 @@ pub(super) fn grad_weight(
                 it.add_logits(&panel, 0);
                 continue;
             }
-            let dlogits = dense(dlogits, it.factor, [it.n, classes.len()]);
             it.logits_grad(&panel, 0, &dlogits);
             let to = out.narrow(0, classes.clone());
             if direct {

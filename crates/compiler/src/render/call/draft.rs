@@ -38,6 +38,12 @@ impl Gpu<'_> {
         self.launch(Team::Block, rows, block, shared_bytes)
     }
 
+    /// The same with so few rows at a time, a quarter of what can run, that a cache may hold what is read twice.
+    pub(super) fn cached_rows(&self, rows: usize, block: usize, shared_bytes: usize) -> Launch {
+        let most = (self.limits.resident_threads / 4 / block).max(1);
+        self.launch(Team::Block, rows.min(most), block, shared_bytes)
+    }
+
     fn launch(&self, team: Team, blocks: usize, block: usize, shared_bytes: usize) -> Launch {
         let most = WAVES * self.limits.resident_threads / block;
         let grid = blocks.min(most.clamp(1, self.limits.max_grid));

@@ -132,7 +132,7 @@ pub(super) fn convert(gpu: Gpu<'_>, call: &'static str, from: &Place, to: &Place
 }
 
 /// The same elements with an offset of 0: parts of one matrix have one kernel.
-fn at_start(place: &Place) -> Place {
+pub(super) fn at_start(place: &Place) -> Place {
     let offset = place.layout.offset * place.dtype.size_bytes() as isize;
     let mut out = place.clone();
     // Backwards from the offset, an address says nothing.
