@@ -47,13 +47,14 @@ pub(super) fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// A row, round by round: ours, every peer; and again. Models of two workers may not fit at once.
+/// A row, round by round: ours, every peer; and again. Models of two workers may not fit at once, so that each
+/// is made anew in each round: they have one.
 fn measure<'r>(row: &'r Row, quick: bool, crew: &mut Crew) -> Measured<'r> {
     let (rounds, warmup, calls, seconds) = match (quick, row.is_model, row.unit) {
         (true, ..) => (1, 1, 1, 0.0),
         (false, false, _) => (3, 10, 20, 0.2),
-        (false, true, Unit::Tokens(1.0)) => (2, 8, 248, 0.0),
-        (false, true, _) => (2, 3, 10, 0.0),
+        (false, true, Unit::Tokens(1.0)) => (1, 8, 248, 0.0),
+        (false, true, _) => (1, 3, 10, 0.0),
     };
     let question = json!({
         "name": row.name, "row": row.work, "warmup": warmup, "calls": calls, "seconds": seconds,

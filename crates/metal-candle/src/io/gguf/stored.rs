@@ -6,6 +6,7 @@ use candle_core::quantized::{QStorage, QTensor};
 use candle_core::{Device, Tensor};
 use half::{bf16, f16};
 use metal_candle_graph::{BlockFormat, DType};
+use rayon::prelude::*;
 use std::borrow::Cow;
 
 /// More than any block wants, and no more than what the allocator gives.
@@ -144,6 +145,7 @@ impl StoredTensor {
     }
 }
 
+/// On all processors: formats with a search for their scales take a minute for a billion weights on one.
 fn quantise(
     values: &[f32],
     shape: &[usize],
@@ -153,13 +155,23 @@ fn quantise(
     if encoding.row_bytes(row).is_none() {
         return Err(Problem::SplitBlock { tensor: format!("{encoding:?}"), row });
     }
+    // Whole rows, so whole blocks, each of which knows itself alone.
+    let at_once = PART.div_ceil(row.max(1)) * row.max(1);
+    let parts = values.par_chunks(at_once).map(|part| quantise_part(part, encoding));
+    Ok(parts.collect::<std::result::Result<Vec<_>, Problem>>()?.concat())
+}
+
+/// Weights that one processor quantises at once.
+const PART: usize = 1 << 16;
+
+fn quantise_part(values: &[f32], encoding: Encoding) -> std::result::Result<Vec<u8>, Problem> {
     if encoding == Encoding::Blocks(BlockFormat::NF4) {
         return match values.iter().find(|x| !x.is_finite()) {
             Some(&value) => Err(Problem::NotFinite { encoding, value }),
             None => Ok(nf4::quantise(values)),
         };
     }
-    Tensor::from_slice(values, shape, &Device::Cpu)
+    Tensor::from_slice(values, values.len(), &Device::Cpu)
         .and_then(|tensor| QTensor::quantize(&tensor, encoding.ggml()))
         .and_then(|quantised| Ok(quantised.data()?.into_owned()))
         .map_err(|cause| Problem::Candle { cause })
