@@ -56,11 +56,14 @@ template <typename K, typename A> FN bool beats(Extreme<A> a, Extreme<A> b) {
     return K::LARGEST ? a.value > b.value : a.value < b.value;
 }
 
-// The extreme of every `step`-th element of a line, from `first` on.
+// The extreme of every `step`-th element of a line, from `first` on, before `end`.
 template <typename K, typename T>
-FN Extreme<typename K::A> extreme(DEVICE const T* x, typename K::I line, typename K::I first, typename K::I step) {
+FN Extreme<typename K::A> extreme(
+    DEVICE const T* x, typename K::I line, typename K::I first, typename K::I end, typename K::I step
+) {
     Extreme<typename K::A> best = {0, -1};
-    for (typename K::I i = first; i < K::EXTENT; i += step) {
+#pragma unroll 4
+    for (typename K::I i = first; i < end; i += step) {
         const Extreme<typename K::A> here = {typename K::A(x[K::from(line) + i * K::FROM_ALONG]), i};
         if (beats<K>(here, best)) best = here;
     }
@@ -77,37 +80,69 @@ template <typename K, typename A> FN Extreme<A> simd_extreme(Extreme<A> best) {
 }
 
 template <typename K, typename T> FN void arg_thread(DEVICE const T* x, DEVICE u32* out, Thread t) {
-    EACH(line, K::ELEMENTS) out[K::to(line)] = u32(extreme<K>(x, line, 0, 1).at);
+    EACH(line, K::ELEMENTS) out[K::to(line)] = u32(extreme<K>(x, line, 0, K::EXTENT, 1).at);
 }
 
 template <typename K, typename T> FN void arg_simd(DEVICE const T* x, DEVICE u32* out, Thread t) {
     typedef typename K::I I;
     const I groups = K::BLOCK / 32;
     for (I line = I(t.block) * groups + t.tid / 32; line < K::ELEMENTS; line += I(t.blocks) * groups) {
-        const Extreme<typename K::A> best = simd_extreme<K>(extreme<K>(x, line, t.tid % 32, 32));
+        const Extreme<typename K::A> best = simd_extreme<K>(extreme<K>(x, line, t.tid % 32, K::EXTENT, 32));
         if (t.tid % 32 == 0) out[K::to(line)] = u32(best.at);
     }
+}
+
+// The extreme over the threads of a block, of whom the first SIMD group has it.
+template <typename K, typename A> FN Extreme<A> block_extreme(Extreme<A> best, SHARED u64* shared, u32 tid) {
+    const u32 groups = K::BLOCK / 32;
+    SHARED A* const values = (SHARED A*)shared;
+    SHARED i64* const places = (SHARED i64*)shared + groups;
+    best = simd_extreme<K>(best);
+    if (tid % 32 == 0) values[tid / 32] = best.value;
+    if (tid % 32 == 0) places[tid / 32] = best.at;
+    barrier();
+    if (tid < 32) {
+        best.at = tid < groups ? places[tid] : -1;
+        if (tid < groups) best.value = values[tid];
+        best = simd_extreme<K>(best);
+    }
+    barrier();
+    return best;
 }
 
 template <typename K, typename T>
 FN void arg_block(DEVICE const T* x, DEVICE u32* out, Thread t, SHARED u64* shared) {
     typedef typename K::I I;
-    typedef typename K::A A;
-    const u32 groups = K::BLOCK / 32;
-    SHARED A* const values = (SHARED A*)shared;
-    SHARED i64* const places = (SHARED i64*)shared + groups;
     for (I line = t.block; line < K::ELEMENTS; line += t.blocks) {
-        Extreme<A> best = simd_extreme<K>(extreme<K>(x, line, t.tid, K::BLOCK));
-        if (t.tid % 32 == 0) values[t.tid / 32] = best.value;
-        if (t.tid % 32 == 0) places[t.tid / 32] = best.at;
-        barrier();
-        if (t.tid == 0) {
-            for (u32 g = 1; g < groups; ++g) {
-                const Extreme<A> other = {values[g], places[g]};
-                if (beats<K>(other, best)) best = other;
-            }
-            out[K::to(line)] = u32(best.at);
+        const auto best = block_extreme<K>(extreme<K>(x, line, t.tid, K::EXTENT, K::BLOCK), shared, t.tid);
+        if (t.tid == 0) out[K::to(line)] = u32(best.at);
+    }
+}
+
+// The extreme of each of PARTS parts of a line, a block for each.
+template <typename K, typename T, typename A>
+FN void arg_parts(DEVICE const T* x, DEVICE Extreme<A>* parts, Thread t, SHARED u64* shared) {
+    typedef typename K::I I;
+    const I share = (K::EXTENT + K::PARTS - 1) / K::PARTS;
+    for (I part = t.block; part < K::ELEMENTS * K::PARTS; part += t.blocks) {
+        const I start = part % K::PARTS * share, end = start + share < K::EXTENT ? start + share : I(K::EXTENT);
+        const Extreme<A> own = extreme<K>(x, part / K::PARTS, start + t.tid, end, K::BLOCK);
+        const Extreme<A> best = block_extreme<K>(own, shared, t.tid);
+        if (t.tid == 0) parts[part] = best;
+    }
+}
+
+// The extreme of a line of its parts', a SIMD group for each line.
+template <typename K, typename A> FN void arg_join(DEVICE const Extreme<A>* parts, DEVICE u32* out, Thread t) {
+    typedef typename K::I I;
+    const I groups = K::BLOCK / 32;
+    for (I line = I(t.block) * groups + t.tid / 32; line < K::ELEMENTS; line += I(t.blocks) * groups) {
+        Extreme<A> best = {0, -1};
+        for (I part = t.tid % 32; part < K::PARTS; part += 32) {
+            const Extreme<A> here = parts[line * K::PARTS + part];
+            if (beats<K>(here, best)) best = here;
         }
-        barrier();
+        best = simd_extreme<K>(best);
+        if (t.tid % 32 == 0) out[K::to(line)] = u32(best.at);
     }
 }

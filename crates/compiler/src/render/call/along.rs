@@ -5,7 +5,7 @@ use super::draft::{BLOCK, Draft, Gpu};
 use super::walk::Walk;
 use crate::Operand;
 use crate::render::launch::SIMD;
-use crate::render::{Binding, scalar};
+use crate::render::{Binding, Launch, scalar};
 use metal_candle_graph::ArgReduceOp;
 
 /// The shortest line that a block shares.
@@ -14,8 +14,14 @@ const BLOCK_LINE: usize = 256;
 const THREAD_LINE: usize = 16;
 /// The longest line of a SIMD group.
 const SIMD_LINE: usize = 4096;
-/// Threads of a longer one: often there is a single line, of a vocabulary.
+/// Threads of a longer one.
 const WIDE_BLOCK: usize = 4 * BLOCK;
+/// The shortest line that several blocks share, if there are few: that of a vocabulary, when a token is chosen.
+const LONG_LINE: usize = 16 << 10;
+const FEW_LINES: usize = 32;
+/// Elements of a block's part of it, where that makes no more parts than so many.
+const PART: usize = 4 * BLOCK;
+const MOST_PARTS: usize = 128;
 /// An element and its place, as SIMD groups hand them on.
 const PARTIAL_BYTES: usize = 16;
 
@@ -53,6 +59,16 @@ fn reach_along(x: &Operand, dim: usize) -> usize {
     x.layout.strides[dim].unsigned_abs().max(1).saturating_mul(x.layout.shape[dim] + BLOCK)
 }
 
+/// What kernels that look for an extreme share.
+struct ArgReduce<'a> {
+    gpu: Gpu<'a>,
+    x: &'a Operand,
+    out: &'a Operand,
+    dim: usize,
+    op: ArgReduceOp,
+    lines: Walk,
+}
+
 /// `args = [x]`; the output keeps `dim` with extent 1, u32
 pub(super) fn arg_reduce(
     gpu: Gpu<'_>,
@@ -61,24 +77,64 @@ pub(super) fn arg_reduce(
     dim: usize,
     op: ArgReduceOp,
 ) -> Call {
-    let extent = x.layout.shape[dim];
     let lines = lines(&[("from", x), ("to", out)], dim);
+    let it = ArgReduce { gpu, x, out, dim, op, lines };
+    let (extent, count) = (x.layout.shape[dim], it.lines.len());
     // Beside each other, lines are read by neighbouring threads; else elements are.
-    let across = x.layout.strides[dim].unsigned_abs() != 1 && lines.len() > BLOCK;
-    let (template, launch) = if across || extent <= THREAD_LINE {
-        ("arg_thread", gpu.elements(lines.len()))
+    let across = x.layout.strides[dim].unsigned_abs() != 1 && count > BLOCK;
+    if across || extent <= THREAD_LINE {
+        it.whole("arg_thread", gpu.elements(count))
     } else if extent <= SIMD_LINE {
-        ("arg_simd", gpu.simd_rows(lines.len()))
+        it.whole("arg_simd", gpu.simd_rows(count))
+    } else if extent < LONG_LINE || count > FEW_LINES {
+        it.whole("arg_block", it.blocks(count, WIDE_BLOCK))
     } else {
-        ("arg_block", gpu.block_rows(lines.len(), WIDE_BLOCK, WIDE_BLOCK / SIMD * PARTIAL_BYTES))
-    };
-    let draft = Draft::new(gpu, "arg_reduce", template)
-        .reads(Binding::Arg(0), "x", x.dtype)
-        .writes(Binding::Out(0), "out", out.dtype)
-        .numbers(x.dtype)
-        .constant("EXTENT", extent as i64)
-        .constant("LARGEST", i64::from(op == ArgReduceOp::ArgMax))
-        .constant("FROM_ALONG", x.layout.strides[dim] as i64)
-        .walk(&lines, reach_along(x, dim));
-    Call { parts: vec![draft.finish(launch)], workspace_bytes: 0 }
+        it.in_parts(extent.div_ceil(PART).min(MOST_PARTS))
+    }
+}
+
+impl<'a> ArgReduce<'a> {
+    fn draft(&self, template: &'static str) -> Draft<'a> {
+        Draft::new(self.gpu, "arg_reduce", template)
+            .constant("EXTENT", self.x.layout.shape[self.dim] as i64)
+            .constant("LARGEST", i64::from(self.op == ArgReduceOp::ArgMax))
+            .constant("FROM_ALONG", self.x.layout.strides[self.dim] as i64)
+    }
+
+    /// So many blocks, whose threads hand each other elements and their places.
+    fn blocks(&self, count: usize, block: usize) -> Launch {
+        self.gpu.block_rows(count, block, block / SIMD * PARTIAL_BYTES)
+    }
+
+    /// Each line by one team.
+    fn whole(&self, template: &'static str, launch: Launch) -> Call {
+        let draft = self
+            .draft(template)
+            .numbers(self.x.dtype)
+            .reads(Binding::Arg(0), "x", self.x.dtype)
+            .writes(Binding::Out(0), "out", self.out.dtype)
+            .walk(&self.lines, reach_along(self.x, self.dim));
+        Call { parts: vec![draft.finish(launch)], workspace_bytes: 0 }
+    }
+
+    /// Each line by several blocks, and what they found by a SIMD group.
+    fn in_parts(&self, parts: usize) -> Call {
+        let count = self.lines.len() * parts;
+        let found = Binding::Workspace { offset_bytes: 0 };
+        let of = format!("Extreme<{}>", scalar::register_type(self.x.dtype));
+        let draft = |template| {
+            let reach = reach_along(self.x, self.dim).max(count);
+            self.draft(template).constant("PARTS", parts as i64).walk(&self.lines, reach)
+        };
+        let look = draft("arg_parts")
+            .numbers(self.x.dtype)
+            .reads(Binding::Arg(0), "x", self.x.dtype)
+            .operand(found, "parts", &of, true)
+            .finish(self.blocks(count, BLOCK));
+        let join = draft("arg_join")
+            .operand(found, "parts", &of, false)
+            .writes(Binding::Out(0), "out", self.out.dtype)
+            .finish(self.gpu.simd_rows(self.lines.len()));
+        Call { parts: vec![look, join], workspace_bytes: count * PARTIAL_BYTES }
+    }
 }

@@ -94,7 +94,7 @@ fn along(dtype: DType) -> Task {
     let views = all.len();
     let mut sizes = vec![[3, 5, 700], [300, 2, 9]];
     if views > 2 {
-        sizes.extend([[2, 600, 9], [1, 2, 5000], [1, 400, 300]]);
+        sizes.extend([[2, 600, 9], [1, 2, 5000], [1, 400, 300], [1, 2, 20_011]]);
     }
     all.extend(sizes.iter().map(|dims| b.input(dtype, dims)));
     if dtype.is_float() {
