@@ -104,6 +104,8 @@ pub struct Source {
     pub align_bytes: usize,
     /// Whether it uses a template of a library call.
     pub is_call: bool,
+    /// Whether it asks for what it can before it waits, by itself, for the kernel before it.
+    pub asks_first: bool,
 }
 
 /// Renders `kernel`, to be launched within `limits`, as the function `name`.
@@ -125,7 +127,15 @@ pub fn render(
         operands.iter().map(|o| body::access_bytes(kernel, &launch, o)).max().unwrap_or(1);
     let text = body::render(kernel, dialect, &launch, &operands, name);
     let bindings = operands.iter().map(|o| o.binding).collect();
-    Ok(Source { name: name.to_owned(), text, bindings, launch, align_bytes, is_call: false })
+    Ok(Source {
+        name: name.to_owned(),
+        text,
+        bindings,
+        launch,
+        align_bytes,
+        is_call: false,
+        asks_first: false,
+    })
 }
 
 fn check_dtypes(kernel: &Kernel, dialect: &Dialect) -> Result<(), RenderError> {

@@ -58,6 +58,7 @@ pub fn beside(members: &[&Source], ahead: Option<&Ahead<'_>>, dialect: &Dialect)
         launch,
         align_bytes: every.iter().map(|member| member.align_bytes).max().unwrap_or(1),
         is_call: every.iter().any(|member| member.is_call),
+        asks_first: false,
     })
 }
 
@@ -108,7 +109,7 @@ impl Joined<'_> {
         body.open(format!("{head}({})", operands.join(", ")));
         body.line(dialect.first_lines[0]);
         body.line("(void)tid, (void)blocks;");
-        self.ahead.into_iter().for_each(|ahead| self.run_ahead(&mut body, ahead));
+        self.ahead.into_iter().for_each(|ahead| self.define_ahead(&mut body, ahead));
         let mut first = 0;
         for (i, kind) in kinds.iter().enumerate() {
             let blocks = first..first + kind.operands.len() * kind.source.launch.grid;
@@ -125,7 +126,8 @@ impl Joined<'_> {
         self.ahead.map_or(0, |ahead| ahead.source.bindings.len())
     }
 
-    fn run_ahead(&self, body: &mut Text, ahead: &Ahead<'_>) {
+    /// What runs the kernel ahead, which members call.
+    fn define_ahead(&self, body: &mut Text, ahead: &Ahead<'_>) {
         if let Shared::Line(line) = self.dialect.shared {
             body.line(line);
         }
@@ -139,8 +141,10 @@ impl Joined<'_> {
             false => format!("Any{{{}}}", operand(n)),
         };
         let arguments: Vec<String> = (0..self.first_operand()).map(argument).collect();
+        body.open("const auto ahead = [&]");
         body.line(format!("{AHEAD}(0, 1, {});", arguments.join(", ")));
         body.line("barrier();");
+        body.end_type();
     }
 
     /// The call of the members of a kind, by the blocks that are theirs.
@@ -149,6 +153,12 @@ impl Joined<'_> {
         body.open(format!("if (block >= {} && block < {})", blocks.start, blocks.end));
         body.line(format!("const u32 own = block - {};", blocks.start));
         let mut arguments = vec![format!("own % {grid}"), grid.to_string()];
+        match (kind.source.asks_first, self.ahead) {
+            (true, Some(_)) => arguments.insert(0, "ahead".into()),
+            (true, None) => arguments.insert(0, "Predecessor{}".into()),
+            (false, Some(_)) => body.line("ahead();"),
+            (false, None) => {}
+        }
         for n in 0..kind.source.bindings.len() {
             arguments.push(format!("Any{{{}}}", self.chosen(&kind.operands, n, grid)));
         }

@@ -49,12 +49,9 @@ FN void after_predecessor() {
 #endif
 }
 
-// Asks for a line of 128 bytes, whatever will be in it.
-FN void prefetch(const void* at) {
-#ifdef __CUDA_ARCH__
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
-#endif
-}
+struct Predecessor {
+    __device__ __forceinline__ void operator()() const { after_predecessor(); }
+};
 
 // An operand of any type, for a kernel that calls others.
 struct Any {

@@ -26,6 +26,8 @@ pub struct Dialect {
     pub(super) first_lines: &'static [&'static str],
     /// The line after those that waits for the kernel before this one, where kernels are launched early.
     pub(super) wait: &'static [&'static str],
+    /// The line in its place in a kernel that asks for something first: what it is to call.
+    pub(super) before: &'static str,
     /// A kernel as a function of `{name}` that is told its block, up to its first operand; and its first line. None where
     /// a kernel's parameters are no function's.
     pub(super) function: Option<[&'static str; 2]>,
@@ -73,12 +75,22 @@ impl Dialect {
         self.headers.join("\n")
     }
 
-    /// `kernel` as a function of this name that other kernels call.
+    /// `kernel` as a function of this name that other kernels call; one that asks first is given what to call `before`.
     pub(super) fn as_function(&self, kernel: &Source, name: &str) -> String {
         let [head, line] = self.function.expect("metal-candle bug: kernels that are no functions");
         let own = self.kernel.replace("{block}", &kernel.launch.block.to_string());
         let own = own.replace("{name}", &kernel.name) + "(";
-        let text = kernel.text.replacen(&own, &head.replace("{name}", name), 1);
+        let mut head = head.replace("{name}", name);
+        let mut text = kernel.text.clone();
+        if kernel.asks_first {
+            head = format!("template <typename Before> {head}").replacen(
+                '(',
+                "(const Before& before, ",
+                1,
+            );
+            text = text.replacen(self.before, "", 1);
+        }
+        let text = text.replacen(&own, &head, 1);
         let function = text.replacen(self.first_lines[0], line, 1);
         assert!(text != kernel.text && function != text, "metal-candle bug: no kernel\n{text}");
         function

@@ -12,8 +12,9 @@ const ACCESS_BYTES: usize = 16;
 const BLOCK: usize = 256;
 /// The longest row of a SIMD group: 32 elements a lane.
 const SIMD_ROW: usize = 1024;
-/// Rows that cannot fill a device.
+/// Rows that cannot fill a device, and the longest row of a SIMD group then.
 const FEW_ROWS: usize = 32;
+const FEW_ROWS_SIMD_ROW: usize = 256;
 /// How often a grid fills the device: more even out what blocks take, fewer cost less to start.
 const WAVES: usize = 4;
 
@@ -191,9 +192,14 @@ fn team(kernel: &Kernel) -> Team {
             let most = BLOCK / SIMD;
             Team::Column { slices: (kernel.cols() / 8).next_power_of_two().clamp(1, most) }
         }
-        Lanes::Cols if kernel.cols() <= SIMD_ROW => Team::Simd,
+        Lanes::Cols if kernel.cols() <= longest_of_simd(kernel) => Team::Simd,
         Lanes::Cols => Team::Block,
     }
+}
+
+/// The longest row of a SIMD group: of few rows, whose blocks are idle but for it, one that it reads in one access.
+fn longest_of_simd(kernel: &Kernel) -> usize {
+    if kernel.rows() <= FEW_ROWS { FEW_ROWS_SIMD_ROW } else { SIMD_ROW }
 }
 
 /// The most neighbours along the fastest axis whose widest access is of 16 bytes, and which divide the axis.

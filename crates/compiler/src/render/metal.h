@@ -25,7 +25,9 @@ FN f32 f32_of_bits(u32 bits) { return as_type<float>(bits); }
 
 // Barriers between commands wait for those before; memory comes when it is read.
 FN void after_predecessor() {}
-FN void prefetch(device const void*) {}
+struct Predecessor {
+    void operator()() const {}
+};
 
 FN void barrier() { threadgroup_barrier(mem_flags::mem_threadgroup | mem_flags::mem_device); }
 // Whether this thread is the first one to put `mark` in the place of 0.

@@ -132,8 +132,8 @@ fn body(
     body
 }
 
-/// Which values stay in registers: one after the other, that which saves the most work, as long as one fits. The rest is
-/// read or computed again.
+/// Which values stay in registers: one after the other, that which saves the most work, as long as one fits; then what is read
+/// for a later pass. The rest is read or computed again.
 fn keep(kernel: &Kernel, live: &[bool], stages: usize, per_thread: usize) -> Vec<bool> {
     let mut kept = vec![false; kernel.tape.len()];
     let bytes = |reg: Reg| per_thread * scalar::register_bytes(kernel.tape[reg.index()].dtype);
@@ -152,8 +152,26 @@ fn keep(kernel: &Kernel, live: &[bool], stages: usize, per_thread: usize) -> Vec
                 kept[best.index()] = true;
                 (left, least) = (left - bytes(best), work);
             }
-            _ => return kept,
+            _ => break,
         }
+    }
+    // What a later pass reads is asked for in the first one, for what is left: no pass then waits for memory once more.
+    candidates.retain(|reg| !kept[reg.index()] && is_read(kernel, *reg));
+    for reg in candidates {
+        if let Some(rest) = left.checked_sub(bytes(reg)) {
+            kept[reg.index()] = true;
+            left = rest;
+        }
+    }
+    kept
+}
+
+/// Whether a value is one of memory, in whatever dtype.
+fn is_read(kernel: &Kernel, reg: Reg) -> bool {
+    match kernel.tape[reg.index()].op {
+        KernelOp::Load(_) => true,
+        KernelOp::Cast(x) => is_read(kernel, x),
+        _ => false,
     }
 }
 

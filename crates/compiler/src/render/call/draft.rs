@@ -67,7 +67,7 @@ pub(super) struct Draft<'a> {
     constants: Vec<String>,
     functions: Vec<String>,
     align_bytes: usize,
-    waits: bool,
+    asks_first: bool,
 }
 
 struct Operand {
@@ -90,7 +90,7 @@ impl<'a> Draft<'a> {
             constants: Vec::new(),
             functions: Vec::new(),
             align_bytes: 1,
-            waits: false,
+            asks_first: false,
         }
     }
 
@@ -136,9 +136,9 @@ impl<'a> Draft<'a> {
         self
     }
 
-    /// The template calls `after_predecessor` itself, before it touches what earlier kernels write.
-    pub(super) fn waits(self) -> Draft<'a> {
-        Draft { waits: true, ..self }
+    /// The template's last argument is a function, which it calls before it touches what earlier kernels write.
+    pub(super) fn asks_first(self) -> Draft<'a> {
+        Draft { asks_first: true, ..self }
     }
 
     pub(super) fn typedef(mut self, name: &str, is: &str) -> Draft<'a> {
@@ -191,6 +191,7 @@ impl<'a> Draft<'a> {
             launch,
             align_bytes: draft.align_bytes,
             is_call: true,
+            asks_first: draft.asks_first,
         })
     }
 
@@ -204,7 +205,7 @@ impl<'a> Draft<'a> {
         };
         let mut parameters: Vec<String> = self.operands.iter().enumerate().map(parameter).collect();
         parameters.extend(dialect.ids.iter().map(|id| (*id).to_owned()));
-        let wait = if self.waits { &[] } else { dialect.wait };
+        let wait = if self.asks_first { &[dialect.before] } else { dialect.wait };
         let mut lines: Vec<&str> = [dialect.first_lines, wait].concat();
         match dialect.shared {
             _ if launch.shared_bytes == 0 => {}
@@ -225,6 +226,9 @@ impl<'a> Draft<'a> {
         operands.push("Thread{tid, block, blocks}");
         if launch.shared_bytes > 0 {
             operands.push("shared");
+        }
+        if self.asks_first {
+            operands.push("before");
         }
         let more: String = self.arguments.iter().map(|n| format!(", {n}")).collect();
         text.line(format!("{}<K{more}>({});", self.template, operands.join(", ")));

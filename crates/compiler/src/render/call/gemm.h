@@ -6,42 +6,86 @@ template <typename K, typename A, typename T> FN void put_product(DEVICE T* out,
     *out = T(K::alpha() * sum + (K::ACCUMULATE ? A(*out) : A(0)));
 }
 
-// W lies column after column: a SIMD group for each.
-template <typename K, i32 M, typename T>
-FN void times_columns(DEVICE const T* x, DEVICE const T* w, DEVICE T* out, Thread t) {
-    typedef typename K::I I;
-    typedef typename K::A A;
-    const I groups = K::BLOCK / 32;
-    // The weight is the same whatever the kernel before this one writes.
-    for (I col = I(t.block) * groups + t.tid / 32, k = t.tid % 32 * 64; k < K::INNER && k < 1024; k += 32 * 64) {
-        if (col < K::COLS) prefetch(w + (K::weight(col) + k));
-    }
-    after_predecessor();
-    for (I col = I(t.block) * groups + t.tid / 32; col < K::COLS; col += I(t.blocks) * groups) {
-        A sum[M];
-        for (i32 m = 0; m < M; ++m) sum[m] = 0;
-#pragma unroll 4
-        for (I k = t.tid % 32 * 8; k < K::INNER; k += 32 * 8) {
-            A b[8], a[8];
-            load_run<16 / sizeof(T), 1>(w + (K::weight(col) + k), b);
-            for (i32 m = 0; m < M; ++m) {
-                load_run<K::VECTOR, K::STEP>(x + (K::from(m) + k * K::STEP), a);
-                for (i32 j = 0; j < 8; ++j) sum[m] += a[j] * b[j];
+// Eight neighbours, as they lie.
+template <typename T> struct Run {
+    enum : i32 { V = 16 / sizeof(T) };
+    Pack<T, V> parts[8 / V];
+};
+
+template <typename A, typename T> FN void widen(THREAD const Run<T>& run, THREAD A (&to)[8]) {
+    for (i32 i = 0; i < 8; ++i) to[i] = A(run.parts[i / Run<T>::V].at[i % Run<T>::V]);
+}
+
+// What a lane has of a column to begin with: EARLY runs, 32 lanes' worth apart, of which those beyond the end are nothing.
+template <typename K, i32 EARLY, typename T> FN void ask(DEVICE const T* column, i32 lane, THREAD Run<T> (&early)[EARLY]) {
+#pragma unroll
+    for (i32 i = 0; i < EARLY; ++i) {
+        const i32 k = (i * 32 + lane) * 8;
+        if (k < K::INNER) {
+            for (i32 j = 0; j < 8 / Run<T>::V; ++j) {
+                DEVICE const Pack<T, Run<T>::V>& part = *(DEVICE const Pack<T, Run<T>::V>*)(column + k + j * Run<T>::V);
+                early[i].parts[j] = part;
             }
-        }
-        for (i32 m = 0; m < M; ++m) {
-            const A all = simd_reduce<Sum>(sum[m]);
-            if (t.tid % 32 == 0) put_product<K>(out + (K::to(m) + col), all);
         }
     }
 }
 
-// W lies row after row: a block for each eight accesses of columns. A SIMD group reads four rows of them at once.
-template <typename K, i32 M, typename T>
-FN void times_rows(DEVICE const T* x, DEVICE const T* w, DEVICE T* out, Thread t, SHARED u64* shared) {
+template <typename K, i32 M, typename A, typename T>
+FN void add_run(DEVICE const T* x, typename K::I k, THREAD const A (&b)[8], THREAD A (&sum)[M]) {
+    for (i32 m = 0; m < M; ++m) {
+        A a[8];
+        load_run<K::VECTOR, K::STEP>(x + (K::from(m) + k * K::STEP), a);
+        for (i32 j = 0; j < 8; ++j) sum[m] += a[j] * b[j];
+    }
+}
+
+// W lies column after column: a SIMD group for each. The weight is the same whatever the kernel before this one writes: what
+// its lanes have of their first columns they ask for before that has ended, and of the next ones before they need them.
+template <typename K, i32 M, typename T, typename Before>
+FN void times_columns(DEVICE const T* x, DEVICE const T* w, DEVICE T* out, Thread t, THREAD const Before& before) {
     typedef typename K::I I;
     typedef typename K::A A;
-    after_predecessor();
+    enum : i32 { GROUPS = K::BLOCK / 32, MOST = 16 / sizeof(T), RUNS = (K::INNER + 255) / 256, EARLY = RUNS < MOST ? RUNS : MOST };
+    const i32 lane = t.tid % 32;
+    I col = I(t.block) * GROUPS + t.tid / 32;
+    Run<T> early[EARLY];
+    if (col < K::COLS) ask<K, EARLY>(w + K::weight(col), lane, early);
+    before();
+    while (col < K::COLS) {
+        A sum[M];
+        for (i32 m = 0; m < M; ++m) sum[m] = 0;
+#pragma unroll
+        for (i32 i = 0; i < EARLY; ++i) {
+            const I k = (i * 32 + lane) * 8;
+            if (k >= K::INNER) continue;
+            A b[8];
+            widen(early[i], b);
+            add_run<K>(x, k, b, sum);
+        }
+#pragma unroll 4
+        for (I k = (EARLY * 32 + lane) * 8; k < K::INNER; k += 32 * 8) {
+            A b[8];
+            load_run<16 / sizeof(T), 1>(w + (K::weight(col) + k), b);
+            add_run<K>(x, k, b, sum);
+        }
+        const I next = col + I(t.blocks) * GROUPS;
+        if (next < K::COLS) ask<K, EARLY>(w + K::weight(next), lane, early);
+        for (i32 m = 0; m < M; ++m) {
+            const A all = simd_reduce<Sum>(sum[m]);
+            if (lane == 0) put_product<K>(out + (K::to(m) + col), all);
+        }
+        col = next;
+    }
+}
+
+// W lies row after row: a block for each eight accesses of columns. A SIMD group reads four rows of them at once.
+template <typename K, i32 M, typename T, typename Before>
+FN void times_rows(
+    DEVICE const T* x, DEVICE const T* w, DEVICE T* out, Thread t, SHARED u64* shared, THREAD const Before& before
+) {
+    typedef typename K::I I;
+    typedef typename K::A A;
+    before();
     const i32 V = 16 / sizeof(T), width = 8 * V, groups = K::BLOCK / 32;
     SHARED A* const part = (SHARED A*)shared;
     for (I block = t.block; block < (K::COLS + width - 1) / width; block += t.blocks) {
