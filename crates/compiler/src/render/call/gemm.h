@@ -16,17 +16,19 @@ template <typename A, typename T> FN void widen(THREAD const Run<T>& run, THREAD
     for (i32 i = 0; i < 8; ++i) to[i] = A(run.parts[i / Run<T>::V].at[i % Run<T>::V]);
 }
 
-// What a lane has of a column to begin with: EARLY runs, 32 lanes' worth apart, of which those beyond the end are nothing.
-template <typename K, i32 EARLY, typename T> FN void ask(DEVICE const T* column, i32 lane, THREAD Run<T> (&early)[EARLY]) {
+template <typename T> FN void ask(DEVICE const T* from, THREAD Run<T>& run) {
+    for (i32 i = 0; i < 8 / Run<T>::V; ++i) {
+        DEVICE const Pack<T, Run<T>::V>& part = *(DEVICE const Pack<T, Run<T>::V>*)(from + i * Run<T>::V);
+        run.parts[i] = part;
+    }
+}
+
+// What a lane has of a column to begin with: AHEAD runs, 32 lanes' worth apart.
+template <typename K, i32 AHEAD, typename T> FN void ask_first(DEVICE const T* column, i32 lane, THREAD Run<T> (&runs)[AHEAD]) {
 #pragma unroll
-    for (i32 i = 0; i < EARLY; ++i) {
+    for (i32 i = 0; i < AHEAD; ++i) {
         const i32 k = (i * 32 + lane) * 8;
-        if (k < K::INNER) {
-            for (i32 j = 0; j < 8 / Run<T>::V; ++j) {
-                DEVICE const Pack<T, Run<T>::V>& part = *(DEVICE const Pack<T, Run<T>::V>*)(column + k + j * Run<T>::V);
-                early[i].parts[j] = part;
-            }
-        }
+        if (k < K::INNER) ask(column + k, runs[i]);
     }
 }
 
@@ -39,37 +41,34 @@ FN void add_run(DEVICE const T* x, typename K::I k, THREAD const A (&b)[8], THRE
     }
 }
 
-// W lies column after column: a SIMD group for each. The weight is the same whatever the kernel before this one writes: what
-// its lanes have of their first columns they ask for before that has ended, and of the next ones before they need them.
+// W lies column after column: a SIMD group for each, whose lanes ask for what they need AHEAD runs before they do. The weight
+// is the same whatever the kernel before this one writes: the first runs are asked for before that has ended.
 template <typename K, i32 M, typename T, typename Before>
 FN void times_columns(DEVICE const T* x, DEVICE const T* w, DEVICE T* out, Thread t, THREAD const Before& before) {
     typedef typename K::I I;
     typedef typename K::A A;
-    enum : i32 { GROUPS = K::BLOCK / 32, MOST = 16 / sizeof(T), RUNS = (K::INNER + 255) / 256, EARLY = RUNS < MOST ? RUNS : MOST };
+    enum : i32 { GROUPS = K::BLOCK / 32, RUNS = (K::INNER + 255) / 256, MOST = 16 / sizeof(T), AHEAD = RUNS < MOST ? RUNS : MOST };
     const i32 lane = t.tid % 32;
     I col = I(t.block) * GROUPS + t.tid / 32;
-    Run<T> early[EARLY];
-    if (col < K::COLS) ask<K, EARLY>(w + K::weight(col), lane, early);
+    Run<T> runs[AHEAD];
+    if (col < K::COLS) ask_first<K, AHEAD>(w + K::weight(col), lane, runs);
     before();
     while (col < K::COLS) {
         A sum[M];
         for (i32 m = 0; m < M; ++m) sum[m] = 0;
+        for (i32 first = 0; first < RUNS; first += AHEAD) {
 #pragma unroll
-        for (i32 i = 0; i < EARLY; ++i) {
-            const I k = (i * 32 + lane) * 8;
-            if (k >= K::INNER) continue;
-            A b[8];
-            widen(early[i], b);
-            add_run<K>(x, k, b, sum);
-        }
-#pragma unroll 4
-        for (I k = (EARLY * 32 + lane) * 8; k < K::INNER; k += 32 * 8) {
-            A b[8];
-            load_run<16 / sizeof(T), 1>(w + (K::weight(col) + k), b);
-            add_run<K>(x, k, b, sum);
+            for (i32 i = 0; i < AHEAD; ++i) {
+                const I k = ((first + i) * 32 + lane) * 8, later = k + AHEAD * 256;
+                if (k >= K::INNER) continue;
+                A b[8];
+                widen(runs[i], b);
+                if (later < K::INNER) ask(w + (K::weight(col) + later), runs[i]);
+                add_run<K>(x, k, b, sum);
+            }
         }
         const I next = col + I(t.blocks) * GROUPS;
-        if (next < K::COLS) ask<K, EARLY>(w + K::weight(next), lane, early);
+        if (next < K::COLS) ask_first<K, AHEAD>(w + K::weight(next), lane, runs);
         for (i32 m = 0; m < M; ++m) {
             const A all = simd_reduce<Sum>(sum[m]);
             if (lane == 0) put_product<K>(out + (K::to(m) + col), all);

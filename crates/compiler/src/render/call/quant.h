@@ -219,38 +219,60 @@ template <typename K, typename FORMAT, typename T> FN void dequantize(DEVICE con
     }
 }
 
+// Of N rows, from `first` on, what a lane has of AHEAD runs, 32 lanes' worth apart.
+template <typename K, typename FORMAT, i32 N, i32 AHEAD>
+FN void read_runs(DEVICE const u8* blocks, typename K::I first, u32 run, THREAD f32 (&w)[AHEAD][N][8]) {
+#pragma unroll
+    for (i32 i = 0; i < AHEAD; ++i) {
+        if (run + 32 * i >= K::RUNS) continue;
+        for (i32 n = 0; n < N; ++n) {
+            // Beyond the last row, that one again: nobody asks for its sum.
+            const typename K::I row = first + n < K::ROWS ? first + n : first;
+            row_run<FORMAT>(blocks + u64(row) * K::ROW_BYTES, run + 32 * i, w[i][n]);
+        }
+    }
+}
+
 // x Wᵀ for M rows of x: a SIMD group has N rows of W at once, so that what it reads of x serves all of them, and reads W
-// once, and as blocks.
-template <typename K, typename FORMAT, i32 M, i32 N, typename T>
-FN void quant_rows(DEVICE const T* x, DEVICE const u8* blocks, DEVICE T* out, Thread t) {
+// once, and as blocks, several runs at a time. The first ones come before the kernel before this one has ended.
+template <typename K, typename FORMAT, i32 M, i32 N, typename T, typename Before>
+FN void quant_rows(DEVICE const T* x, DEVICE const u8* blocks, DEVICE T* out, Thread t, THREAD const Before& before) {
     typedef typename K::I I;
     typedef typename K::A A;
+    enum : i32 { AHEAD = 4 / N };
     const I groups = K::BLOCK / 32 * N;
-    for (I first = I(t.block) * groups + t.tid / 32 * N; first < K::ROWS; first += I(t.blocks) * groups) {
+    const u32 lane = t.tid % 32;
+    I first = I(t.block) * groups + t.tid / 32 * N;
+    f32 w[AHEAD][N][8];
+    if (first < K::ROWS) read_runs<K, FORMAT>(blocks, first, lane, w);
+    before();
+    while (first < K::ROWS) {
         A sum[M][N];
         for (i32 m = 0; m < M; ++m) {
             for (i32 n = 0; n < N; ++n) sum[m][n] = 0;
         }
-        for (u32 run = t.tid % 32; run < K::RUNS; run += 32) {
-            f32 w[N][8];
-            for (i32 n = 0; n < N; ++n) {
-                // Beyond the last row, that one again: nobody asks for its sum.
-                const I row = first + n < K::ROWS ? first + n : first;
-                row_run<FORMAT>(blocks + u64(row) * K::ROW_BYTES, run, w[n]);
-            }
-            for (i32 m = 0; m < M; ++m) {
-                A a[8];
-                load_run<K::VECTOR, K::STEP>(x + (K::from(m) + I(run) * 8 * K::STEP), a);
-                for (i32 n = 0; n < N; ++n) {
-                    for (i32 j = 0; j < 8; ++j) sum[m][n] += a[j] * A(w[n][j]);
+        for (u32 run = lane; run < K::RUNS; run += 32 * AHEAD) {
+            if (run >= 32 * AHEAD) read_runs<K, FORMAT>(blocks, first, run, w);
+#pragma unroll
+            for (i32 i = 0; i < AHEAD; ++i) {
+                if (run + 32 * i >= K::RUNS) continue;
+                for (i32 m = 0; m < M; ++m) {
+                    A a[8];
+                    load_run<K::VECTOR, K::STEP>(x + (K::from(m) + I(run + 32 * i) * 8 * K::STEP), a);
+                    for (i32 n = 0; n < N; ++n) {
+                        for (i32 j = 0; j < 8; ++j) sum[m][n] += a[j] * A(w[i][n][j]);
+                    }
                 }
             }
         }
+        const I next = first + I(t.blocks) * groups;
+        if (next < K::ROWS) read_runs<K, FORMAT>(blocks, next, lane, w);
         for (i32 m = 0; m < M; ++m) {
             for (i32 n = 0; n < N; ++n) {
                 const A all = simd_reduce<Sum>(sum[m][n]);
-                if (t.tid % 32 == 0 && first + n < K::ROWS) out[K::to(m) + first + n] = T(all);
+                if (lane == 0 && first + n < K::ROWS) out[K::to(m) + first + n] = T(all);
             }
         }
+        first = next;
     }
 }

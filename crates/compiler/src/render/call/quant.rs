@@ -156,7 +156,11 @@ fn few(gpu: Gpu<'_>, x: &Operand, blocks: &Blocks, out: &Operand, m: usize) -> P
     // As many as sums fit into registers, where there are enough for the whole device.
     let plenty = blocks.rows * SIMD >= gpu.limits.resident_threads;
     let at_once = if m <= 4 && plenty { 2 } else { 1 };
-    let draft = Draft::new(gpu, "quant_gemm", "quant_rows").reads(Binding::Arg(0), "x", x.dtype);
+    let draft = Draft::new(gpu, "quant_gemm", "quant_rows").asks_first().reads(
+        Binding::Arg(0),
+        "x",
+        x.dtype,
+    );
     let draft = blocks
         .reads(draft)
         .template(m)
@@ -168,7 +172,7 @@ fn few(gpu: Gpu<'_>, x: &Operand, blocks: &Blocks, out: &Operand, m: usize) -> P
         .constant("STEP", step as i64)
         .aligned(vector * x.dtype.size_bytes())
         .walk(&walk, blocks.cols * step.unsigned_abs() + blocks.rows);
-    draft.finish(gpu.simd_rows(blocks.rows.div_ceil(at_once)))
+    draft.finish(gpu.resident_simd_rows(blocks.rows.div_ceil(at_once)))
 }
 
 /// How many of eight neighbours of x can be loaded as one.
