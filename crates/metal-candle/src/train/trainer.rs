@@ -1,125 +1,21 @@
 //! The loop around the step: batches, schedule, validation, checkpoints, reports.
 
-use super::checkpoint::{self, Progress};
+mod resume;
+
+use super::checkpoint::Progress;
 use super::report::{Report, Window};
 use super::submit::Finished;
-use super::{AdamWConfig, LRScheduler, StepMetrics, StepShape, TrainStep, fit};
+use super::{StepMetrics, TrainStep, TrainingConfig, fit};
 use crate::error::ErrorKind;
-use crate::fnv::Fnv;
-use crate::io::data::{Batch, BatchOptions, Batcher, Example, Order};
+use crate::io::data::{Batch, Batcher, Example, Order};
 use crate::io::file;
 use crate::models::Decoder;
 use crate::nn::LoRAAdapter;
 use crate::{Outline, Plan, Result, World};
-use serde_json::{Map, Value, json};
-use std::path::{Path, PathBuf};
+use serde_json::{Map, Value};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// How to train.
-#[derive(Clone, Debug)]
-pub struct TrainingConfig {
-    /// Iterations in all: one update each.
-    pub iters: usize,
-    /// Rows of a batch, of each rank if there are several.
-    pub batch_size: usize,
-    /// Batches of an update.
-    pub grad_accumulation_steps: usize,
-    /// Tokens of a row, at most.
-    pub max_seq_length: usize,
-    /// Whether several examples share a row, kept apart in attention, so that little is padding.
-    pub packing: bool,
-    /// The learning rate over the iterations.
-    pub schedule: LRScheduler,
-    /// The optimizer.
-    pub optimizer: AdamWConfig,
-    /// Gradients of a larger norm are scaled down to this one.
-    pub max_gradient_norm: f64,
-    /// Orders the batches and picks what is dropped.
-    pub seed: u64,
-    /// Iterations between two reports.
-    pub steps_per_report: usize,
-    /// Iterations between two validations.
-    pub steps_per_eval: usize,
-    /// Batches of one validation, at most; 0 is all.
-    pub val_batches: usize,
-    /// Validations without a lower loss after which training ends; 0 is never.
-    pub patience: usize,
-    /// Iterations between two checkpoints; 0 is only at the end.
-    pub save_every: usize,
-    /// Where the adapter goes: the last one into the folder itself, the one of the lowest validation loss into
-    /// `best`, and what is needed to go on into `training_state.safetensors`.
-    pub adapter_path: Option<PathBuf>,
-    /// Go on where the run in `adapter_path` stopped.
-    pub resume: bool,
-}
-
-impl Default for TrainingConfig {
-    /// mlx-lm's defaults, with clipping.
-    fn default() -> Self {
-        TrainingConfig {
-            iters: 1000,
-            batch_size: 4,
-            grad_accumulation_steps: 1,
-            max_seq_length: 2048,
-            packing: false,
-            schedule: LRScheduler::Constant { rate: 1e-5 },
-            optimizer: AdamWConfig::default(),
-            max_gradient_norm: 1.0,
-            seed: 0,
-            steps_per_report: 10,
-            steps_per_eval: 200,
-            val_batches: 25,
-            patience: 0,
-            save_every: 100,
-            adapter_path: None,
-            resume: false,
-        }
-    }
-}
-
-impl TrainingConfig {
-    fn reports_after(&self, step: usize) -> bool {
-        step.is_multiple_of(self.steps_per_report.max(1))
-    }
-
-    fn validates_after(&self, step: usize) -> bool {
-        step == self.iters || step.is_multiple_of(self.steps_per_eval.max(1))
-    }
-
-    fn saves_after(&self, step: usize) -> bool {
-        self.save_every > 0 && step.is_multiple_of(self.save_every)
-    }
-
-    /// Whether anything but the next step comes after this one.
-    fn pauses_after(&self, step: usize) -> bool {
-        self.reports_after(step) || self.validates_after(step) || self.saves_after(step)
-    }
-
-    /// One of so many ranks' part of the largest batches of an update that these examples make, or any.
-    fn shape(&self, train: Option<&[Example]>, ranks: usize) -> Result<StepShape> {
-        let order = Order::Shuffled { seed: self.seed };
-        let seq = match train {
-            Some(train) => self.batcher(train, order, ranks)?.shapes()[0].1,
-            None => self.max_seq_length,
-        };
-        let batch = self.batch_size;
-        let accumulated = self.grad_accumulation_steps.max(1);
-        Ok(StepShape { batch, seq, accumulated, packed: self.packing })
-    }
-
-    /// Batches with the rows of so many ranks.
-    fn batcher(&self, examples: &[Example], order: Order, ranks: usize) -> Result<Batcher> {
-        let TrainingConfig { max_seq_length, packing, .. } = *self;
-        let batch_size = self.batch_size * ranks;
-        let options = BatchOptions { batch_size, max_seq_length, order };
-        let new = if packing { Batcher::packed } else { Batcher::new };
-        new(examples.to_vec(), options).map_err(|e| ErrorKind::Data(e).into())
-    }
-}
-
-/// What is needed to go on, in the adapter's folder.
-const STATE: &str = "training_state.safetensors";
 /// The folder of the best adapter, in the adapter's.
 const BEST: &str = "best";
 
@@ -336,26 +232,6 @@ impl Trainer {
         Err(ErrorKind::NoUpdate { skipped, culprit }.into())
     }
 
-    /// Where to begin: at the beginning, or where the checkpoint says.
-    fn start(
-        &mut self,
-        batches: &mut Batcher,
-        settings: &Map<String, Value>,
-        report: &mut impl FnMut(Report),
-    ) -> Result<Progress> {
-        let path = self.config.adapter_path.as_deref().map(|folder| folder.join(STATE));
-        let Some(path) = path.filter(|path| self.config.resume && path.exists()) else {
-            return Ok(Progress::default());
-        };
-        let names: Vec<String> = self.step.state().map(|(name, _)| name).collect();
-        let device = self.decoder.device();
-        let (tensors, progress) = checkpoint::load(&path, names.into_iter(), settings, device)?;
-        self.step.restore(tensors, progress.count)?;
-        batches.seek(progress.cursor);
-        report(Report::Resumed { step: progress.iteration });
-        Ok(progress)
-    }
-
     fn validate(
         &self,
         valid: &[Example],
@@ -390,66 +266,4 @@ impl Trainer {
             _ => Ok(()),
         }
     }
-
-    fn save(
-        &self,
-        progress: &Progress,
-        settings: &Map<String, Value>,
-        report: &mut impl FnMut(Report),
-    ) -> Result<()> {
-        if let Some(path) = self.config.adapter_path.as_ref().filter(|_| self.is_first()) {
-            self.step.adapter()?.save(path)?;
-            self.save_state(path, progress, settings)?;
-            report(Report::Saved { step: progress.iteration });
-        }
-        Ok(())
-    }
-
-    fn save_state(
-        &self,
-        folder: &Path,
-        progress: &Progress,
-        settings: &Map<String, Value>,
-    ) -> Result<()> {
-        checkpoint::save(&folder.join(STATE), self.step.state(), progress, settings)
-    }
-
-    /// What a run that goes on must have in common with the one that stopped.
-    fn settings(&self, train: &[Example]) -> Result<Map<String, Value>> {
-        let c = &self.config;
-        let settings = json!({
-            "iters": c.iters,
-            // Of all ranks: as many rows on one go on with the run of several.
-            "batch_size": c.batch_size * self.ranks(),
-            "grad_accumulation_steps": c.grad_accumulation_steps,
-            "max_seq_length": c.max_seq_length,
-            "packing": c.packing,
-            "learning rate": format!("{:?}", c.schedule),
-            "optimizer": format!("{:?}", c.optimizer),
-            "max_gradient_norm": c.max_gradient_norm,
-            "seed": c.seed,
-            "training data": fingerprint(train),
-            "base model": self.decoder.fingerprint()?,
-        });
-        let Value::Object(mut settings) = settings else {
-            panic!("metal-candle bug: settings are {settings}");
-        };
-        // What the base is called is no part of what it is.
-        let adapter = self.step.adapter_config().to_json().into_iter();
-        let adapter = adapter.filter(|(option, _)| option != "base_model_name_or_path");
-        settings.extend(adapter.map(|(option, value)| (format!("adapter {option}"), value)));
-        Ok(settings)
-    }
-}
-
-/// What tells data sets apart: their size, and a hash of all ids and masks.
-fn fingerprint(examples: &[Example]) -> String {
-    let mut hash = Fnv::default();
-    for example in examples {
-        hash.add(example.ids.len() as u64);
-        for (id, trained) in example.ids.iter().zip(&example.trained) {
-            hash.add(u64::from(*id) << 1 | u64::from(*trained));
-        }
-    }
-    format!("{} rows, {hash:016x}", examples.len())
 }
