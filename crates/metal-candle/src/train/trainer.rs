@@ -22,10 +22,17 @@ const BEST: &str = "best";
 /// Updates that may be skipped in a row.
 const SKIPPED_MOST: usize = 20;
 
-/// What the steps did since the last report, and updates that were skipped in a row.
-struct Tally {
+/// What a run carries from one step to the next.
+struct Run<'a, R> {
+    valid: &'a [Example],
+    /// What a run that goes on from this one must have in common with it.
+    settings: Map<String, Value>,
+    progress: Progress,
+    /// What the steps did since the last report.
     window: Window,
+    /// Updates that were skipped in a row.
     skipped: usize,
+    report: R,
 }
 
 /// Fine-tunes an adapter on a frozen decoder.
@@ -78,90 +85,117 @@ impl Trainer {
         &mut self,
         train: &[Example],
         valid: &[Example],
-        mut report: impl FnMut(Report),
+        report: impl FnMut(Report),
     ) -> Result<LoRAAdapter> {
         let c = self.config.clone();
         let mut batches = self.batches(train)?;
-        let settings = self.settings(train)?;
-        if let Some(folder) = c.adapter_path.as_ref().filter(|_| self.is_first()) {
-            // Said now, and not after the first hundred steps.
-            file::check_writable(folder)?;
-        }
-        let shape = c.shape(Some(train), self.ranks())?;
-        fit::check(self.decoder.device(), shape, |shape| self.step.plan(shape))?;
-        let mut progress = self.start(&mut batches, &settings, &mut report)?;
-        self.check_ranks(&settings, &progress)?;
-        if !valid.is_empty() && progress.iteration == 0 {
-            self.validate(valid, &mut progress, &mut report)?;
-        }
-        let mut tally = Tally { window: Window::start(), skipped: 0 };
+        let mut run = self.begin(train, valid, &mut batches, report)?;
         let mut waiting: Option<(usize, Vec<Batch>)> = None;
-        while progress.iteration < c.iters {
-            let rate = c.schedule.rate(progress.iteration);
+        while run.progress.iteration < c.iters {
+            let rate = c.schedule.rate(run.progress.iteration);
             let micro: Vec<Batch> =
                 (0..c.grad_accumulation_steps.max(1)).map(|_| batches.next_batch()).collect();
             let asked = self.stop.load(Ordering::Relaxed);
             let before = self.step.submit_or_stop(&micro, rate, asked)?;
-            progress.iteration += 1;
-            progress.cursor = batches.cursor();
-            let step = progress.iteration;
+            run.progress.iteration += 1;
+            run.progress.cursor = batches.cursor();
+            let step = run.progress.iteration;
             if let (Some(finished), Some((step, micro))) = (before, waiting.take()) {
-                self.settle(step, &micro, finished.metrics, &mut tally, &mut report)?;
+                self.settle(&mut run, step, &micro, finished.metrics)?;
             }
-            // One alone need not ask others whether to stop.
-            let stop = |this: &Self| this.ranks() == 1 && this.stop.load(Ordering::Relaxed);
             // While the device works on, the next batch is made; but not past what wants to see this step's end.
-            if self.step.is_running() && !c.pauses_after(step) && !stop(self) {
+            if self.step.is_running() && !c.pauses_after(step) && !self.stops_alone() {
                 waiting = Some((step, micro));
                 continue;
             }
             let finished = self.step.finish_or_stop()?;
             let Finished { metrics, stopped } =
                 finished.expect("metal-candle bug: a step that was submitted is missing");
-            self.settle(step, &micro, metrics, &mut tally, &mut report)?;
-            progress.count = self.step.count();
+            self.settle(&mut run, step, &micro, metrics)?;
+            run.progress.count = self.step.count();
             // Ranks stop after the same step.
-            let stopped = stopped || stop(self);
-            let last = step == c.iters || stopped;
-            if last || c.reports_after(step) {
-                report(tally.window.close(step, rate, metrics.gradient_norm));
-            }
-            let is_due = c.validates_after(step);
-            let mut done = last;
-            if !valid.is_empty() && is_due && !stopped {
-                self.validate(valid, &mut progress, &mut report)?;
-                done |= c.patience > 0 && self.any(progress.stale >= c.patience)?;
-                tally.window = Window::start();
-            }
-            if done || c.saves_after(step) {
-                self.save(&progress, &settings, &mut report)?;
-            }
-            if done && step < c.iters {
-                report(if stopped { Report::Stopped { step } } else { Report::Stale { step } });
+            let stopped = stopped || self.stops_alone();
+            if self.pause(&mut run, rate, metrics.gradient_norm, stopped)? {
                 break;
             }
         }
         self.step.adapter()
     }
 
+    /// Checks what can be checked before the first step, and looks where that is.
+    fn begin<'a, R: FnMut(Report)>(
+        &mut self,
+        train: &[Example],
+        valid: &'a [Example],
+        batches: &mut Batcher,
+        mut report: R,
+    ) -> Result<Run<'a, R>> {
+        let settings = self.settings(train)?;
+        if let Some(folder) = self.config.adapter_path.as_ref().filter(|_| self.is_first()) {
+            // Said now, and not after the first hundred steps.
+            file::check_writable(folder)?;
+        }
+        let shape = self.config.shape(Some(train), self.ranks())?;
+        fit::check(self.decoder.device(), shape, |shape| self.step.plan(shape))?;
+        let progress = self.start(batches, &settings, &mut report)?;
+        self.check_ranks(&settings, &progress)?;
+        let window = Window::start();
+        let mut run = Run { valid, settings, progress, window, skipped: 0, report };
+        if !valid.is_empty() && run.progress.iteration == 0 {
+            self.validate(&mut run)?;
+        }
+        Ok(run)
+    }
+
     /// Takes note of what a step did.
     fn settle(
         &self,
+        run: &mut Run<impl FnMut(Report)>,
         step: usize,
         micro: &[Batch],
         metrics: StepMetrics,
-        tally: &mut Tally,
-        report: &mut impl FnMut(Report),
     ) -> Result<()> {
         let StepMetrics { loss, gradient_norm, applied } = metrics;
-        tally.skipped = if applied { 0 } else { tally.skipped + 1 };
-        if tally.skipped > 0 {
+        run.skipped = if applied { 0 } else { run.skipped + 1 };
+        if run.skipped > 0 {
             let culprit = self.step.diagnose(micro)?;
-            self.give_up(tally.skipped, culprit.as_deref())?;
-            report(Report::Skipped { step, loss, gradient_norm, culprit });
+            self.give_up(run.skipped, culprit.as_deref())?;
+            (run.report)(Report::Skipped { step, loss, gradient_norm, culprit });
         }
-        tally.window.add(micro, loss);
+        run.window.add(micro, loss);
         Ok(())
+    }
+
+    /// Reports, validates and saves, each where it is time for it; says whether training is over.
+    fn pause(
+        &self,
+        run: &mut Run<impl FnMut(Report)>,
+        rate: f64,
+        gradient_norm: f32,
+        stopped: bool,
+    ) -> Result<bool> {
+        let (c, step) = (&self.config, run.progress.iteration);
+        let mut done = step == c.iters || stopped;
+        if done || c.reports_after(step) {
+            (run.report)(run.window.close(step, rate, gradient_norm));
+        }
+        if !run.valid.is_empty() && c.validates_after(step) && !stopped {
+            self.validate(run)?;
+            done |= c.patience > 0 && self.any(run.progress.stale >= c.patience)?;
+        }
+        if done || c.saves_after(step) {
+            self.save(&run.progress, &run.settings, &mut run.report)?;
+        }
+        if done && step < c.iters {
+            let ended = if stopped { Report::Stopped { step } } else { Report::Stale { step } };
+            (run.report)(ended);
+        }
+        Ok(done)
+    }
+
+    /// One alone need not ask others whether to stop.
+    fn stops_alone(&self) -> bool {
+        self.ranks() == 1 && self.stop.load(Ordering::Relaxed)
     }
 
     /// The plan of a step on the largest batches that these examples make.
@@ -232,15 +266,31 @@ impl Trainer {
         Err(ErrorKind::NoUpdate { skipped, culprit }.into())
     }
 
-    fn validate(
-        &self,
-        valid: &[Example],
-        progress: &mut Progress,
-        report: &mut impl FnMut(Report),
-    ) -> Result<()> {
-        if !self.is_first() {
-            return Ok(());
+    /// Measures the loss of the validation data, and keeps the adapter of the lowest one.
+    fn validate(&self, run: &mut Run<impl FnMut(Report)>) -> Result<()> {
+        if self.is_first() {
+            let loss = self.validation_loss(run.valid)?;
+            let progress = &mut run.progress;
+            // What is not finite is never the best: nothing would be lower.
+            let is_best = loss.is_finite() && progress.best.is_none_or(|best| loss < best);
+            (run.report)(Report::Validation { step: progress.iteration, loss, is_best });
+            if is_best {
+                (progress.best, progress.stale) = (Some(loss), 0);
+                let path = self.config.adapter_path.as_ref();
+                if let Some(path) = path.filter(|_| progress.iteration > 0) {
+                    self.step.adapter()?.save(path.join(BEST))?;
+                }
+            } else {
+                progress.stale += 1;
+            }
         }
+        // The time that this took is no step's.
+        run.window = Window::start();
+        Ok(())
+    }
+
+    /// The mean over the trained tokens of so many batches as are configured.
+    fn validation_loss(&self, valid: &[Example]) -> Result<f32> {
         // As many rows as one rank with the batches of all would take.
         let limit = self.config.val_batches * self.ranks();
         let mut batches = self.config.batcher(valid, Order::File, 1)?;
@@ -252,18 +302,6 @@ impl Trainer {
             sum += f64::from(self.step.evaluate(&batch)?) * batch.trained as f64;
             tokens += batch.trained;
         }
-        let loss = (sum / tokens.max(1) as f64) as f32;
-        // What is not finite is never the best: nothing would be lower.
-        let is_best = loss.is_finite() && progress.best.is_none_or(|best| loss < best);
-        report(Report::Validation { step: progress.iteration, loss, is_best });
-        if !is_best {
-            progress.stale += 1;
-            return Ok(());
-        }
-        (progress.best, progress.stale) = (Some(loss), 0);
-        match &self.config.adapter_path {
-            Some(path) if progress.iteration > 0 => self.step.adapter()?.save(path.join(BEST)),
-            _ => Ok(()),
-        }
+        Ok((sum / tokens.max(1) as f64) as f32)
     }
 }
