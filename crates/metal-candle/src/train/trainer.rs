@@ -44,6 +44,8 @@ pub struct Trainer {
 }
 
 impl Trainer {
+    /// Trains `adapter` from the values that it has; the decoder stays as it is.
+    ///
     /// # Errors
     /// As [`TrainStep::new`].
     pub fn new(
