@@ -8,7 +8,7 @@ use crate::emit::{Draft, Emitter, Stored};
 use crate::gemm::{Gemm, Gemms};
 use crate::library::LibraryCall;
 use crate::{Layout, Work};
-use metal_candle_graph::{Composite, NodeId, Operation};
+use metal_candle_graph::{Composite, NodeId, Operation, Shape};
 
 /// The steps of one unit, and what an in-place step starts from.
 pub(crate) struct Drafts {
@@ -27,10 +27,7 @@ pub(super) fn draft(
     match unit {
         Unit::Region(index) => one(Emitter::region(stored, *index)),
         Unit::Gemm(id) => draft_gemm(a, gemms, *id),
-        Unit::Materialise(id) => {
-            let own = Located { base: *id, layout: Layout::contiguous(*a.node(*id).shape()) };
-            one(Emitter::position(stored, own))
-        }
+        Unit::Materialise(id) => one(Emitter::position(stored, own(a, *id))),
         Unit::Output(i) => {
             let Output::Copied(key) = outputs[*i] else {
                 panic!("metal-candle bug: output {i} is not copied")
@@ -46,18 +43,18 @@ pub(super) fn draft(
 fn draft_gemm(a: &Analysis, gemms: &Gemms, id: NodeId) -> Drafts {
     let gemm = &gemms[&id];
     // The result has the shape of the product, whatever view the addition saw.
-    let own = |id: NodeId, gemm: &Gemm| {
+    let result = |id: NodeId, gemm: &Gemm| {
         let (l, r) = (&gemm.a.layout.shape, &gemm.b.layout.shape);
         let rank = l.rank();
         Located { base: id, layout: Layout::contiguous(l.with(rank - 1, r[rank - 1])) }
     };
-    let mut outs = vec![own(id, gemm)];
-    let base = gemm.addend.map(|id| own(id, gemm));
+    let mut outs = vec![result(id, gemm)];
+    let base = gemm.addend.map(|id| result(id, gemm));
     let (call, label, args) = match (gemm.low, base) {
         (Some(low), _) => {
             let product = &gemms[&low];
             if a.kind(low) == Kind::Call {
-                outs.push(own(low, product));
+                outs.push(result(low, product));
             }
             let call = LibraryCall::LowRank { low_scale: product.alpha, scale: gemm.alpha };
             (call, "low_rank", vec![product.a, product.b, gemm.b])
@@ -74,38 +71,21 @@ fn draft_gemm(a: &Analysis, gemms: &Gemms, id: NodeId) -> Drafts {
 
 fn draft_call(a: &Analysis, stored: &Stored, ids: &[NodeId]) -> Drafts {
     let id = ids[0];
-    let node = a.node(id);
-    let own = |id: NodeId| Located { base: id, layout: Layout::contiguous(*a.node(id).shape()) };
-    let dtype = node.ty.dtype;
-    let copy = |value: Located, layout: Layout| {
-        Emitter::copy(stored, value, Located { base: id, layout }, dtype)
-    };
-    let plain = |call: LibraryCall, args: Vec<Located>| Draft {
-        label: call.name().into(),
-        work: Work::Call(call),
-        args,
-        outs: ids.iter().map(|id| own(*id)).collect(),
-    };
     let operands: Vec<Located> = a.operands(id).collect();
+    let copy = |value: Located, layout: Layout| {
+        Emitter::copy(stored, value, Located { base: id, layout }, a.node(id).ty.dtype)
+    };
+    let whole = own(a, id);
     let done = |steps| Drafts { steps, base: None };
-    match node.op {
+    match a.node(id).op {
         Operation::Concat { dim } => {
-            let mut start = 0;
-            let mut steps = Vec::new();
-            for part in operands {
-                let mut layout = own(id).layout;
-                layout.offset += start as isize * layout.strides[dim];
-                layout.shape = part.layout.shape;
-                start += part.layout.shape[dim];
-                steps.push(copy(part, layout));
-            }
-            done(steps)
+            let parts = operands.iter().map(|part| part.layout.shape);
+            let places = side_by_side(&whole.layout, dim, parts);
+            done(operands.iter().zip(places).map(|(part, place)| copy(*part, place)).collect())
         }
         Operation::Pad { dim, before, value, .. } => {
-            let mut inner = own(id).layout;
-            inner.offset += before as isize * inner.strides[dim];
-            inner.shape = operands[0].layout.shape;
-            done(vec![Emitter::fill(stored, own(id), value), copy(operands[0], inner)])
+            let inner = part_of(&whole.layout, dim, before, operands[0].layout.shape);
+            done(vec![Emitter::fill(stored, whole, value), copy(operands[0], inner)])
         }
         Operation::ScatterAdd { .. }
         | Operation::IndexAdd { .. }
@@ -115,7 +95,7 @@ fn draft_call(a: &Analysis, stored: &Stored, ids: &[NodeId]) -> Drafts {
                 Some(rope) => rope_update(a, id, *rope),
                 None => (library_call(a, ids), operands[1..].to_vec()),
             };
-            let steps = vec![copy(operands[0], own(id).layout), plain(call, args)];
+            let steps = vec![copy(operands[0], whole.layout), plain(a, call, args, ids)];
             Drafts { steps, base: Some(operands[0]) }
         }
         Operation::Reshape(_)
@@ -127,8 +107,40 @@ fn draft_call(a: &Analysis, stored: &Stored, ids: &[NodeId]) -> Drafts {
             let layout = Layout::contiguous(operands[0].layout.shape);
             done(vec![copy(operands[0], layout)])
         }
-        _ => done(vec![plain(library_call(a, ids), operands)]),
+        _ => done(vec![plain(a, library_call(a, ids), operands, ids)]),
     }
+}
+
+/// A node's value in a buffer of its own.
+fn own(a: &Analysis, id: NodeId) -> Located {
+    Located { base: id, layout: Layout::contiguous(*a.node(id).shape()) }
+}
+
+/// The call that makes the values of `ids`.
+fn plain(a: &Analysis, call: LibraryCall, args: Vec<Located>, ids: &[NodeId]) -> Draft {
+    let outs = ids.iter().map(|id| own(a, *id)).collect();
+    Draft { label: call.name().into(), work: Work::Call(call), args, outs }
+}
+
+/// The part of `whole` that has this shape and begins at `start` along `dim`.
+fn part_of(whole: &Layout, dim: usize, start: usize, shape: Shape) -> Layout {
+    let mut part = *whole;
+    part.offset += start as isize * part.strides[dim];
+    part.shape = shape;
+    part
+}
+
+/// Parts of these shapes, one behind the other along `dim`.
+fn side_by_side(
+    whole: &Layout,
+    dim: usize,
+    shapes: impl Iterator<Item = Shape>,
+) -> impl Iterator<Item = Layout> {
+    shapes.scan(0, move |start, shape| {
+        let part = part_of(whole, dim, *start, shape);
+        *start += shape[dim];
+        Some(part)
+    })
 }
 
 /// The update of a slice with a rotary embedding.
