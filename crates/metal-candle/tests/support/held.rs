@@ -11,7 +11,7 @@ use std::time::Duration;
 pub(crate) struct Held {
     door: Arc<Door>,
     /// A run that nobody awaits any more is left out.
-    _awaited: Vec<Pin<Box<dyn Future<Output = Result<candle_core::Tensor>>>>>,
+    _awaited: Vec<Pin<Box<dyn Future<Output = Result<candle_core::Tensor>> + Send>>>,
 }
 
 #[derive(Default)]
@@ -27,7 +27,7 @@ impl Held {
         let mut awaited = Vec::new();
         while awaited.len() < AsyncGraphExecutor::global().threads() {
             let x = LazyTensor::from_slice(&[1f32], &[1], &Device::Cpu).unwrap().exp().unwrap();
-            let mut run: Pin<Box<dyn Future<Output = _>>> =
+            let mut run: Pin<Box<dyn Future<Output = _> + Send>> =
                 Box::pin(async move { x.eval_async().await });
             // One that is over at once would keep nobody.
             if run.as_mut().poll(&mut Context::from_waker(&waker)).is_pending() {
