@@ -24,7 +24,8 @@ cargo xtask COMMAND
     bench cpu [OPTIONS]         our work beside everybody else's and the machine's ceilings
     bench cuda [OPTIONS]        the same on an NVIDIA GPU: operations, training, decoding
     bench scaling [OPTIONS]     a step's time and memory against its sizes, as plots
-                                (--quick, --threads N, --json FILE, words to filter by)
+                                (--quick, --threads N, --json FILE, words to filter by;
+                                for cuda, --program FILE)
     peers                       adapters against the real PEFT, llama.cpp and mlx-lm
     reference                   make the reference vectors anew, by PyTorch
 ";

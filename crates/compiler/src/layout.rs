@@ -6,16 +6,21 @@ use metal_candle_graph::{MAX_RANK, Operation, Shape};
 /// Strides may be 0 (broadcast) or negative (flip).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Layout {
+    /// The extents of the value.
     pub shape: Shape,
+    /// By dim, in elements; those beyond the rank are of no meaning.
     pub strides: [isize; MAX_RANK],
+    /// Of the first element, in elements.
     pub offset: isize,
 }
 
 impl Layout {
+    /// Row-major, dense, from element 0.
     pub fn contiguous(shape: Shape) -> Layout {
         Layout { shape, strides: shape.contiguous_strides(), offset: 0 }
     }
 
+    /// Those of the value's dims, in elements.
     pub fn strides(&self) -> &[isize] {
         &self.strides[..self.shape.rank()]
     }

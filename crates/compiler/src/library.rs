@@ -54,6 +54,7 @@ pub enum LibraryCall {
 }
 
 impl LibraryCall {
+    /// What plans and errors call it.
     pub const fn name(&self) -> &'static str {
         match self {
             LibraryCall::Gemm { .. } => "gemm",

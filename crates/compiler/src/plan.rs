@@ -19,8 +19,11 @@ pub enum Slot {
 /// A value that a step reads or writes.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Operand {
+    /// The buffer that it lies in.
     pub slot: Slot,
+    /// Of each element.
     pub dtype: DType,
+    /// Where in the buffer its elements are.
     pub layout: Layout,
 }
 
@@ -29,6 +32,7 @@ pub struct Operand {
 pub enum Work {
     /// Accesses of the kernel index `args` and `outs`; operand layouts are those of the whole buffers.
     Kernel(Kernel),
+    /// Its operands are `args` and `outs`, in the order that [`LibraryCall`] says.
     Call(LibraryCall),
 }
 
@@ -38,18 +42,24 @@ pub enum Work {
 /// sure that every element is read before it is written.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Step {
+    /// What is done.
     pub work: Work,
+    /// What is read.
     pub args: Vec<Operand>,
+    /// What is written.
     pub outs: Vec<Operand>,
     /// The operations that went into this step, for people: `softmax`, `matmul + add`.
     pub label: String,
+    /// Arithmetic operations: a multiplication and an addition are two, an exponential is one.
     pub flops: u64,
     /// Bytes read and written, each operand once.
     pub bytes: u64,
 }
 
+/// A tensor that the caller passes.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PlanInput {
+    /// Its dtype and shape: row-major, dense.
     pub ty: TensorType,
     /// The caller gives the buffer away; an output may live in it.
     pub donated: bool,
@@ -68,32 +78,42 @@ pub enum OutputSource {
     SameAs(u32),
 }
 
+/// A tensor that comes out.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PlanOutput {
+    /// Its dtype and shape: row-major, dense.
     pub ty: TensorType,
+    /// Where it comes from.
     pub source: OutputSource,
 }
 
 /// What runs, in which order, and where everything lives.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Plan {
+    /// The name of the [`Target`] that it was made for.
     pub target: &'static str,
+    /// In the order in which they run.
     pub steps: Vec<Step>,
+    /// What the caller passes, by index.
     pub inputs: Vec<PlanInput>,
+    /// What comes out, by index.
     pub outputs: Vec<PlanOutput>,
     /// The size of the scratch arena: exactly what the runtime allocates.
     pub arena_bytes: usize,
     /// What the scratch buffers would take if none shared memory.
     pub unshared_bytes: usize,
-    /// Why two neighbours run as two steps: `(earlier step, later step, reason)`.
+    /// Why two neighbours run as two steps.
     pub splits: Vec<Split>,
 }
 
 /// Two steps, one feeding the other, that were not fused.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Split {
+    /// The number of the earlier step.
     pub producer: usize,
+    /// The number of the later step.
     pub consumer: usize,
+    /// Why they are two, for people.
     pub reason: &'static str,
 }
 
@@ -111,10 +131,12 @@ impl Plan {
         outputs + self.arena_bytes
     }
 
+    /// The arithmetic operations of all steps.
     pub fn flops(&self) -> u64 {
         self.steps.iter().map(|s| s.flops).sum()
     }
 
+    /// The bytes that all steps read and write.
     pub fn bytes(&self) -> u64 {
         self.steps.iter().map(|s| s.bytes).sum()
     }

@@ -5,6 +5,7 @@ use metal_candle_graph::Composite;
 /// The capabilities and limits that lowering may rely on.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Target {
+    /// What plans and errors call it.
     pub name: &'static str,
     /// The longest tape of one kernel, in instructions.
     pub max_tape: usize,

@@ -19,7 +19,9 @@ use smallvec::SmallVec;
 /// value, and gradients pass through it to the trainables before it, as in `torch.autograd.grad`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Trainable {
+    /// The value.
     pub node: NodeId,
+    /// What errors call it.
     pub name: String,
 }
 

@@ -1,5 +1,5 @@
 //! Shorthands for writing graphs: they insert the broadcasts, casts and reshapes that [`Operation`] wants
-//! explicit. Decompositions, gradients and passes are written with them.
+//! explicit. Decompositions, gradients and passes are written with them. Their errors are those of [`infer`](fn@crate::infer).
 
 use crate::{
     BinaryOp, ComputationGraph, DType, Dims, Error, NodeId, Operation, Permutation, ReduceOp,
@@ -19,6 +19,7 @@ impl ComputationGraph {
         self.broadcast_to(c, self.shape(like))
     }
 
+    /// `op(x)`, element by element.
     pub fn unary(&mut self, op: UnaryOp, x: NodeId) -> Result<NodeId> {
         self.add(Operation::Unary(op), &[x])
     }
@@ -36,6 +37,7 @@ impl ComputationGraph {
         self.binary(op, x, c)
     }
 
+    /// `a` where `cond` is not 0, else `b`; all broadcast to their common shape.
     pub fn select(&mut self, cond: NodeId, a: NodeId, b: NodeId) -> Result<NodeId> {
         let ab = broadcast_shapes("where_cond", &self.shape(a), &self.shape(b))?;
         let shape = broadcast_shapes("where_cond", &self.shape(cond), &ab)?;
@@ -44,14 +46,17 @@ impl ComputationGraph {
         self.add(Operation::Select, &[cond, a, b])
     }
 
+    /// `x` in another dtype, or as it is.
     pub fn cast(&mut self, x: NodeId, dtype: DType) -> Result<NodeId> {
         if self.ty(x).dtype == dtype { Ok(x) } else { self.add(Operation::Cast(dtype), &[x]) }
     }
 
+    /// The elements of `x` in another shape, or as they are.
     pub fn reshape(&mut self, x: NodeId, shape: Shape) -> Result<NodeId> {
         if self.shape(x) == shape { Ok(x) } else { self.add(Operation::Reshape(shape), &[x]) }
     }
 
+    /// Dim `i` of the result is dim `dims[i]` of `x`.
     pub fn permute(&mut self, x: NodeId, dims: &[usize]) -> Result<NodeId> {
         let rank = self.shape(x).rank();
         let p = Permutation::new(dims).filter(|p| p.rank() == rank).ok_or_else(|| Error::Dims {
@@ -96,6 +101,7 @@ impl ComputationGraph {
         if dims.is_empty() { Ok(x) } else { self.add(Operation::Reduce { op, dims }, &[x]) }
     }
 
+    /// The sum over `dims`, kept with extent 1.
     pub fn sum(&mut self, x: NodeId, dims: Dims) -> Result<NodeId> {
         self.reduce(ReduceOp::Sum, x, dims)
     }
@@ -116,11 +122,13 @@ impl ComputationGraph {
         self.reshape(summed, shape)
     }
 
+    /// `len` elements of `dim` from `start` on.
     pub fn slice(&mut self, x: NodeId, dim: usize, start: usize, len: usize) -> Result<NodeId> {
         let full = self.shape(x).dims().get(dim).is_some_and(|e| start == 0 && len == *e);
         if full { Ok(x) } else { self.add(Operation::Slice { dim, start, len, step: 1 }, &[x]) }
     }
 
+    /// The parts, one behind the other along `dim`.
     pub fn concat(&mut self, dim: usize, parts: &[NodeId]) -> Result<NodeId> {
         if let [only] = parts { Ok(*only) } else { self.add(Operation::Concat { dim }, parts) }
     }

@@ -61,6 +61,7 @@ pub enum Composite {
 }
 
 impl Composite {
+    /// What errors and prints call it.
     pub const fn as_str(&self) -> &'static str {
         match self {
             Composite::Softmax { .. } => "softmax",
@@ -101,6 +102,9 @@ pub(crate) fn infer(composite: &Composite, inputs: &[TensorType]) -> Result<Tens
 }
 
 /// Appends what `composite` means, in primitives and simpler composites, and returns its value.
+///
+/// # Errors
+/// As [`infer`](fn@crate::infer), where the inputs do not fit.
 pub fn decompose(
     g: &mut ComputationGraph,
     composite: &Composite,

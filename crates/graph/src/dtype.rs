@@ -26,9 +26,11 @@ pub enum Class {
 }
 
 impl DType {
+    /// From the narrowest integer to the widest float.
     pub const ALL: [DType; 7] =
         [DType::U8, DType::U32, DType::I64, DType::BF16, DType::F16, DType::F32, DType::F64];
 
+    /// The bytes of an element.
     pub const fn size_bytes(self) -> usize {
         match self {
             DType::U8 => 1,
@@ -38,6 +40,7 @@ impl DType {
         }
     }
 
+    /// What it is computed in.
     pub const fn class(self) -> Class {
         match self {
             DType::U8 | DType::U32 | DType::I64 => Class::I64,
@@ -46,6 +49,7 @@ impl DType {
         }
     }
 
+    /// Whether it has fractions, and gradients.
     pub const fn is_float(self) -> bool {
         !matches!(self.class(), Class::I64)
     }

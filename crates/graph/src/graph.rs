@@ -15,6 +15,7 @@ use std::hash::BuildHasher;
 pub struct NodeId(pub u32);
 
 impl NodeId {
+    /// As an index of [`ComputationGraph::nodes`].
     pub const fn index(self) -> usize {
         self.0 as usize
     }
@@ -29,12 +30,16 @@ impl fmt::Debug for NodeId {
 /// One value: what is done, to what, and what comes out.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Node {
+    /// What is done, with its attributes.
     pub op: Operation,
+    /// To what, in the operation's order.
     pub inputs: SmallVec<[NodeId; 3]>,
+    /// The dtype and the shape of what comes out.
     pub ty: TensorType,
 }
 
 impl Node {
+    /// That of the value.
     pub fn shape(&self) -> &Shape {
         &self.ty.shape
     }
@@ -46,6 +51,7 @@ pub struct ComputationGraph {
     nodes: Vec<Node>,
     /// The ids by the hash of their nodes; the nodes themselves are kept once, above.
     interned: HashTable<NodeId>,
+    /// The results, by index; a node may be several of them.
     pub outputs: Vec<NodeId>,
 }
 
@@ -72,29 +78,45 @@ impl std::ops::Index<NodeId> for ComputationGraph {
 }
 
 impl ComputationGraph {
+    /// Without nodes.
     pub fn new() -> Self {
         Self::default()
     }
+
+    /// The number of nodes, dead ones among them.
     pub fn len(&self) -> usize {
         self.nodes.len()
     }
+
+    /// Whether there are no nodes.
     pub fn is_empty(&self) -> bool {
         self.nodes.is_empty()
     }
+
+    /// All nodes, in topological order.
     pub fn ids(&self) -> impl DoubleEndedIterator<Item = NodeId> + use<> {
         (0..self.nodes.len() as u32).map(NodeId)
     }
+
+    /// All nodes, in topological order.
     pub fn nodes(&self) -> &[Node] {
         &self.nodes
     }
+
+    /// The dtype and the shape of a node's value.
     pub fn ty(&self, id: NodeId) -> TensorType {
         self[id].ty
     }
+
+    /// The shape of a node's value.
     pub fn shape(&self, id: NodeId) -> Shape {
         self[id].ty.shape
     }
 
     /// Adds `op` with its type inferred, or returns the equal node already there.
+    ///
+    /// # Errors
+    /// As [`infer`](fn@crate::infer), where the inputs do not fit.
     pub fn add(&mut self, op: Operation, inputs: &[NodeId]) -> Result<NodeId> {
         debug_assert!(!matches!(op, Operation::Input(_)), "inputs have no inferable type");
         let types: SmallVec<[TensorType; 4]> = inputs.iter().map(|i| self.ty(*i)).collect();
@@ -107,6 +129,7 @@ impl ComputationGraph {
         self.intern(Node { op: Operation::Input(index), inputs: SmallVec::new(), ty })
     }
 
+    /// A value known now, of rank 0.
     pub fn constant(&mut self, value: Scalar) -> NodeId {
         let ty = TensorType::new(value.dtype(), Shape::SCALAR);
         self.intern(Node { op: Operation::Const(value), inputs: SmallVec::new(), ty })
@@ -130,6 +153,9 @@ impl ComputationGraph {
     ///
     /// Every pass is one call of this: what is unreachable is never visited (dead-code elimination), and
     /// equal results meet in the interner (common-subexpression elimination).
+    ///
+    /// # Errors
+    /// Those of `rewrite`.
     pub fn rebuild(
         &self,
         mut rewrite: impl FnMut(&mut ComputationGraph, &Node, &[NodeId]) -> Result<NodeId>,

@@ -135,18 +135,27 @@ scalar_table! {
 pub struct Dims(u8);
 
 impl Dims {
+    /// The set of these dims, each below [`MAX_RANK`].
     pub fn new(dims: impl IntoIterator<Item = usize>) -> Dims {
         Dims(dims.into_iter().fold(0, |bits, d| bits | 1 << d))
     }
+
+    /// Whether `dim` is among them.
     pub const fn contains(self, dim: usize) -> bool {
         self.0 & (1 << dim) != 0
     }
+
+    /// In ascending order.
     pub fn iter(self) -> impl DoubleEndedIterator<Item = usize> {
         (0..MAX_RANK).filter(move |d| self.contains(*d))
     }
+
+    /// How many there are.
     pub const fn len(self) -> usize {
         self.0.count_ones() as usize
     }
+
+    /// Whether there are none.
     pub const fn is_empty(self) -> bool {
         self.0 == 0
     }
@@ -177,16 +186,23 @@ impl Permutation {
         }
         Some(p)
     }
+
+    /// The number of dims.
     pub fn rank(&self) -> usize {
         self.rank as usize
     }
+
     /// The input dim at output position `i`.
     pub fn source(&self, i: usize) -> usize {
         self.dims[i] as usize
     }
+
+    /// The input dim of each output dim.
     pub fn iter(&self) -> impl Iterator<Item = usize> + '_ {
         self.dims[..self.rank()].iter().map(|d| *d as usize)
     }
+
+    /// What undoes this one.
     pub fn inverse(&self) -> Permutation {
         let mut inverse = *self;
         for i in 0..self.rank() {
@@ -194,6 +210,7 @@ impl Permutation {
         }
         inverse
     }
+
     /// First `self`, then `next`.
     pub fn then(&self, next: &Permutation) -> Permutation {
         let mut both = *self;
@@ -202,6 +219,8 @@ impl Permutation {
         }
         both
     }
+
+    /// Whether nothing moves.
     pub fn is_identity(&self) -> bool {
         self.iter().enumerate().all(|(i, d)| i == d)
     }

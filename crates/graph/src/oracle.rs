@@ -17,7 +17,9 @@ use crate::{
 /// A value: row-major elements, integers as whole numbers.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Value {
+    /// The dtype that the elements are rounded to, and the shape.
     pub ty: TensorType,
+    /// The elements.
     pub data: Vec<f64>,
 }
 

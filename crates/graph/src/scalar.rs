@@ -35,10 +35,12 @@ impl Scalar {
         Scalar { dtype, bits: wrapped as u64 }
     }
 
+    /// The dtype that the value was converted to.
     pub fn dtype(self) -> DType {
         self.dtype
     }
 
+    /// The value as a float; integers beyond 2^53 are rounded.
     pub fn as_f64(self) -> f64 {
         match self.dtype.class() {
             Class::I64 => self.bits as i64 as f64,

@@ -48,10 +48,12 @@ impl Shape {
         s
     }
 
+    /// The number of dims.
     pub const fn rank(&self) -> usize {
         self.rank as usize
     }
 
+    /// The extents, from the outermost dim on.
     pub fn dims(&self) -> &[usize] {
         &self.dims[..self.rank()]
     }
@@ -61,10 +63,12 @@ impl Shape {
         self.dims().iter().product()
     }
 
+    /// Whether there are no elements.
     pub fn is_empty(&self) -> bool {
         self.dims().contains(&0)
     }
 
+    /// The extent of the innermost dim; `None` for a scalar.
     pub fn last(&self) -> Option<usize> {
         self.dims().last().copied()
     }
@@ -110,15 +114,19 @@ impl fmt::Debug for Shape {
 /// The dtype and the shape of a value.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct TensorType {
+    /// Of each element.
     pub dtype: DType,
+    /// The extents.
     pub shape: Shape,
 }
 
 impl TensorType {
+    /// A dtype and a shape.
     pub fn new(dtype: DType, shape: Shape) -> TensorType {
         TensorType { dtype, shape }
     }
 
+    /// The bytes of all elements.
     pub fn size_bytes(&self) -> usize {
         self.shape.len() * self.dtype.size_bytes()
     }

@@ -1,5 +1,7 @@
 //! Generation on a tiny model: what ends it, what is streamed, and that awaiting is blocking.
 
+#[path = "support/held.rs"]
+mod held;
 #[path = "io/support.rs"]
 #[allow(dead_code, reason = "only the GGUF writer is used here")]
 mod support;
@@ -10,6 +12,7 @@ mod testbed;
 #[allow(dead_code, reason = "only the model is used here")]
 mod tiny;
 
+use crate::held::Held;
 use crate::testbed::device;
 use metal_candle::ErrorKind;
 use metal_candle::generate::{
@@ -52,18 +55,13 @@ impl Wake for Unpark {
     }
 }
 
-/// The future's value, and how often it was not ready.
-fn block_on<T>(future: impl Future<Output = T>) -> (T, usize) {
+fn block_on<T>(future: impl Future<Output = T>) -> T {
     let mut future = pin!(future);
     let waker = Waker::from(Arc::new(Unpark(std::thread::current())));
-    let mut pending = 0;
     loop {
         match future.as_mut().poll(&mut Context::from_waker(&waker)) {
-            Poll::Ready(value) => return (value, pending),
-            Poll::Pending => {
-                pending += 1;
-                std::thread::park();
-            }
+            Poll::Ready(value) => return value,
+            Poll::Pending => std::thread::park(),
         }
     }
 }
@@ -74,17 +72,15 @@ fn awaited_tokens_are_the_tokens_and_no_thread_waits_for_them() {
     let config = GeneratorConfig { logprobs: Some(2), ..config() };
     let (want, want_streamed) = run(&g, &config);
     let mut tokens = g.stream("Hello", &config).unwrap();
-    let collect = async {
-        let mut streamed = Vec::new();
-        while let Some(token) = tokens.next().await {
-            streamed.push(token.unwrap());
-        }
-        assert!(tokens.next().await.is_none());
-        streamed
-    };
-    let (streamed, pending) = block_on(collect);
-    assert_eq!(streamed, want_streamed);
-    assert!(pending > 0, "every step was waited for");
+    for want in want_streamed {
+        let mut token = pin!(tokens.next());
+        let held = Held::back();
+        let polled = token.as_mut().poll(&mut Context::from_waker(Waker::noop()));
+        assert!(polled.is_pending(), "a step was waited for");
+        drop(held);
+        assert_eq!(block_on(token).unwrap().unwrap(), want);
+    }
+    assert!(block_on(tokens.next()).is_none());
     let got = tokens.into_generated();
     assert_eq!((got.ids, got.text, got.finish), (want.ids, want.text, want.finish));
 }

@@ -117,6 +117,7 @@ impl Buffer {
         Buffer { memory: Arc::new(Memory::Device(memory)) }
     }
 
+    /// Where the memory is.
     pub fn device(&self) -> Device {
         match &*self.memory {
             Memory::Owned(_) | Memory::Mapped(_) => Device::Cpu,
@@ -168,6 +169,7 @@ impl Buffer {
         }
     }
 
+    /// Of each element.
     pub fn dtype(&self) -> DType {
         match &*self.memory {
             Memory::Owned(data) => data.dtype(),
@@ -187,6 +189,7 @@ impl Buffer {
         }
     }
 
+    /// Whether there are no elements.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }

@@ -62,6 +62,7 @@ impl PlanCache {
         self.lock().len
     }
 
+    /// Whether none is kept.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }

@@ -153,10 +153,12 @@ impl Executable {
         Ok(Executable { plan, device: *device, inputs, backend })
     }
 
+    /// What it runs.
     pub fn plan(&self) -> &Plan {
         &self.plan
     }
 
+    /// Where it runs.
     pub fn device(&self) -> &Device {
         &self.device
     }

@@ -9,6 +9,7 @@ use metal_candle_compiler::Plan;
 pub struct Workspace {
     /// What it is for, as people read it.
     pub name: &'static str,
+    /// How much.
     pub bytes: usize,
     /// Whether all plans of the device share it: it is there with the first one, and counts once.
     pub shared: bool,

@@ -5,6 +5,7 @@ use crate::plans::{self, Task};
 use crate::random::Rng;
 use crate::walk;
 use metal_candle_compiler::render::{Dialect, Limits};
+use metal_candle_graph::autodiff::{Trainable, gradients};
 use metal_candle_graph::composite::{AttentionAttrs, AttentionInput};
 use metal_candle_graph::oracle::{self, Value};
 use metal_candle_graph::{
@@ -132,13 +133,9 @@ impl Draw {
         let y = add(&mut g, Composite::Attention(attrs), &ids[1..]);
         let mut outputs = vec![y];
         if !wrt.is_empty() {
-            let lse = add(&mut g, Composite::AttentionLogSumExp(attrs), &ids[1..]);
-            let delta = delta(&mut g, y, ids[0]);
-            outputs.push(lse);
-            let with_rows = [&[ids[0], lse, delta], &ids[1..]].concat();
-            for &wrt in wrt {
-                outputs.push(add(&mut g, Composite::AttentionGrad { attrs, wrt }, &with_rows));
-            }
+            outputs.push(add(&mut g, Composite::AttentionLogSumExp(attrs), &ids[1..]));
+            let wrt: Vec<NodeId> = wrt.iter().map(|input| ids[1 + *input as usize]).collect();
+            outputs.extend(cotangents(&mut g, y, ids[0], &wrt));
         }
         let tolerances =
             outputs.iter().map(|out| tolerance(g.ty(*out).dtype, self.dtype)).collect();
@@ -149,14 +146,13 @@ impl Draw {
     }
 }
 
-/// The sum of `dy y` over the features.
-fn delta(g: &mut ComputationGraph, y: NodeId, dy: NodeId) -> NodeId {
-    let wide = if g.ty(y).dtype == DType::F64 { DType::F64 } else { DType::F32 };
-    let [y, dy] = [y, dy].map(|x| g.cast(x, wide).unwrap());
+/// Those of `wrt`, given y's: the gradients of `sum(dy y)`.
+fn cotangents(g: &mut ComputationGraph, y: NodeId, dy: NodeId, wrt: &[NodeId]) -> Vec<NodeId> {
     let products = g.binary(BinaryOp::Mul, y, dy).unwrap();
-    let sum = g.sum(products, Dims::new([3])).unwrap();
-    let rows = Shape::new(&g.ty(y).shape.dims()[..3]).unwrap();
-    g.reshape(sum, rows).unwrap()
+    let sum = g.sum(products, Dims::new(0..4)).unwrap();
+    let loss = g.reshape(sum, Shape::SCALAR).unwrap();
+    let wrt = wrt.iter().map(|node| Trainable { node: *node, name: format!("{node:?}") });
+    gradients(g, loss, &wrt.collect::<Vec<_>>()).unwrap()
 }
 
 /// In units of `1 + |expected|`, of what is computed from `from`.

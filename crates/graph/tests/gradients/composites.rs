@@ -7,7 +7,7 @@ use metal_candle_graph::composite::{
     AttentionAttrs, AttentionInput, CrossEntropyAttrs, RopeLayout, decompose,
 };
 use metal_candle_graph::{
-    BinaryOp, Composite, ComputationGraph, DType, Dims, NodeId, Operation, Scalar, UnaryOp,
+    BinaryOp, Composite, ComputationGraph, DType, NodeId, Operation, Scalar, UnaryOp,
 };
 
 fn f64_scalar(x: f64) -> Scalar {
@@ -179,19 +179,13 @@ fn attention_gradients_have_gradients() {
         let (q, v) = (args[0].ty().shape, args[2].ty().shape);
         let mut with_dy = vec![float(q.with(3, v[3]).dims())];
         with_dy.extend(args);
-        let mut wrts = vec![AttentionInput::Query, AttentionInput::Key, AttentionInput::Value];
-        wrts.extend(attrs.mask.then_some(AttentionInput::Mask));
-        for wrt in wrts {
+        let wrts = [AttentionInput::Query, AttentionInput::Key, AttentionInput::Value];
+        for wrt in wrts.into_iter().chain(attrs.mask.then_some(AttentionInput::Mask)) {
             let grad = Composite::AttentionGrad { attrs, wrt };
             check(&format!("{grad:?}"), &with_dy, |g, x| {
                 let y = g.add(Operation::Composite(Composite::Attention(attrs)), &x[1..])?;
-                let lse = Composite::AttentionLogSumExp(attrs);
-                let lse = g.add(Operation::Composite(lse), &x[1..])?;
-                let products = g.binary(BinaryOp::Mul, x[0], y)?;
-                let delta = g.sum(products, Dims::new([3]))?;
-                let delta = g.reshape(delta, g.shape(lse))?;
-                let inputs = [&[x[0], lse, delta], &x[1..]].concat();
-                g.add(Operation::Composite(grad), &inputs)
+                let weighed = g.binary(BinaryOp::Mul, x[0], y)?;
+                slope(g, weighed, x[1 + wrt as usize])
             });
         }
     }

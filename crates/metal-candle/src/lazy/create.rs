@@ -116,6 +116,8 @@ impl LazyTensor {
         scalar.broadcast_shape(shape)
     }
 
+    /// 0 everywhere. Takes no memory until it is needed.
+    ///
     /// # Errors
     /// As [`LazyTensor::full`].
     #[track_caller]
@@ -123,6 +125,8 @@ impl LazyTensor {
         LazyTensor::full(0.0, dims, dtype, device)
     }
 
+    /// 1 everywhere. Takes no memory until it is needed.
+    ///
     /// # Errors
     /// As [`LazyTensor::full`].
     #[track_caller]

@@ -47,6 +47,8 @@ pub struct Embedding {
 }
 
 impl Embedding {
+    /// The rows of these ids.
+    ///
     /// # Shapes
     /// `ids: u32 [b, t]` gives `[b, t, hidden]` of `dtype`.
     ///
@@ -67,6 +69,11 @@ pub struct RmsNorm {
 }
 
 impl RmsNorm {
+    /// [`LazyTensor::rms_norm`] with the weight in x's dtype.
+    ///
+    /// # Shapes
+    /// `x: [.., hidden]`, result alike.
+    ///
     /// # Errors
     /// Where the last dim of x is not that of the weight.
     pub fn forward(&self, x: &LazyTensor) -> Result<LazyTensor> {
@@ -86,6 +93,11 @@ pub struct LayerNorm {
 }
 
 impl LayerNorm {
+    /// [`LazyTensor::layer_norm`] with weight and bias in x's dtype.
+    ///
+    /// # Shapes
+    /// `x: [.., hidden]`, result alike.
+    ///
     /// # Errors
     /// Where the last dim of x is not that of the weight.
     pub fn forward(&self, x: &LazyTensor) -> Result<LazyTensor> {
@@ -193,6 +205,8 @@ pub struct Rotation {
 }
 
 impl Rotation {
+    /// Queries or keys, turned.
+    ///
     /// # Shapes
     /// `x: [b, t, heads, head_dim]`, result alike.
     ///

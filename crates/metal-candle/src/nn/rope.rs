@@ -56,17 +56,9 @@ pub(super) fn inverse_frequencies(
             if *truncate {
                 (from, to) = (from.floor(), to.ceil());
             }
-            let from = from.max(0.0);
-            let to = to.min(head_dim as f64 - 1.0);
-            // A ramp of no length is a step.
-            let to = if from == to { to + 0.001 } else { to };
-            let yarn = |i: usize| {
-                let ramp = ((i as f32 - from as f32) / (to - from) as f32).clamp(0.0, 1.0);
-                let (kept, divided) = (1.0 / wave(i), 1.0 / (*factor as f32 * wave(i)));
-                let keep = 1.0 - ramp;
-                divided * (1.0 - keep) + kept * keep
-            };
-            (0..head_dim / 2).map(yarn).collect()
+            let (from, to) = (from.max(0.0), to.min(head_dim as f64 - 1.0));
+            let pairs = 0..head_dim / 2;
+            pairs.map(|i| yarn(i, wave(i), *factor as f32, from, to)).collect()
         }
     })
 }
@@ -92,4 +84,15 @@ fn llama3(f: f32, factor: f32, low: f32, high: f32, context: f32) -> f32 {
         let smooth = (context / wavelength - low) / (high - low);
         (1.0 - smooth) * f / factor + smooth * f
     }
+}
+
+/// The frequency `1 / wave` of pair `i`: kept up to pair `from`, divided by `factor` from pair `to` on, and something of both
+/// between them.
+fn yarn(i: usize, wave: f32, factor: f32, from: f64, to: f64) -> f32 {
+    // A ramp of no length is a step.
+    let to = if from == to { to + 0.001 } else { to };
+    let ramp = ((i as f32 - from as f32) / (to - from) as f32).clamp(0.0, 1.0);
+    let (kept, divided) = (1.0 / wave, 1.0 / (factor * wave));
+    let keep = 1.0 - ramp;
+    divided * (1.0 - keep) + kept * keep
 }

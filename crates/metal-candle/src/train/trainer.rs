@@ -1,135 +1,38 @@
 //! The loop around the step: batches, schedule, validation, checkpoints, reports.
 
-use super::checkpoint::{self, Progress};
+mod resume;
+
+use super::checkpoint::Progress;
 use super::report::{Report, Window};
 use super::submit::Finished;
-use super::{AdamWConfig, LRScheduler, StepMetrics, StepShape, TrainStep, fit};
+use super::{StepMetrics, TrainStep, TrainingConfig, fit};
 use crate::error::ErrorKind;
-use crate::fnv::Fnv;
-use crate::io::data::{Batch, BatchOptions, Batcher, Example, Order};
+use crate::io::data::{Batch, Batcher, Example, Order};
 use crate::io::file;
 use crate::models::Decoder;
 use crate::nn::LoRAAdapter;
 use crate::{Outline, Plan, Result, World};
-use serde_json::{Map, Value, json};
-use std::path::{Path, PathBuf};
+use serde_json::{Map, Value};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// How to train.
-#[derive(Clone, Debug)]
-pub struct TrainingConfig {
-    /// Iterations in all: one update each.
-    pub iters: usize,
-    /// Rows of a batch, of each rank if there are several.
-    pub batch_size: usize,
-    /// Batches of an update.
-    pub grad_accumulation_steps: usize,
-    /// Tokens of a row, at most.
-    pub max_seq_length: usize,
-    /// Whether several examples share a row, kept apart in attention, so that little is padding.
-    pub packing: bool,
-    /// The learning rate over the iterations.
-    pub schedule: LRScheduler,
-    /// The optimizer.
-    pub optimizer: AdamWConfig,
-    /// Gradients of a larger norm are scaled down to this one.
-    pub max_gradient_norm: f64,
-    /// Orders the batches and picks what is dropped.
-    pub seed: u64,
-    /// Iterations between two reports.
-    pub steps_per_report: usize,
-    /// Iterations between two validations.
-    pub steps_per_eval: usize,
-    /// Batches of one validation, at most; 0 is all.
-    pub val_batches: usize,
-    /// Validations without a lower loss after which training ends; 0 is never.
-    pub patience: usize,
-    /// Iterations between two checkpoints; 0 is only at the end.
-    pub save_every: usize,
-    /// Where the adapter goes: the last one into the folder itself, the one of the lowest validation loss into
-    /// `best`, and what is needed to go on into `training_state.safetensors`.
-    pub adapter_path: Option<PathBuf>,
-    /// Go on where the run in `adapter_path` stopped.
-    pub resume: bool,
-}
-
-impl Default for TrainingConfig {
-    /// mlx-lm's defaults, with clipping.
-    fn default() -> Self {
-        TrainingConfig {
-            iters: 1000,
-            batch_size: 4,
-            grad_accumulation_steps: 1,
-            max_seq_length: 2048,
-            packing: false,
-            schedule: LRScheduler::Constant { rate: 1e-5 },
-            optimizer: AdamWConfig::default(),
-            max_gradient_norm: 1.0,
-            seed: 0,
-            steps_per_report: 10,
-            steps_per_eval: 200,
-            val_batches: 25,
-            patience: 0,
-            save_every: 100,
-            adapter_path: None,
-            resume: false,
-        }
-    }
-}
-
-impl TrainingConfig {
-    fn reports_after(&self, step: usize) -> bool {
-        step.is_multiple_of(self.steps_per_report.max(1))
-    }
-
-    fn validates_after(&self, step: usize) -> bool {
-        step == self.iters || step.is_multiple_of(self.steps_per_eval.max(1))
-    }
-
-    fn saves_after(&self, step: usize) -> bool {
-        self.save_every > 0 && step.is_multiple_of(self.save_every)
-    }
-
-    /// Whether anything but the next step comes after this one.
-    fn pauses_after(&self, step: usize) -> bool {
-        self.reports_after(step) || self.validates_after(step) || self.saves_after(step)
-    }
-
-    /// One of so many ranks' part of the largest batches of an update that these examples make, or any.
-    fn shape(&self, train: Option<&[Example]>, ranks: usize) -> Result<StepShape> {
-        let order = Order::Shuffled { seed: self.seed };
-        let seq = match train {
-            Some(train) => self.batcher(train, order, ranks)?.shapes()[0].1,
-            None => self.max_seq_length,
-        };
-        let batch = self.batch_size;
-        let accumulated = self.grad_accumulation_steps.max(1);
-        Ok(StepShape { batch, seq, accumulated, packed: self.packing })
-    }
-
-    /// Batches with the rows of so many ranks.
-    fn batcher(&self, examples: &[Example], order: Order, ranks: usize) -> Result<Batcher> {
-        let TrainingConfig { max_seq_length, packing, .. } = *self;
-        let batch_size = self.batch_size * ranks;
-        let options = BatchOptions { batch_size, max_seq_length, order };
-        let new = if packing { Batcher::packed } else { Batcher::new };
-        new(examples.to_vec(), options).map_err(|e| ErrorKind::Data(e).into())
-    }
-}
-
-/// What is needed to go on, in the adapter's folder.
-const STATE: &str = "training_state.safetensors";
 /// The folder of the best adapter, in the adapter's.
 const BEST: &str = "best";
 
 /// Updates that may be skipped in a row.
 const SKIPPED_MOST: usize = 20;
 
-/// What the steps did since the last report, and updates that were skipped in a row.
-struct Tally {
+/// What a run carries from one step to the next.
+struct Run<'a, R> {
+    valid: &'a [Example],
+    /// What a run that goes on from this one must have in common with it.
+    settings: Map<String, Value>,
+    progress: Progress,
+    /// What the steps did since the last report.
     window: Window,
+    /// Updates that were skipped in a row.
     skipped: usize,
+    report: R,
 }
 
 /// Fine-tunes an adapter on a frozen decoder.
@@ -141,6 +44,8 @@ pub struct Trainer {
 }
 
 impl Trainer {
+    /// Trains `adapter` from the values that it has; the decoder stays as it is.
+    ///
     /// # Errors
     /// As [`TrainStep::new`].
     pub fn new(
@@ -182,90 +87,117 @@ impl Trainer {
         &mut self,
         train: &[Example],
         valid: &[Example],
-        mut report: impl FnMut(Report),
+        report: impl FnMut(Report),
     ) -> Result<LoRAAdapter> {
         let c = self.config.clone();
         let mut batches = self.batches(train)?;
-        let settings = self.settings(train)?;
-        if let Some(folder) = c.adapter_path.as_ref().filter(|_| self.is_first()) {
-            // Said now, and not after the first hundred steps.
-            file::check_writable(folder)?;
-        }
-        let shape = c.shape(Some(train), self.ranks())?;
-        fit::check(self.decoder.device(), shape, |shape| self.step.plan(shape))?;
-        let mut progress = self.start(&mut batches, &settings, &mut report)?;
-        self.check_ranks(&settings, &progress)?;
-        if !valid.is_empty() && progress.iteration == 0 {
-            self.validate(valid, &mut progress, &mut report)?;
-        }
-        let mut tally = Tally { window: Window::start(), skipped: 0 };
+        let mut run = self.begin(train, valid, &mut batches, report)?;
         let mut waiting: Option<(usize, Vec<Batch>)> = None;
-        while progress.iteration < c.iters {
-            let rate = c.schedule.rate(progress.iteration);
+        while run.progress.iteration < c.iters {
+            let rate = c.schedule.rate(run.progress.iteration);
             let micro: Vec<Batch> =
                 (0..c.grad_accumulation_steps.max(1)).map(|_| batches.next_batch()).collect();
             let asked = self.stop.load(Ordering::Relaxed);
             let before = self.step.submit_or_stop(&micro, rate, asked)?;
-            progress.iteration += 1;
-            progress.cursor = batches.cursor();
-            let step = progress.iteration;
+            run.progress.iteration += 1;
+            run.progress.cursor = batches.cursor();
+            let step = run.progress.iteration;
             if let (Some(finished), Some((step, micro))) = (before, waiting.take()) {
-                self.settle(step, &micro, finished.metrics, &mut tally, &mut report)?;
+                self.settle(&mut run, step, &micro, finished.metrics)?;
             }
-            // One alone need not ask others whether to stop.
-            let stop = |this: &Self| this.ranks() == 1 && this.stop.load(Ordering::Relaxed);
             // While the device works on, the next batch is made; but not past what wants to see this step's end.
-            if self.step.is_running() && !c.pauses_after(step) && !stop(self) {
+            if self.step.is_running() && !c.pauses_after(step) && !self.stops_alone() {
                 waiting = Some((step, micro));
                 continue;
             }
             let finished = self.step.finish_or_stop()?;
             let Finished { metrics, stopped } =
                 finished.expect("metal-candle bug: a step that was submitted is missing");
-            self.settle(step, &micro, metrics, &mut tally, &mut report)?;
-            progress.count = self.step.count();
+            self.settle(&mut run, step, &micro, metrics)?;
+            run.progress.count = self.step.count();
             // Ranks stop after the same step.
-            let stopped = stopped || stop(self);
-            let last = step == c.iters || stopped;
-            if last || c.reports_after(step) {
-                report(tally.window.close(step, rate, metrics.gradient_norm));
-            }
-            let is_due = c.validates_after(step);
-            let mut done = last;
-            if !valid.is_empty() && is_due && !stopped {
-                self.validate(valid, &mut progress, &mut report)?;
-                done |= c.patience > 0 && self.any(progress.stale >= c.patience)?;
-                tally.window = Window::start();
-            }
-            if done || c.saves_after(step) {
-                self.save(&progress, &settings, &mut report)?;
-            }
-            if done && step < c.iters {
-                report(if stopped { Report::Stopped { step } } else { Report::Stale { step } });
+            let stopped = stopped || self.stops_alone();
+            if self.pause(&mut run, rate, metrics.gradient_norm, stopped)? {
                 break;
             }
         }
         self.step.adapter()
     }
 
+    /// Checks what can be checked before the first step, and looks where that is.
+    fn begin<'a, R: FnMut(Report)>(
+        &mut self,
+        train: &[Example],
+        valid: &'a [Example],
+        batches: &mut Batcher,
+        mut report: R,
+    ) -> Result<Run<'a, R>> {
+        let settings = self.settings(train)?;
+        if let Some(folder) = self.config.adapter_path.as_ref().filter(|_| self.is_first()) {
+            // Said now, and not after the first hundred steps.
+            file::check_writable(folder)?;
+        }
+        let shape = self.config.shape(Some(train), self.ranks())?;
+        fit::check(self.decoder.device(), shape, |shape| self.step.plan(shape))?;
+        let progress = self.start(batches, &settings, &mut report)?;
+        self.check_ranks(&settings, &progress)?;
+        let window = Window::start();
+        let mut run = Run { valid, settings, progress, window, skipped: 0, report };
+        if !valid.is_empty() && run.progress.iteration == 0 {
+            self.validate(&mut run)?;
+        }
+        Ok(run)
+    }
+
     /// Takes note of what a step did.
     fn settle(
         &self,
+        run: &mut Run<impl FnMut(Report)>,
         step: usize,
         micro: &[Batch],
         metrics: StepMetrics,
-        tally: &mut Tally,
-        report: &mut impl FnMut(Report),
     ) -> Result<()> {
         let StepMetrics { loss, gradient_norm, applied } = metrics;
-        tally.skipped = if applied { 0 } else { tally.skipped + 1 };
-        if tally.skipped > 0 {
+        run.skipped = if applied { 0 } else { run.skipped + 1 };
+        if run.skipped > 0 {
             let culprit = self.step.diagnose(micro)?;
-            self.give_up(tally.skipped, culprit.as_deref())?;
-            report(Report::Skipped { step, loss, gradient_norm, culprit });
+            self.give_up(run.skipped, culprit.as_deref())?;
+            (run.report)(Report::Skipped { step, loss, gradient_norm, culprit });
         }
-        tally.window.add(micro, loss);
+        run.window.add(micro, loss);
         Ok(())
+    }
+
+    /// Reports, validates and saves, each where it is time for it; says whether training is over.
+    fn pause(
+        &self,
+        run: &mut Run<impl FnMut(Report)>,
+        rate: f64,
+        gradient_norm: f32,
+        stopped: bool,
+    ) -> Result<bool> {
+        let (c, step) = (&self.config, run.progress.iteration);
+        let mut done = step == c.iters || stopped;
+        if done || c.reports_after(step) {
+            (run.report)(run.window.close(step, rate, gradient_norm));
+        }
+        if !run.valid.is_empty() && c.validates_after(step) && !stopped {
+            self.validate(run)?;
+            done |= c.patience > 0 && self.any(run.progress.stale >= c.patience)?;
+        }
+        if done || c.saves_after(step) {
+            self.save(&run.progress, &run.settings, &mut run.report)?;
+        }
+        if done && step < c.iters {
+            let ended = if stopped { Report::Stopped { step } } else { Report::Stale { step } };
+            (run.report)(ended);
+        }
+        Ok(done)
+    }
+
+    /// One alone need not ask others whether to stop.
+    fn stops_alone(&self) -> bool {
+        self.ranks() == 1 && self.stop.load(Ordering::Relaxed)
     }
 
     /// The plan of a step on the largest batches that these examples make.
@@ -336,35 +268,31 @@ impl Trainer {
         Err(ErrorKind::NoUpdate { skipped, culprit }.into())
     }
 
-    /// Where to begin: at the beginning, or where the checkpoint says.
-    fn start(
-        &mut self,
-        batches: &mut Batcher,
-        settings: &Map<String, Value>,
-        report: &mut impl FnMut(Report),
-    ) -> Result<Progress> {
-        let path = self.config.adapter_path.as_deref().map(|folder| folder.join(STATE));
-        let Some(path) = path.filter(|path| self.config.resume && path.exists()) else {
-            return Ok(Progress::default());
-        };
-        let names: Vec<String> = self.step.state().map(|(name, _)| name).collect();
-        let device = self.decoder.device();
-        let (tensors, progress) = checkpoint::load(&path, names.into_iter(), settings, device)?;
-        self.step.restore(tensors, progress.count)?;
-        batches.seek(progress.cursor);
-        report(Report::Resumed { step: progress.iteration });
-        Ok(progress)
+    /// Measures the loss of the validation data, and keeps the adapter of the lowest one.
+    fn validate(&self, run: &mut Run<impl FnMut(Report)>) -> Result<()> {
+        if self.is_first() {
+            let loss = self.validation_loss(run.valid)?;
+            let progress = &mut run.progress;
+            // What is not finite is never the best: nothing would be lower.
+            let is_best = loss.is_finite() && progress.best.is_none_or(|best| loss < best);
+            (run.report)(Report::Validation { step: progress.iteration, loss, is_best });
+            if is_best {
+                (progress.best, progress.stale) = (Some(loss), 0);
+                let path = self.config.adapter_path.as_ref();
+                if let Some(path) = path.filter(|_| progress.iteration > 0) {
+                    self.step.adapter()?.save(path.join(BEST))?;
+                }
+            } else {
+                progress.stale += 1;
+            }
+        }
+        // The time that this took is no step's.
+        run.window = Window::start();
+        Ok(())
     }
 
-    fn validate(
-        &self,
-        valid: &[Example],
-        progress: &mut Progress,
-        report: &mut impl FnMut(Report),
-    ) -> Result<()> {
-        if !self.is_first() {
-            return Ok(());
-        }
+    /// The mean over the trained tokens of so many batches as are configured.
+    fn validation_loss(&self, valid: &[Example]) -> Result<f32> {
         // As many rows as one rank with the batches of all would take.
         let limit = self.config.val_batches * self.ranks();
         let mut batches = self.config.batcher(valid, Order::File, 1)?;
@@ -376,80 +304,6 @@ impl Trainer {
             sum += f64::from(self.step.evaluate(&batch)?) * batch.trained as f64;
             tokens += batch.trained;
         }
-        let loss = (sum / tokens.max(1) as f64) as f32;
-        // What is not finite is never the best: nothing would be lower.
-        let is_best = loss.is_finite() && progress.best.is_none_or(|best| loss < best);
-        report(Report::Validation { step: progress.iteration, loss, is_best });
-        if !is_best {
-            progress.stale += 1;
-            return Ok(());
-        }
-        (progress.best, progress.stale) = (Some(loss), 0);
-        match &self.config.adapter_path {
-            Some(path) if progress.iteration > 0 => self.step.adapter()?.save(path.join(BEST)),
-            _ => Ok(()),
-        }
+        Ok((sum / tokens.max(1) as f64) as f32)
     }
-
-    fn save(
-        &self,
-        progress: &Progress,
-        settings: &Map<String, Value>,
-        report: &mut impl FnMut(Report),
-    ) -> Result<()> {
-        if let Some(path) = self.config.adapter_path.as_ref().filter(|_| self.is_first()) {
-            self.step.adapter()?.save(path)?;
-            self.save_state(path, progress, settings)?;
-            report(Report::Saved { step: progress.iteration });
-        }
-        Ok(())
-    }
-
-    fn save_state(
-        &self,
-        folder: &Path,
-        progress: &Progress,
-        settings: &Map<String, Value>,
-    ) -> Result<()> {
-        checkpoint::save(&folder.join(STATE), self.step.state(), progress, settings)
-    }
-
-    /// What a run that goes on must have in common with the one that stopped.
-    fn settings(&self, train: &[Example]) -> Result<Map<String, Value>> {
-        let c = &self.config;
-        let settings = json!({
-            "iters": c.iters,
-            // Of all ranks: as many rows on one go on with the run of several.
-            "batch_size": c.batch_size * self.ranks(),
-            "grad_accumulation_steps": c.grad_accumulation_steps,
-            "max_seq_length": c.max_seq_length,
-            "packing": c.packing,
-            "learning rate": format!("{:?}", c.schedule),
-            "optimizer": format!("{:?}", c.optimizer),
-            "max_gradient_norm": c.max_gradient_norm,
-            "seed": c.seed,
-            "training data": fingerprint(train),
-            "base model": self.decoder.fingerprint()?,
-        });
-        let Value::Object(mut settings) = settings else {
-            panic!("metal-candle bug: settings are {settings}");
-        };
-        // What the base is called is no part of what it is.
-        let adapter = self.step.adapter_config().to_json().into_iter();
-        let adapter = adapter.filter(|(option, _)| option != "base_model_name_or_path");
-        settings.extend(adapter.map(|(option, value)| (format!("adapter {option}"), value)));
-        Ok(settings)
-    }
-}
-
-/// What tells data sets apart: their size, and a hash of all ids and masks.
-fn fingerprint(examples: &[Example]) -> String {
-    let mut hash = Fnv::default();
-    for example in examples {
-        hash.add(example.ids.len() as u64);
-        for (id, trained) in example.ids.iter().zip(&example.trained) {
-            hash.add(u64::from(*id) << 1 | u64::from(*trained));
-        }
-    }
-    format!("{} rows, {hash:016x}", examples.len())
 }

@@ -5,16 +5,20 @@
 //! flash attention does (Dao et al. 2022), and, for the gradient, the running sum of `p weight`. The parts are put
 //! together in order. Rows that do not count are left out before anything is computed.
 
-use crate::cpu::gemm::{gemm_factors, gemm_of};
+mod grad_weight;
+mod sums;
+mod weight;
+
 use crate::cpu::matrix::{Mat, MatMut};
 use crate::cpu::number::{Accumulator, Float, Number, Real, for_float, for_index};
-use crate::cpu::parallel::{self, Parts};
-use crate::cpu::quant::Blocks;
+use crate::cpu::parallel;
 use crate::cpu::scratch;
-use crate::cpu::view::{Arg, Out, Strided};
+use crate::cpu::view::{Arg, Out};
 use metal_candle_graph::composite::CrossEntropyAttrs;
 use metal_candle_graph::{Error, Result};
 use std::ops::Range;
+use sums::{Sums, larger, rescale};
+use weight::{Chunk, Weight};
 
 /// Rows of one block.
 const ROWS: usize = 512;
@@ -72,163 +76,6 @@ struct Linear<'a, T: Float> {
     classes: usize,
     d: usize,
     epsilon: f64,
-}
-
-/// `[classes, d]`
-#[derive(Clone, Copy)]
-enum Weight<'a, T> {
-    Dense(Mat<'a, T>),
-    Blocks(Blocks<'a>),
-}
-
-impl<'a, T: Float> Weight<'a, T> {
-    fn new(
-        op: &'static str,
-        x: &Strided<'a, T>,
-        weight: &Arg<'a>,
-        attrs: &CrossEntropyAttrs,
-    ) -> Weight<'a, T> {
-        let d = x.cols();
-        let classes = attrs.classes(d, weight.shape());
-        if let Some(format) = attrs.blocks {
-            return Weight::Blocks(Blocks::new(weight, format, classes, d));
-        }
-        let fits = weight.shape().dims() == [classes, d];
-        assert!(fits, "metal-candle bug: {op} of {} and {}", x.shape(), weight.shape());
-        Weight::Dense(weight.read::<T>().matrix())
-    }
-
-    fn classes(&self) -> usize {
-        match self {
-            Weight::Dense(w) => w.rows(),
-            Weight::Blocks(w) => w.rows(),
-        }
-    }
-
-    /// The scratch that a [`Chunk`] of `len` elements needs.
-    fn wide_len(&self, len: usize) -> usize {
-        match self {
-            Weight::Dense(_) => 0,
-            Weight::Blocks(_) => len,
-        }
-    }
-
-    /// Some rows, `[rows, d]`: in place, or unpacked in `wide`.
-    fn rows<'b>(&self, range: Range<usize>, wide: &'b mut [T::Acc]) -> Chunk<'b, T>
-    where
-        'a: 'b,
-    {
-        match self {
-            Weight::Dense(w) => Chunk::Dense(w.row_range(range.start, range.len())),
-            Weight::Blocks(w) => Chunk::Unpacked(w.dense_rows(range, wide)),
-        }
-    }
-}
-
-/// Some rows of the weight, `[classes, d]`. Products with what was rounded once round their other factor, too.
-enum Chunk<'a, T: Float> {
-    Dense(Mat<'a, T>),
-    Unpacked(Mat<'a, T::Acc>),
-}
-
-impl<T: Float> Chunk<'_, T> {
-    /// `logits = x weightᵀ`
-    fn logits(&self, logits: MatMut<'_, T::Acc>, x: Mat<'_, T>) {
-        let one = T::Acc::from_f64(1.0);
-        match self {
-            Chunk::Dense(w) => gemm_of::<T, _, _>(logits, x, w.transposed(), one, false),
-            Chunk::Unpacked(w) => gemm_factors(logits, x, w.transposed(), one, false, true),
-        }
-    }
-
-    /// `sums += p weight`
-    fn add_weighted(&self, sums: MatMut<'_, T::Acc>, p: Mat<'_, T::Acc>) {
-        let one = T::Acc::from_f64(1.0);
-        match self {
-            Chunk::Dense(w) => gemm_of::<T, _, _>(sums, p, *w, one, true),
-            Chunk::Unpacked(w) => gemm_factors(sums, p, *w, one, true, true),
-        }
-    }
-
-    /// `to += Σ rows`
-    fn add_rows(&self, to: &mut [T::Acc]) {
-        fn add<T: Number<Acc: Real>>(to: &mut [T::Acc], from: Mat<'_, T>) {
-            scratch::with(to.len(), |row: &mut [T::Acc]| {
-                for i in 0..from.rows() {
-                    from.row_range(i, 1).packed(row);
-                    T::Acc::axpy(to, T::Acc::from_f64(1.0), row);
-                }
-            });
-        }
-        match self {
-            Chunk::Dense(w) => add(to, *w),
-            Chunk::Unpacked(w) => add(to, *w),
-        }
-    }
-}
-
-/// What one part knows of every row of a block.
-struct Sums<'s, A> {
-    /// The largest logit so far, and `Σ exp(logit - max)`.
-    max: &'s mut [A],
-    sum: &'s mut [A],
-    /// The label's logit, if it is in this part.
-    picked: &'s mut [A],
-    /// `Σ logit`
-    total: &'s mut [A],
-    /// `Σ exp(logit - max) · weight row`, `[rows, d]`, and `Σ weight row`, `[d]`; empty without a gradient.
-    weighted: &'s mut [A],
-    weight_total: &'s mut [A],
-}
-
-impl<'s, A: Real> Sums<'s, A> {
-    const fn len(rows: usize, d: usize) -> usize {
-        4 * rows + rows * d + d
-    }
-
-    /// The sums in `memory`; `d` is 0 without a gradient.
-    fn over(memory: &'s mut [A], rows: usize, d: usize) -> Sums<'s, A> {
-        let (max, rest) = memory.split_at_mut(rows);
-        let (sum, rest) = rest.split_at_mut(rows);
-        let (picked, rest) = rest.split_at_mut(rows);
-        let (total, rest) = rest.split_at_mut(rows);
-        let (weighted, weight_total) = rest.split_at_mut(rows * d);
-        Sums { max, sum, picked, total, weighted, weight_total }
-    }
-
-    /// Of no classes yet.
-    fn empty(memory: &'s mut [A], rows: usize, d: usize) -> Sums<'s, A> {
-        memory.fill(A::ZERO);
-        let sums = Sums::over(memory, rows, d);
-        sums.max.fill(A::NEG_INFINITY);
-        sums
-    }
-
-    /// Takes `more` in, which follows.
-    fn add(&mut self, more: &Sums<A>) {
-        let d = self.weight_total.len();
-        for r in 0..self.max.len() {
-            let max = larger(self.max[r], more.max[r]);
-            let (own, their) = (rescale(self.max[r], max), rescale(more.max[r], max));
-            self.max[r] = max;
-            self.sum[r] = self.sum[r] * own + more.sum[r] * their;
-            self.picked[r] += more.picked[r];
-            self.total[r] += more.total[r];
-            let row = &mut self.weighted[r * d..(r + 1) * d];
-            A::scale_all(row, own);
-            A::axpy(row, their, &more.weighted[r * d..(r + 1) * d]);
-        }
-        A::axpy(self.weight_total, A::from_f64(1.0), more.weight_total);
-    }
-}
-
-fn larger<A: Real>(a: A, b: A) -> A {
-    if b > a || b.is_nan() { b } else { a }
-}
-
-/// `exp(from - to)`, and 0 of a sum that is empty.
-fn rescale<A: Real>(from: A, to: A) -> A {
-    if from == A::NEG_INFINITY { A::ZERO } else { (from - to).exp() }
 }
 
 impl<'a, T: Float> Linear<'a, T> {
@@ -397,68 +244,6 @@ impl<'a, T: Float> Linear<'a, T> {
         let weight = self.weight.rows(classes, wide);
         weight.logits(out, x);
         weight
-    }
-
-    /// `dlogitsᵀ x`: once through the classes for the sums of every row, once more for the gradient.
-    fn grad_weight(&self, dy: &Arg, out: &mut Out, parallel: bool) {
-        let (n, d) = (self.rows.len(), self.d);
-        assert_eq!(out.shape().dims(), [self.classes, d], "metal-candle bug: grad_weight");
-        let dy = dy.read::<T::Acc>();
-        assert_eq!(dy.shape().dims(), [self.n], "metal-candle bug: grad_weight");
-        let dy: Vec<T::Acc> = self.rows.iter().map(|row| dy.row(0).get(*row as usize)).collect();
-        let mut logsumexp = Vec::with_capacity(n);
-        for start in (0..n).step_by(ROWS) {
-            self.block(start..(start + ROWS).min(n), 0, parallel, |sums| {
-                logsumexp.extend(sums.max.iter().zip(&*sums.sum).map(|(m, s)| *m + s.ln()));
-            });
-        }
-        let chunks = self.classes.div_ceil(CLASSES);
-        let out = Parts::new(out.slice::<T>());
-        parallel::for_each(parallel, chunks, |chunk| {
-            let classes = self.classes_of(chunk);
-            let (cols, wide) = (classes.len(), self.weight.wide_len(classes.len() * d));
-            let lens = [ROWS * cols, wide, cols * d];
-            scratch::split(lens, |[dlogits, wide, dw]: [&mut [T::Acc]; 3]| {
-                dw.fill(T::Acc::ZERO);
-                for start in (0..n).step_by(ROWS) {
-                    let block = start..(start + ROWS).min(n);
-                    let dlogits = &mut dlogits[..block.len() * cols];
-                    self.logits(block.clone(), classes.clone(), dlogits, wide);
-                    self.logits_vjp(block.clone(), &classes, &logsumexp, &dy, dlogits);
-                    let x = Mat::dense(&self.x[start * d..block.end * d], block.len(), d);
-                    let dlogits = Mat::dense(dlogits, block.len(), cols).transposed();
-                    let dw = MatMut::dense(dw, cols, d);
-                    gemm_factors(dw, dlogits, x, T::Acc::from_f64(1.0), true, false);
-                }
-                // SAFETY: the rows of a chunk belong to its task.
-                T::narrow_all(dw, unsafe { out.part(classes.start * d, cols * d) });
-            });
-        });
-    }
-
-    /// `(softmax - target) dy` in place of the logits.
-    fn logits_vjp(
-        &self,
-        block: Range<usize>,
-        classes: &Range<usize>,
-        logsumexp: &[T::Acc],
-        dy: &[T::Acc],
-        logits: &mut [T::Acc],
-    ) {
-        let miss = self.epsilon / self.classes as f64;
-        let (hit, miss) = (T::Acc::from_f64(1.0 - self.epsilon), T::Acc::from_f64(miss));
-        for (row, logits) in block.zip(logits.chunks_exact_mut(classes.len())) {
-            T::Acc::exp_all(logits, logsumexp[row]);
-            if self.epsilon != 0.0 {
-                logits.iter_mut().for_each(|p| *p = *p - miss);
-            }
-            let label = self.label(row);
-            if classes.contains(&label) {
-                let p = &mut logits[label - classes.start];
-                *p = *p - hit;
-            }
-            T::Acc::scale_all(logits, dy[row]);
-        }
     }
 }
 

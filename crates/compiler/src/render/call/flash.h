@@ -204,59 +204,92 @@ FN void write_keys(typename S::T* to, const u8* from, i32 b, i32 head, i32 first
     }
 }
 
+// ---- a tile of rows ----
+
+// A block's rows of a batch and key head, of which `own` is the SIMD group's first, and the keys that they see.
+struct Tile {
+    i32 tid, lane, simd, b, head, first, own;
+    attention::Span seen;
+};
+
+template <typename S> FN Tile tile_of(const attention::Inputs<S>& in, i32 block, i32 tid) {
+    const i32 simd = tid / 32, pair = block % S::PAIRS, first = (S::ROW_TILES - 1 - block / S::PAIRS) * S::ROWS;
+    return {
+        tid, tid % 32, simd, pair / S::HEADS, pair % S::HEADS, first, first + simd * (S::ROWS / 4),
+        attention::seen_by_tile<S>(first, in.offset)
+    };
+}
+
+// A tile of k and one of v on their way, from `key` on.
+template <typename S> FN void copy_keys_and_values(u32 to, const attention::Inputs<S>& in, const Tile& at, i32 key) {
+    const attention::Span keys = {key, at.seen.end};
+    copy_keys<S, typename S::K, S::KEYS>(to, in.k, at.b, at.head, keys, at.tid);
+    copy_keys<S, typename S::V, S::KEYS>(to + S::KEYS * S::D * 2, in.v, at.b, at.head, keys, at.tid);
+}
+
+// Where those from `key` on are, once they are there; from then on the next ones are on their way.
+template <typename S> FN u32 next_keys_and_values(u32 tiles, i32& turn, const attention::Inputs<S>& in, const Tile& at, i32 key) {
+    enum : i32 { BOTH = 2 * S::KEYS * S::D * 2 };
+    const u32 here = tiles + turn * BOTH;
+    turn ^= 1;
+    await_copies();
+    barrier();
+    if (key + S::KEYS < at.seen.end) copy_keys_and_values<S>(tiles + turn * BOTH, in, at, key + S::KEYS);
+    return here;
+}
+
+// s = q kT of the SIMD group's own rows, as far as it is seen.
+template <typename S, i32 M, i32 N>
+FN void scores(f32 (&s)[M][N][4], u32 q, u32 k, const attention::Inputs<S>& in, const Tile& at, i32 key) {
+    products<S>(s, q + at.simd * (16 * M * S::D * 2), k, at.lane);
+    if (!all_seen<S, S::KEYS>(at.first, key, in.offset)) hide<S>(s, in, at.b, at.own, key, at.lane);
+}
+
+// The sums, each row times its factor, to memory; by way of the SIMD group's own rows of q, which nobody else reads.
+template <typename S, typename X, i32 M, i32 F>
+FN void write_own(typename S::T* to, const f32 (&sums)[M][F][4], const f32 (&factor)[M][2], u64* shared, const Tile& at) {
+    u8* const mine = (u8*)shared + at.simd * (16 * M * S::D * 2);
+    simd_barrier();
+    settle<S>(mine, sums, factor, at.lane);
+    simd_barrier();
+    write_rows<S, X, 16 * M>(to, mine, at.b, at.head, at.own, at.lane);
+}
+
 // ---- forward ----
 
 // A block has a tile of rows. Shared: q, then twice a tile of k and one of v.
 template <typename S>
 FN void forward(const attention::Inputs<S>& in, typename S::T* out, f32* lse, u64* shared, i32 block, i32 tid) {
-    enum : i32 { M = S::ROWS / 64, N = S::KEYS / 8, F = S::D / 8, TILE = S::KEYS * S::D * 2, OWN = 16 * M * S::D * 2 };
-    const i32 lane = tid % 32, simd = tid / 32;
-    const i32 pair = block % S::PAIRS, b = pair / S::HEADS, head = pair % S::HEADS;
-    const i32 first = (S::ROW_TILES - 1 - block / S::PAIRS) * S::ROWS, own = first + simd * 16 * M;
-    const attention::Span seen = attention::seen_by_tile<S>(first, in.offset);
+    enum : i32 { M = S::ROWS / 64, N = S::KEYS / 8, F = S::D / 8, TILE = S::KEYS * S::D * 2 };
+    const Tile at = tile_of<S>(in, block, tid);
     const u32 q = shared_place(shared), tiles = q + S::ROWS * S::D * 2;
-    copy_rows<S, typename S::Q, S::ROWS>(q, in.q, b, head, first, tid);
-    copy_keys<S, typename S::K, S::KEYS>(tiles, in.k, b, head, seen, tid);
-    copy_keys<S, typename S::V, S::KEYS>(tiles + TILE, in.v, b, head, seen, tid);
+    copy_rows<S, typename S::Q, S::ROWS>(q, in.q, at.b, at.head, at.first, tid);
+    copy_keys_and_values<S>(tiles, in, at, at.seen.start);
     Running<M> all;
     f32 sums[M][F][4];
     begin(all);
     clear(sums);
     i32 turn = 0;
-    for (i32 key = seen.start; key < seen.end; key += S::KEYS) {
-        const u32 k = tiles + turn * 2 * TILE, v = k + TILE;
-        turn ^= 1;
-        await_copies();
-        barrier();
-        if (key + S::KEYS < seen.end) {
-            const u32 next = tiles + turn * 2 * TILE;
-            copy_keys<S, typename S::K, S::KEYS>(next, in.k, b, head, {key + S::KEYS, seen.end}, tid);
-            copy_keys<S, typename S::V, S::KEYS>(next + TILE, in.v, b, head, {key + S::KEYS, seen.end}, tid);
-        }
+    for (i32 key = at.seen.start; key < at.seen.end; key += S::KEYS) {
+        const u32 k = next_keys_and_values<S>(tiles, turn, in, at, key), v = k + TILE;
         f32 p[M][N][4], rescale[M][2];
-        products<S>(p, q + simd * OWN, k, lane);
-        if (!all_seen<S, S::KEYS>(first, key, in.offset)) hide<S>(p, in, b, own, key, lane);
+        scores<S>(p, q, k, in, at, key);
         take<S>(all, p, rescale);
 #pragma unroll
         for (i32 i = 0; i < M * F * 4; ++i) sums[i / (4 * F)][i / 4 % F][i % 4] *= rescale[i / (4 * F)][i / 2 % 2];
-        add_products<S>(sums, p, v, lane);
+        add_products<S>(sums, p, v, at.lane);
     }
     f32 factor[M][2];
 #pragma unroll
     for (i32 i = 0; i < 2 * M; ++i) {
-        const i32 m = i / 2, half = i % 2, row = own + 16 * m + 8 * half + lane / 4;
+        const i32 m = i / 2, half = i % 2, row = at.own + 16 * m + 8 * half + at.lane / 4;
         const f32 sum = quad_reduce<Sum>(all.sum[m][half]);
         factor[m][half] = sum == 0.0f ? 0.0f : 1.0f / sum;
-        if (!S::WANTS_LSE || lane % 4 != 0 || row >= S::LEN) continue;
-        lse[S::Lse::at(b, row / S::GROUP, head * S::GROUP + row % S::GROUP)] =
+        if (!S::WANTS_LSE || at.lane % 4 != 0 || row >= S::LEN) continue;
+        lse[S::Lse::at(at.b, row / S::GROUP, at.head * S::GROUP + row % S::GROUP)] =
             sum == 0.0f ? INF : all.max[m][half] * S::scale() + math::log(sum);
     }
     await_copies();
-    if (!S::WANTS_Y) return;
-    u8* const mine = (u8*)shared + simd * OWN;
-    simd_barrier();
-    settle<S>(mine, sums, factor, lane);
-    simd_barrier();
-    write_rows<S, typename S::Y, 16 * M>(out, mine, b, head, own, lane);
+    if (S::WANTS_Y) write_own<S, typename S::Y>(out, sums, factor, shared, at);
 }
 }

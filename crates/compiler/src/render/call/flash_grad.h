@@ -16,54 +16,37 @@ FN void grad_rows(
     u64* shared, i32 block, i32 tid
 ) {
     enum : i32 { M = S::ROWS / 64, N = S::KEYS / 8, F = S::D / 8, TILE = S::KEYS * S::D * 2, OWN = 16 * M * S::D * 2 };
-    const i32 lane = tid % 32, simd = tid / 32;
-    const i32 pair = block % S::PAIRS, b = pair / S::HEADS, head = pair % S::HEADS;
-    const i32 first = (S::ROW_TILES - 1 - block / S::PAIRS) * S::ROWS, own = first + simd * 16 * M;
-    const attention::Span seen = attention::seen_by_tile<S>(first, in.offset);
+    const Tile at = tile_of<S>(in, block, tid);
     const u32 q = shared_place(shared), of_dy = q + S::ROWS * S::D * 2, tiles = of_dy + S::ROWS * S::D * 2;
-    copy_rows<S, typename S::Q, S::ROWS>(q, in.q, b, head, first, tid);
-    copy_rows<S, typename S::DY, S::ROWS>(of_dy, of.dy, b, head, first, tid);
-    copy_keys<S, typename S::K, S::KEYS>(tiles, in.k, b, head, seen, tid);
-    copy_keys<S, typename S::V, S::KEYS>(tiles + TILE, in.v, b, head, seen, tid);
+    copy_rows<S, typename S::Q, S::ROWS>(q, in.q, at.b, at.head, at.first, tid);
+    copy_rows<S, typename S::DY, S::ROWS>(of_dy, of.dy, at.b, at.head, at.first, tid);
+    copy_keys_and_values<S>(tiles, in, at, at.seen.start);
     f32 lse2[M][2], delta[M][2], factor[M][2];
 #pragma unroll
     for (i32 i = 0; i < 2 * M; ++i) {
-        const i32 m = i / 2, half = i % 2, row = own + 16 * m + 8 * half + lane / 4;
-        const i32 t = row / S::GROUP, h = head * S::GROUP + row % S::GROUP;
-        lse2[m][half] = row < S::LEN ? in_powers_of_2(of.lse[S::Lse::at(b, t, h)]) : INF;
-        delta[m][half] = row < S::LEN ? of.delta[S::Delta::at(b, t, h)] : 0.0f;
+        const i32 m = i / 2, half = i % 2, row = at.own + 16 * m + 8 * half + at.lane / 4;
+        const i32 t = row / S::GROUP, h = at.head * S::GROUP + row % S::GROUP;
+        lse2[m][half] = row < S::LEN ? in_powers_of_2(of.lse[S::Lse::at(at.b, t, h)]) : INF;
+        delta[m][half] = row < S::LEN ? of.delta[S::Delta::at(at.b, t, h)] : 0.0f;
         factor[m][half] = S::scale();
     }
     f32 sums[M][F][4];
     clear(sums);
     i32 turn = 0;
-    for (i32 key = seen.start; key < seen.end; key += S::KEYS) {
-        const u32 k = tiles + turn * 2 * TILE, v = k + TILE;
-        turn ^= 1;
-        await_copies();
-        barrier();
-        if (key + S::KEYS < seen.end) {
-            const u32 next = tiles + turn * 2 * TILE;
-            copy_keys<S, typename S::K, S::KEYS>(next, in.k, b, head, {key + S::KEYS, seen.end}, tid);
-            copy_keys<S, typename S::V, S::KEYS>(next + TILE, in.v, b, head, {key + S::KEYS, seen.end}, tid);
-        }
+    for (i32 key = at.seen.start; key < at.seen.end; key += S::KEYS) {
+        const u32 k = next_keys_and_values<S>(tiles, turn, in, at, key), v = k + TILE;
         f32 p[M][N][4], ds[M][N][4];
-        products<S>(p, q + simd * OWN, k, lane);
-        if (!all_seen<S, S::KEYS>(first, key, in.offset)) hide<S>(p, in, b, own, key, lane);
-        products<S>(ds, of_dy + simd * OWN, v, lane);
+        scores<S>(p, q, k, in, at, key);
+        products<S>(ds, of_dy + at.simd * OWN, v, at.lane);
 #pragma unroll
         for (i32 i = 0; i < M * N * 4; ++i) {
             const i32 m = i / (4 * N), n = i / 4 % N, e = i % 4;
             weights(p[m][n][e], ds[m][n][e], S::scale2(), lse2[m][e / 2], delta[m][e / 2]);
         }
-        add_products<S>(sums, ds, k, lane);
+        add_products<S>(sums, ds, k, at.lane);
     }
     await_copies();
-    u8* const mine = (u8*)shared + simd * OWN;
-    simd_barrier();
-    settle<S>(mine, sums, factor, lane);
-    simd_barrier();
-    write_rows<S, typename S::DQ, 16 * M>(dq, mine, b, head, own, lane);
+    write_own<S, typename S::DQ>(dq, sums, factor, shared, at);
 }
 
 // Hides what is not seen of a tile that has keys as its rows.

@@ -26,6 +26,26 @@ pub(super) fn rope_update(
     rotate(gpu, args, out, layout, Some(dim))
 }
 
+/// The first elements of an operand's pairs, and how far from each the second one is.
+struct Pairs {
+    strides: Vec<isize>,
+    second: isize,
+}
+
+impl Pairs {
+    fn of(operand: &Operand, layout: RopeLayout, half: usize) -> Pairs {
+        let mut strides = operand.layout.strides().to_vec();
+        let last = strides.last_mut().expect("metal-candle bug: rope of a scalar");
+        let stride = *last;
+        let (step, second) = match layout {
+            RopeLayout::Half => (stride, half as isize * stride),
+            RopeLayout::Interleaved => (2 * stride, stride),
+        };
+        *last = step;
+        Pairs { strides, second }
+    }
+}
+
 /// Along `dim`, if any, the result begins where the fourth operand says.
 fn rotate(
     gpu: Gpu<'_>,
@@ -34,37 +54,25 @@ fn rotate(
     layout: RopeLayout,
     dim: Option<usize>,
 ) -> Call {
-    let (x, tables) = (&args[0], [&args[1], &args[2]]);
+    let [x, cos, sin] = [&args[0], &args[1], &args[2]];
     let shape = x.layout.shape;
     let last = shape.rank() - 1;
     let half = shape[last] / 2;
-    let pairs = shape.with(last, half);
-    // Between the pairs' first elements, and from a first one to its second.
-    let steps = |o: &Operand| {
-        let mut strides = o.layout.strides().to_vec();
-        let stride = strides[last];
-        let (step, second) = match layout {
-            RopeLayout::Half => (stride, half as isize * stride),
-            RopeLayout::Interleaved => (2 * stride, stride),
-        };
-        strides[last] = step;
-        (strides, second)
-    };
-    let ((from, second), (to, out_second)) = (steps(x), steps(out));
-    let walk = Walk::over(pairs.dims())
-        .place("from", &from, x.layout.offset)
-        .place("to", &to, out.layout.offset)
-        .layout("cos", &tables[0].layout)
-        .layout("sin", &tables[1].layout)
+    let [from, to] = [x, out].map(|o| Pairs::of(o, layout, half));
+    let walk = Walk::over(shape.with(last, half).dims())
+        .place("from", &from.strides, x.layout.offset)
+        .place("to", &to.strides, out.layout.offset)
+        .layout("cos", &cos.layout)
+        .layout("sin", &sin.layout)
         .collapsed();
+    // From one start along `dim` to the next, and how many there are.
     let along = dim.map_or(0, |dim| out.layout.strides[dim]);
     let starts = dim.map_or(0, |dim| out.layout.shape[dim] - shape[dim] + 1);
-    let all = [x, out, tables[0], tables[1]];
-    let widest = all.map(|o| o.dtype.size_bytes()).into_iter().max().expect("four");
+    let widest = [x, out, cos, sin].map(|o| o.dtype.size_bytes()).into_iter().max().expect("four");
     let moved = ["from", "to", "cos", "sin"];
-    let n = walk.vector(&moved, &[second, out_second, along], ACCESS / widest);
+    let n = walk.vector(&moved, &[from.second, to.second, along], ACCESS / widest);
     let walk = walk.by(n, &moved, false);
-    let farthest = second.unsigned_abs().max(out_second.unsigned_abs());
+    let farthest = from.second.unsigned_abs().max(to.second.unsigned_abs());
     let (call, template) = match dim {
         Some(_) => ("slice_update", "rope_put"),
         None => ("rope", "rope"),
@@ -72,8 +80,8 @@ fn rotate(
     let mut draft = Draft::new(gpu, call, template)
         .template(n)
         .reads(Binding::Arg(0), "x", x.dtype)
-        .reads(Binding::Arg(1), "cos", tables[0].dtype)
-        .reads(Binding::Arg(2), "sin", tables[1].dtype);
+        .reads(Binding::Arg(1), "cos", cos.dtype)
+        .reads(Binding::Arg(2), "sin", sin.dtype);
     if dim.is_some() {
         draft = draft.reads(Binding::Arg(3), "index", args[3].dtype);
     }
@@ -88,8 +96,8 @@ fn rotate(
     let draft = draft
         .numbers(x.dtype)
         .aligned(n * widest)
-        .constant("SECOND", second as i64)
-        .constant("OUT_SECOND", out_second as i64)
+        .constant("SECOND", from.second as i64)
+        .constant("OUT_SECOND", to.second as i64)
         .walk(&walk, farthest.max(along.unsigned_abs().saturating_mul(starts)));
     Call { parts: vec![draft.finish(gpu.elements(walk.len()))], workspace_bytes: 0 }
 }

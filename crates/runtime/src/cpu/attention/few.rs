@@ -203,12 +203,9 @@ mod tests {
     /// `[b, tq, tk, hq, hk, d, dv]`, the position of the first query, and the window.
     type Case = ([usize; 7], i64, Option<u32>);
 
-    fn check<T: Float + Number<Acc = f32>>(
-        case: Case,
-        [mask, segments]: [bool; 2],
-        tolerance: f64,
-    ) {
-        let ([b, tq, tk, hq, hk, d, dv], position, window) = case;
+    /// `[q, k, v, mask, segments of the queries, segments of the keys, position]`
+    fn operands<T: Float + Number<Acc = f32>>((dims, position, _): Case) -> [Memory; 7] {
+        let [b, tq, tk, hq, hk, d, dv] = dims;
         let mut state = 1u32;
         let mut random = |n: usize| -> Vec<T> {
             let mut unit = || {
@@ -217,14 +214,13 @@ mod tests {
             };
             (0..n).map(|_| T::narrow(unit() as f32)).collect()
         };
-        // What was never written must never be read.
-        let nan = T::narrow(f32::NAN);
         let mut cache = |dims: [usize; 4]| {
             let mut values = random(dims.iter().product());
             let row = dims[2] * dims[3];
             for (i, position_of) in values.chunks_mut(row).enumerate() {
+                // What was never written must never be read.
                 if (i % tk) as i64 >= position + tq as i64 {
-                    position_of.fill(nan);
+                    position_of.fill(T::narrow(f32::NAN));
                 }
             }
             Memory::new(T::DTYPE, &dims, &values)
@@ -241,7 +237,16 @@ mod tests {
         let of_q: Vec<u8> = (0..b * tq).map(|i| if i / tq == 2 { 7 } else { 1 }).collect();
         let of_q = Memory::new(DType::U8, &[b, tq], &of_q);
         let of_k = Memory::new(DType::U8, &[b, tk], &of_k);
-        let position = Memory::new(DType::I64, &[], &[position]);
+        [q, k, v, masks, of_q, of_k, Memory::new(DType::I64, &[], &[position])]
+    }
+
+    fn check<T: Float + Number<Acc = f32>>(
+        case: Case,
+        [mask, segments]: [bool; 2],
+        tolerance: f64,
+    ) {
+        let ([b, tq, _, hq, _, _, dv], _, window) = case;
+        let [q, k, v, masks, of_q, of_k, position] = operands::<T>(case);
         let mut args = vec![q.arg(), k.arg(), v.arg()];
         args.extend(mask.then(|| masks.arg()));
         args.extend(segments.then_some([of_q.arg(), of_k.arg()]).into_iter().flatten());
@@ -251,7 +256,7 @@ mod tests {
         let it = Attention::<T>::new(&args, &attrs);
         assert!(it.is_few());
         let result = |run: &(dyn Fn(&mut [T]) + Sync)| {
-            let mut out = vec![nan; b * tq * hq * dv];
+            let mut out = vec![T::narrow(f32::NAN); b * tq * hq * dv];
             run(&mut out);
             out
         };
