@@ -17,11 +17,11 @@ use smallvec::SmallVec;
 pub(crate) fn join(lowered: &mut Lowered, target: &Target) {
     let mut accesses = Accesses::of(lowered);
     let mut runs_in: Vec<usize> = (0..lowered.drafts.len()).collect();
-    for later in 0..lowered.drafts.len() {
+    for (later, to) in runs_in.iter_mut().enumerate() {
         let Some((earlier, joined)) = find(lowered, &accesses, later, target) else { continue };
         accesses.join(&lowered.drafts[later], later, earlier);
         lowered.drafts[earlier] = joined;
-        runs_in[later] = earlier;
+        *to = earlier;
     }
     for split in &mut lowered.splits {
         (split.producer, split.consumer) = (runs_in[split.producer], runs_in[split.consumer]);
