@@ -2,7 +2,7 @@
 //! order, and where every byte lives.
 //!
 //! ```text
-//! graph ─ passes ─ region (what is fused) ─ lower (kernels and library calls) ─ memory ─ Plan
+//! graph ─ passes ─ region (what is fused) ─ lower (kernels and library calls) ─ siblings ─ memory ─ Plan
 //! ```
 //!
 //! A GPU wants its kernels as source text: [`render`].
@@ -27,6 +27,7 @@ mod print;
 mod region;
 pub mod render;
 mod schedule;
+mod siblings;
 mod target;
 
 pub use error::{Error, Result};

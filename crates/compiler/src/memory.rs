@@ -154,11 +154,12 @@ fn drop_copies(lowered: &mut Lowered, uses: &Uses) -> FxHashMap<usize, NodeId> {
         removed[*step - 1] = whole && writable && !read_beside && uses.last(base.base) == *step;
         removed[*step - 1]
     });
-    renumber(lowered, &removed);
+    remove(lowered, &removed);
     lowered.bases.iter().map(|(step, base)| (*step, base.base)).collect()
 }
 
-fn renumber(lowered: &mut Lowered, removed: &[bool]) {
+/// Removes steps; those after them move up.
+pub(crate) fn remove(lowered: &mut Lowered, removed: &[bool]) {
     let mut next = 0;
     let number = |gone: &bool| {
         next += usize::from(!gone);
@@ -250,7 +251,7 @@ fn dying_operand(
 }
 
 /// Whether the kernel reads `arg` only at the place where it writes `out`.
-fn replaces(draft: &Draft, arg: usize, out: usize) -> bool {
+pub(crate) fn replaces(draft: &Draft, arg: usize, out: usize) -> bool {
     let Work::Kernel(kernel) = &draft.work else { return false };
     let mut stores = kernel.stores.iter().filter(|s| s.to.arg as usize == out);
     let (Some(store), None) = (stores.next(), stores.next()) else { return false };

@@ -1,7 +1,7 @@
 //! A [`Plan`] is the whole answer to "what will run, and where does every byte live?".
 
 use crate::kernel::Kernel;
-use crate::{Layout, LibraryCall, Result, Target, lower, memory};
+use crate::{Layout, LibraryCall, Result, Target, lower, memory, siblings};
 use metal_candle_graph::{ComputationGraph, DType, TensorType, pass};
 use std::fmt;
 
@@ -156,7 +156,8 @@ pub fn plan(g: &ComputationGraph, target: &Target, donated: &[bool]) -> Result<P
         g = pass::share_factors(&g)?;
     }
     let g = pass::split_reductions(&g, target.max_reduce)?;
-    let lowered = lower::lower(&g, target, inputs);
+    let mut lowered = lower::lower(&g, target, inputs);
+    siblings::join(&mut lowered, target);
     memory::place(lowered, target)
 }
 

@@ -4,7 +4,9 @@ mod support;
 
 use expect_test::{Expect, expect};
 use metal_candle_compiler::kernel::KernelOp;
-use metal_candle_compiler::{LibraryCall, OutputSource, Plan, Slot, Target, Work, plan};
+use metal_candle_compiler::{
+    LibraryCall, Operand, OutputSource, Plan, Slot, Step, Target, Work, plan,
+};
 use metal_candle_graph::{BinaryOp, ComputationGraph, Operation};
 use support::*;
 
@@ -158,6 +160,32 @@ fn cross_entropy_and_its_gradient_are_one_kernel() {
         k.tape.iter().any(|i| matches!(i.op, KernelOp::Unary(metal_candle_graph::UnaryOp::Silu, _)))
     };
     assert_eq!(exps.filter(silu).count(), 2, "{plan}");
+}
+
+#[test]
+fn the_gradients_of_gate_and_up_are_one_kernel_in_place() {
+    for target in [Target::CPU, Target::CUDA, Target::METAL] {
+        let plan = plan(&swiglu_lora_step(), &target, &[]).unwrap();
+        check_memory(&plan);
+        let of_gate = |step: &&Step| step.label.contains("sigmoid");
+        let backward: Vec<&Step> = plan.steps.iter().filter(of_gate).collect();
+        let [both] = backward[..] else { panic!("{plan}") };
+        // gate, up and the cotangent.
+        assert_eq!((both.args.len(), both.outs.len()), (3, 2), "{plan}");
+        let is_in_place = |out: &Operand| both.args.iter().any(|arg| arg.slot == out.slot);
+        assert!(both.outs.iter().all(is_in_place), "{plan}");
+    }
+}
+
+#[test]
+fn maps_that_are_joined_take_no_more_memory_than_apart() {
+    let joined = planned(&swiglu_lora_step(), &[]);
+    // Three that are read, and one that is written.
+    let narrow = Target { max_operands: 4, ..Target::CPU };
+    let apart = plan(&swiglu_lora_step(), &narrow, &[]).unwrap();
+    assert_eq!(joined.steps.len() + 1, apart.steps.len(), "{joined}{apart}");
+    assert!(joined.peak_bytes() <= apart.peak_bytes(), "{joined}{apart}");
+    assert!(joined.bytes() < apart.bytes(), "{joined}{apart}");
 }
 
 #[test]

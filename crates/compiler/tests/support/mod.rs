@@ -136,6 +136,28 @@ pub(crate) fn swiglu_with_loss() -> ComputationGraph {
     g
 }
 
+/// SwiGLU with a LoRA branch on the way down, forward and backward to x, A and B.
+pub(crate) fn swiglu_lora_step() -> ComputationGraph {
+    let mut g = ComputationGraph::new();
+    let x = g.input(0, f32(&[64, 512]));
+    let (gate, up) = (g.input(1, f32(&[512, 1024])), g.input(2, f32(&[512, 1024])));
+    let down = g.input(3, f32(&[1024, 512]));
+    let (a, b) = (g.input(4, f32(&[1024, 8])), g.input(5, f32(&[8, 512])));
+    let gate = g.add(Operation::Dot, &[x, gate]).unwrap();
+    let up = g.add(Operation::Dot, &[x, up]).unwrap();
+    let act = g.unary(UnaryOp::Silu, gate).unwrap();
+    let inner = g.binary(BinaryOp::Mul, act, up).unwrap();
+    let base = g.add(Operation::Dot, &[inner, down]).unwrap();
+    let low = g.add(Operation::Dot, &[inner, a]).unwrap();
+    let branch = g.add(Operation::Dot, &[low, b]).unwrap();
+    let y = g.binary(BinaryOp::Add, base, branch).unwrap();
+    let y = g.unary(UnaryOp::Tanh, y).unwrap();
+    let loss = total(&mut g, y);
+    let grads = gradients(&mut g, loss, &[x, a, b]);
+    g.outputs = [vec![loss], grads].concat();
+    g
+}
+
 /// A cache updated in place, then read.
 pub(crate) fn cache_update() -> ComputationGraph {
     let mut g = ComputationGraph::new();
