@@ -135,7 +135,7 @@ pub(crate) fn exp_f32<M: MulAdd>(x: f32) -> f32 {
     const SMALLEST: f32 = -87.336_54;
     const LARGEST: f32 = 88.722_83;
     const EXP: [f32; 6] =
-        [8.290_308_5e-3, 4.189_797_5e-2, 1.666_763_7e-1, 4.999_915_1e-1, 9.999_997e-1, 1.0];
+        [8.290_308_5e-3, 4.189_797_5e-2, 1.666_763_7e-1, 4.999_915e-1, 9.999_997e-1, 1.0];
     let rounded = M::mul_add(x, std::f32::consts::LOG2_E, ROUND);
     let n = rounded - ROUND;
     let r = M::mul_add(n, -LN_2_LOW, M::mul_add(n, -LN_2_HIGH, x));
@@ -199,10 +199,16 @@ pub(crate) fn tanh_f32<M: MulAdd>(x: f32) -> f32 {
 #[inline(always)]
 pub(crate) fn erf_f32<M: MulAdd>(x: f32) -> f32 {
     const END: f32 = 4.1;
-    const P: [f32; 6] =
-        [2.025_926_3e-6, 2.846_873_8e-4, 3.808_111e-3, 5.287_528e-2, 1.915_490_3e-1, 1.128_379_1];
+    const P: [f32; 6] = [
+        2.025_926_3e-6,
+        2.846_873_8e-4,
+        3.808_111e-3,
+        5.287_528e-2,
+        1.915_490_3e-1,
+        std::f32::consts::FRAC_2_SQRT_PI,
+    ];
     const Q: [f32; 6] =
-        [3.783_198e-5, 1.170_715_2e-3, 1.505_498_3e-2, 1.145_590_99e-1, 5.030_886e-1, 1.0];
+        [3.783_198e-5, 1.170_715_2e-3, 1.505_498_3e-2, 1.145_591e-1, 5.030_886e-1, 1.0];
     // NaN passes both comparisons.
     let a = x.abs();
     let a = if a > END { END } else { a };

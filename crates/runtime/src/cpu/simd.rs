@@ -35,8 +35,8 @@ impl MulAdd for Emulated {
         let bits = sum.to_bits();
         let away = (error > 0.0) == (sum > 0.0);
         let neighbour = if away { bits.wrapping_add(1) } else { bits.wrapping_sub(1) };
-        // Neither is true of what is not finite.
-        let is_inexact = error < 0.0 || error > 0.0;
+        // False of what is not finite.
+        let is_inexact = error.abs() > 0.0;
         let odd = if is_inexact && bits & 1 == 0 { neighbour } else { bits };
         f64::from_bits(odd) as f32
     }

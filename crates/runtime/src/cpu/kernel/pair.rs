@@ -197,3 +197,88 @@ pub(super) fn factors(s: &Strategy<'_>, reg: usize) -> Option<[Reg; 2]> {
     };
     factors.iter().all(|r| !s.is_one(r.index())).then_some(factors)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::scalar::{binary_of, unary_of};
+    use super::*;
+    use std::ptr::{from_ref, null};
+
+    const N: usize = 83;
+    const A: Reg = Reg(0);
+    const B: Reg = Reg(1);
+    const C: Reg = Reg(2);
+    const INNER: Reg = Reg(3);
+
+    /// Runs a loop over these operands; one for all has one register.
+    fn run(f: TileFn, ins: &[&[f32]]) -> Vec<u32> {
+        let mut out = vec![0f32; N];
+        let mut pointers = [null(); 3];
+        for (to, from) in pointers.iter_mut().zip(ins) {
+            *to = from_ref(&from[0]).cast::<u8>();
+        }
+        // SAFETY: as many registers as the loop was asked for, and room for the results.
+        unsafe { f(out.as_mut_ptr().cast(), pointers, N) };
+        out.iter().map(|x| if x.is_nan() { f32::NAN.to_bits() } else { x.to_bits() }).collect()
+    }
+
+    /// The loop of one instruction, where operands are one for all.
+    fn alone(op: &KernelOp, one: [bool; 2]) -> TileFn {
+        match *op {
+            KernelOp::Unary(f, _) => unary_of(f, Class::F32),
+            KernelOp::Binary(f, ..) => binary_of(f, Class::F32, one),
+            ref op => panic!("{op:?} is in no pair"),
+        }
+    }
+
+    #[test]
+    fn a_pair_has_the_bits_of_its_instructions_one_by_one() {
+        use BinaryOp::{Add, Mul, Sub};
+        let special = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 0.0, -0.0, 1e30, -1e30, 1e-40];
+        let values = |seed: usize| -> Vec<f32> {
+            let of = |i: usize| ((i * 37 + seed * 11) % 101) as f32 * 0.17 - 8.0;
+            (0..N).map(|i| *special.get((i * 5 + seed) % 29).unwrap_or(&of(i))).collect()
+        };
+        let data = [values(1), values(2), values(3)];
+        let binary = |f| KernelOp::Binary(f, A, B);
+        let after = |f, left: bool| match left {
+            true => KernelOp::Binary(f, INNER, C),
+            false => KernelOp::Binary(f, C, INNER),
+        };
+        let gated = |f| (KernelOp::Unary(f, A), KernelOp::Binary(Mul, INNER, B));
+        let mut pairs = vec![
+            (binary(Sub), KernelOp::Unary(UnaryOp::Exp, INNER)),
+            (binary(Add), KernelOp::Unary(UnaryOp::Relu, INNER)),
+            gated(UnaryOp::Silu),
+            gated(UnaryOp::Gelu),
+        ];
+        for left in [true, false] {
+            let seconds = [(Mul, Add), (Mul, Mul), (Mul, Sub), (Sub, Mul)];
+            pairs.extend(seconds.map(|(first, second)| (binary(first), after(second, left))));
+        }
+        for (inner, outer) in &pairs {
+            let pair = pair_of(inner, (INNER, outer)).unwrap();
+            for one in [[false; 3], [false, true, false], [true, false, true], [false, false, true]]
+            {
+                if one[0] && matches!(inner, KernelOp::Unary(..)) {
+                    continue;
+                }
+                let operand = |r: &Reg| &data[r.index()][..];
+                let ins: Vec<&[f32]> = pair.operands.iter().map(operand).collect();
+                let together = run(pair.loop_of(|r| one[r.index()]), &ins);
+                let inner_ins: Vec<&[f32]> = Kernel::operands(inner).iter().map(operand).collect();
+                let middle = run(alone(inner, [one[0], one[1]]), &inner_ins);
+                let middle: Vec<f32> = middle.into_iter().map(f32::from_bits).collect();
+                let at = |r: &Reg| if *r == INNER { &middle[..] } else { operand(r) };
+                let outer_operands = Kernel::operands(outer);
+                let outer_ins: Vec<&[f32]> = outer_operands.iter().map(at).collect();
+                let mut outer_one = [false; 2];
+                for (to, r) in outer_one.iter_mut().zip(&outer_operands) {
+                    *to = *r != INNER && one[r.index()];
+                }
+                let apart = run(alone(outer, outer_one), &outer_ins);
+                assert_eq!(together, apart, "{inner:?}, then {outer:?}, one for all: {one:?}");
+            }
+        }
+    }
+}
