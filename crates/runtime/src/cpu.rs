@@ -14,6 +14,7 @@ mod attention_grad;
 mod cross_entropy;
 mod executable;
 mod gemm;
+mod halves;
 mod index;
 mod kernel;
 mod low_rank;

@@ -9,6 +9,7 @@
 //! run ───── walks rows and tiles, on one thread or many
 //! tile ──── loops over registers     scalar ─ the scalar functions
 //! memory ── loads and stores         reduce ─ sums and extremes
+//! pair ──── two instructions in one loop
 //! ```
 //!
 //! Vectors lie along the rows or across them:
@@ -23,6 +24,7 @@
 mod compile;
 mod emit;
 mod memory;
+mod pair;
 mod reduce;
 mod run;
 mod scalar;
@@ -31,7 +33,7 @@ mod tile;
 use memory::{LoadFn, StoreFn};
 use metal_candle_compiler::kernel::Kernel;
 use metal_candle_graph::{DType, Distribution, Scalar};
-use reduce::{FoldFn, Reducer};
+use reduce::{DotFn, FoldFn, Reducer};
 use smallvec::SmallVec;
 use tile::TileFn;
 
@@ -161,6 +163,12 @@ enum Op {
         f: FoldFn,
         acc: Place,
         from: Place,
+    },
+    /// Of the products of two operands.
+    Dot {
+        f: DotFn,
+        acc: Place,
+        from: [Place; 2],
     },
     Store {
         access: u16,

@@ -1,6 +1,7 @@
 //! Loops over rows of floats, written so that compilers vectorise them.
 
-use crate::cpu::simd::multiversion;
+use crate::cpu::halves::{bf16_to_f32, round_to_bf16};
+use crate::cpu::simd::{MulAdd, multiversion};
 use half::bf16;
 
 /// Partial results are kept in this many lanes, on every machine: the order of a sum is part of its value.
@@ -79,14 +80,23 @@ macro_rules! rows {
         }
     };
 }
-rows!(f32, exp_f32, max_of_f32, exp_all_f32, dot_f32, axpy_f32, scale_all_f32, softmax_vjp_f32);
+rows!(
+    f32,
+    exp_f32::<M>,
+    max_of_f32,
+    exp_all_f32,
+    dot_f32,
+    axpy_f32,
+    scale_all_f32,
+    softmax_vjp_f32
+);
 rows!(f64, f64::exp, max_of_f64, exp_all_f64, dot_f64, axpy_f64, scale_all_f64, softmax_vjp_f64);
 
 multiversion! {
     /// bf16 is the upper half of f32.
     pub(crate) fn widen_all_bf16(from: &[bf16], to: &mut [f32]) {
         for (to, from) in to.iter_mut().zip(from) {
-            *to = f32::from_bits(u32::from(from.to_bits()) << 16);
+            *to = bf16_to_f32(*from);
         }
     }
 
@@ -97,49 +107,62 @@ multiversion! {
     }
 }
 
-/// Rounded to nearest even; NaN stays NaN.
-#[inline(always)]
-pub(crate) fn round_to_bf16(x: f32) -> bf16 {
-    let bits = x.to_bits();
-    let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
-    let quiet = (bits >> 16) | 0x40;
-    bf16::from_bits(if x.is_nan() { quiet } else { rounded } as u16)
+multiversion! {
+    /// [`exp_f32`] of one number.
+    pub(crate) fn exp_of_f32(x: f32) -> f32 {
+        exp_f32::<M>(x)
+    }
 }
 
-/// `exp(x)` within 2 ulp, branch-free (Cephes, Moshier 1989): `2^n · exp(r)` with `|r| <= ln 2 / 2`.
-/// Results below the smallest normal number are 0.
+/// `p[0] x^n + p[1] x^(n-1) + .. + p[n]`, by Horner's rule.
 #[inline(always)]
-pub(crate) fn exp_f32(x: f32) -> f32 {
+fn polynomial<M: MulAdd, const N: usize>(x: f32, p: [f32; N]) -> f32 {
+    let mut y = p[0];
+    for coefficient in &p[1..] {
+        y = M::mul_add(y, x, *coefficient);
+    }
+    y
+}
+
+/// `exp(x)` within 2 ulp, branch-free: `2^n · exp(r)` with `|r| <= ln 2 / 2`, where `exp(r)` is the polynomial of the fifth
+/// degree with the smallest relative error. Results below the smallest normal number are 0.
+#[inline(always)]
+pub(crate) fn exp_f32<M: MulAdd>(x: f32) -> f32 {
     // Adding and subtracting this rounds to an integer.
     const ROUND: f32 = 12_582_912.0;
     const LN_2_HIGH: f32 = 0.693_359_4;
     const LN_2_LOW: f32 = -2.121_944_4e-4;
     const SMALLEST: f32 = -87.336_54;
-    const LARGEST: f32 = 88.722_84;
-    // Clamped by comparison, which lets NaN through to the polynomial.
-    let clamped = if x > LARGEST { LARGEST } else { x };
-    let clamped = if clamped < SMALLEST { SMALLEST } else { clamped };
-    let rounded = clamped * std::f32::consts::LOG2_E + ROUND;
+    const LARGEST: f32 = 88.722_83;
+    const EXP: [f32; 6] =
+        [8.290_308_5e-3, 4.189_797_5e-2, 1.666_763_7e-1, 4.999_915e-1, 9.999_997e-1, 1.0];
+    let rounded = M::mul_add(x, std::f32::consts::LOG2_E, ROUND);
     let n = rounded - ROUND;
-    let r = clamped - n * LN_2_HIGH - n * LN_2_LOW;
-    let mut p = 1.987_569_2e-4;
-    p = p * r + 1.398_199_9e-3;
-    p = p * r + 8.333_452e-3;
-    p = p * r + 4.166_579_6e-2;
-    p = p * r + 1.666_666_5e-1;
-    p = p * r + 5e-1;
-    let p = p * r * r + r + 1.0;
+    let r = M::mul_add(n, -LN_2_LOW, M::mul_add(n, -LN_2_HIGH, x));
+    let p = polynomial::<M, 6>(r, EXP);
     // The low bits of the sum are n, which is added to the exponent. That is never too large: where n is 128, p < 1.
     let y = f32::from_bits(p.to_bits().wrapping_add(rounded.to_bits() << 23));
     let y = if x < SMALLEST { 0.0 } else { y };
-    if x > LARGEST { f32::INFINITY } else { y }
+    // Infinity above, and NaN of NaN.
+    if x <= LARGEST { y } else { x + f32::INFINITY }
 }
 
 /// `ln(x)` within 2 ulp, branch-free (Cephes, Moshier 1989): `e · ln 2 + ln(m)` with `m` in `[1/√2, √2)`.
 #[inline(always)]
-pub(crate) fn ln_f32(x: f32) -> f32 {
+pub(crate) fn ln_f32<M: MulAdd>(x: f32) -> f32 {
     const LN_2_HIGH: f32 = 0.693_359_4;
     const LN_2_LOW: f32 = -2.121_944_4e-4;
+    const LN: [f32; 9] = [
+        7.037_683_6e-2,
+        -1.151_461e-1,
+        1.167_699_9e-1,
+        -1.242_014_1e-1,
+        1.424_932_3e-1,
+        -1.666_805_8e-1,
+        2.000_071_5e-1,
+        -2.499_999_4e-1,
+        3.333_333e-1,
+    ];
     // Subnormal numbers have no exponent of their own.
     let is_small = x < f32::MIN_POSITIVE;
     let scaled = if is_small { x * 8_388_608.0 } else { x };
@@ -150,17 +173,9 @@ pub(crate) fn ln_f32(x: f32) -> f32 {
     let e = (exponent - if is_small { 23 } else { 0 }) as f32;
     let f = mantissa - 1.0;
     let z = f * f;
-    let mut p = 7.037_683_6e-2;
-    p = p * f - 1.151_461e-1;
-    p = p * f + 1.167_699_9e-1;
-    p = p * f - 1.242_014_1e-1;
-    p = p * f + 1.424_932_3e-1;
-    p = p * f - 1.666_805_8e-1;
-    p = p * f + 2.000_071_5e-1;
-    p = p * f - 2.499_999_4e-1;
-    p = p * f + 3.333_333e-1;
-    let tail = p * f * z + e * LN_2_LOW - 0.5 * z;
-    let y = f + tail + e * LN_2_HIGH;
+    let p = polynomial::<M, 9>(f, LN);
+    let tail = M::mul_add(p * f, z, M::mul_add(e, LN_2_LOW, -0.5 * z));
+    let y = M::mul_add(e, LN_2_HIGH, f + tail);
     let y = if x == f32::INFINITY { x } else { y };
     let y = if x == 0.0 { f32::NEG_INFINITY } else { y };
     if x < 0.0 || x.is_nan() { f32::NAN } else { y }
@@ -168,53 +183,56 @@ pub(crate) fn ln_f32(x: f32) -> f32 {
 
 /// `tanh(x)` within 3 ulp, branch-free: an odd polynomial near 0 (Cephes, Moshier 1989), else `1 - 2 / (exp(2x) + 1)`.
 #[inline(always)]
-pub(crate) fn tanh_f32(x: f32) -> f32 {
+pub(crate) fn tanh_f32<M: MulAdd>(x: f32) -> f32 {
+    const NEAR: [f32; 5] =
+        [-5.704_988_7e-3, 2.063_909e-2, -5.373_971_6e-2, 1.333_144_2e-1, -3.333_328e-1];
     let a = x.abs();
     let s = x * x;
-    let mut p = -5.704_988_7e-3;
-    p = p * s + 2.063_909e-2;
-    p = p * s - 5.373_971_6e-2;
-    p = p * s + 1.333_144_2e-1;
-    p = p * s - 3.333_328e-1;
-    let near = p * s * x + x;
-    let far = (1.0 - 2.0 / (exp_f32(2.0 * a) + 1.0)).copysign(x);
+    let near = M::mul_add(polynomial::<M, 5>(s, NEAR) * s, x, x);
+    let far = (1.0 - 2.0 / (exp_f32::<M>(2.0 * a) + 1.0)).copysign(x);
     // NaN takes the polynomial's way.
     if a >= 0.625 { far } else { near }
 }
 
-/// `erf(x)` within 4 ulp, branch-free: `x P(x²)` up to 1, else `1 - exp(Q(|x|))`. P and Q are least-squares fits on
-/// Chebyshev nodes to `erf(x)/x` on [0, 1] and to `ln erfc(x)` on [0.95, 4]; beyond 4 the result is 1.
+/// `erf(x)` within 4 ulp, branch-free: `x P(x²) / Q(x²)` with polynomials of the fifth degree, the quotient with the
+/// smallest relative error up to 3.95, and 1 from where that exceeds 1.
 #[inline(always)]
-pub(crate) fn erf_f32(x: f32) -> f32 {
+pub(crate) fn erf_f32<M: MulAdd>(x: f32) -> f32 {
+    const END: f32 = 4.1;
+    const P: [f32; 6] = [
+        2.025_926_3e-6,
+        2.846_873_8e-4,
+        3.808_111e-3,
+        5.287_528e-2,
+        1.915_490_3e-1,
+        std::f32::consts::FRAC_2_SQRT_PI,
+    ];
+    const Q: [f32; 6] =
+        [3.783_198e-5, 1.170_715_2e-3, 1.505_498_3e-2, 1.145_591e-1, 5.030_886e-1, 1.0];
+    // NaN passes both comparisons.
     let a = x.abs();
-    let s = x * x;
-    let mut p = -9.673_591e-6;
-    p = p * s + 1.126_825_4e-4;
-    p = p * s - 8.484_396_6e-4;
-    p = p * s + 5.221_053_4e-3;
-    p = p * s - 2.686_543_8e-2;
-    p = p * s + 1.128_378_3e-1;
-    p = p * s - 3.761_263_8e-1;
-    p = p * s + std::f32::consts::FRAC_2_SQRT_PI;
-    let near = x * p;
-    let t = if a > 4.0 { 4.0 } else { a };
-    let mut q = 1.615_045e-6;
-    q = q * t - 4.561_102e-5;
-    q = q * t + 5.929_505_4e-4;
-    q = q * t - 4.741_118e-3;
-    q = q * t + 2.636_741_5e-2;
-    q = q * t - 1.099_833e-1;
-    q = q * t - 6.319_313_4e-1;
-    q = q * t - 1.130_170_3;
-    q = q * t + 3.041_768e-4;
-    let far = (1.0 - exp_f32(q)).copysign(x);
-    // NaN takes the polynomial's way.
-    if a >= 1.0 { far } else { near }
+    let a = if a > END { END } else { a };
+    let s = a * a;
+    let y = a * polynomial::<M, 6>(s, P) / polynomial::<M, 6>(s, Q);
+    (if y > 1.0 { 1.0 } else { y }).copysign(x)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cpu::simd::{Emulated, Fused};
+
+    /// A function with its name, whose bits are the same with either [`MulAdd`].
+    macro_rules! same_bits {
+        ($($name:ident)*) => {$(
+            fn $name(x: f32) -> f32 {
+                let (y, emulated) = (super::$name::<Fused>(x), super::$name::<Emulated>(x));
+                assert!(y.to_bits() == emulated.to_bits() || y.is_nan() && emulated.is_nan());
+                y
+            }
+        )*};
+    }
+    same_bits!(exp_f32 ln_f32 tanh_f32 erf_f32);
 
     #[test]
     fn exp_is_within_two_ulp() {
@@ -235,6 +253,12 @@ mod tests {
         assert_eq!(exp_f32(-1e9), 0.0);
         assert_eq!(exp_f32(0.0), 1.0);
         assert!(exp_f32(f32::NAN).is_nan());
+        for payload in [1, 0xff, 0x1ff, 0x3f_ffff] {
+            assert!(exp_f32(f32::from_bits(0x7fc0_0000 | payload)).is_nan());
+        }
+        // The last finite result, and what comes after it.
+        assert!(exp_f32(88.722_83).is_finite());
+        assert_eq!(exp_f32(88.722_84), f32::INFINITY);
         assert!((exp_f32(88.72) / 88.72f32.exp() - 1.0).abs() < 1e-6);
     }
 

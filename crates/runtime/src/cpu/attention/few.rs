@@ -149,7 +149,8 @@ impl Ranges {
         let max = others().map(|part| stats(part).1);
         let max = max.fold(own_max, |a, b| if b > a || b.is_nan() { b } else { a });
         // 0 of a range that sees nothing, or where nothing is seen at all.
-        let weight = |of: f32| if of == f32::NEG_INFINITY { 0.0 } else { math::exp_f32(of - max) };
+        let weight =
+            |of: f32| if of == f32::NEG_INFINITY { 0.0 } else { math::exp_of_f32(of - max) };
         let y = &mut own[row * dv..(row + 1) * dv];
         if !rest.is_empty() {
             math::scale_all_f32(y, weight(own_max));

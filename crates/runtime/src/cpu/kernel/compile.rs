@@ -4,7 +4,7 @@ use super::emit::Emitter;
 use super::memory::register_bytes;
 use super::{Pass, Place, Program, Split};
 use metal_candle_compiler::kernel::{Inst, Kernel, KernelOp, Lanes, Level, Store};
-use metal_candle_graph::{BinaryOp, UnaryOp};
+use metal_candle_graph::{BinaryOp, Class, DType, UnaryOp};
 use rustc_hash::{FxHashMap, FxHashSet};
 
 /// Element operations of one task: some ten microseconds.
@@ -127,9 +127,25 @@ impl<'a> Strategy<'a> {
         if self.is_map { 1 } else { self.kernel.stages() as usize }
     }
 
+    /// What a store narrows: of a value that was rounded for it, what it was before, for the store rounds as well.
+    pub(super) fn stored(&self, store: &Store) -> usize {
+        let reg = store.reg.index();
+        let inst = &self.kernel.tape[reg];
+        let is_half =
+            matches!(inst.dtype, DType::BF16 | DType::F16) && inst.dtype == store.to.dtype;
+        match inst.op {
+            KernelOp::Cast(from) if is_half => {
+                let from = from.index();
+                let is_f32 = self.kernel.tape[from].dtype.class() == Class::F32;
+                if is_f32 && self.rates[from] == self.rates[reg] { from } else { reg }
+            }
+            _ => reg,
+        }
+    }
+
     /// The pass in whose body a store is made; `None` if it is made once a row.
     pub(super) fn store_pass(&self, store: &Store) -> Option<usize> {
-        let reg = store.reg.index();
+        let reg = self.stored(store);
         if self.is_flat() {
             return Some(0);
         }
@@ -156,7 +172,7 @@ impl<'a> Strategy<'a> {
             let reductions: Vec<usize> =
                 insts.filter(|(_, inst)| is_reduction(inst)).map(|(i, _)| i).collect();
             let mut stack: Vec<usize> =
-                stores.iter().map(|s| self.kernel.stores[*s].reg.index()).collect();
+                stores.iter().map(|s| self.stored(&self.kernel.stores[*s])).collect();
             stack.extend(reductions.iter().flat_map(|r| self.operands(*r)));
             let mut computed = FxHashSet::default();
             while let Some(reg) = stack.pop() {

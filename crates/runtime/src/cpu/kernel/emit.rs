@@ -2,7 +2,8 @@
 
 use super::compile::{PassNeeds, Rate, Strategy, VectorAxis, is_dear};
 use super::memory::{load_of, register_bytes, store_of};
-use super::reduce::{LANES, reducer_of};
+use super::pair::{Pairs, factors, pair_of};
+use super::reduce::{LANES, dot_f32, reducer_of};
 use super::scalar::{binary_of, cast_of, unary_of};
 use super::tile::{select_of, splat_of};
 use super::{Access, Op, Place, Reduction, RowWalk, Seed};
@@ -16,6 +17,8 @@ const DEAR: usize = 6;
 pub(super) struct Emitter<'a> {
     s: &'a Strategy<'a>,
     kept: FxHashMap<usize, Place>,
+    /// Of the pass that is being written.
+    pairs: Pairs,
     /// By register: in the pass that is being written, or for good.
     places: Vec<Place>,
     /// The partial results, by reduction.
@@ -41,6 +44,7 @@ impl<'a> Emitter<'a> {
         let mut e = Emitter {
             s,
             kept: kept.clone(),
+            pairs: Pairs::default(),
             places: vec![Place::Nowhere; n],
             accs: FxHashMap::default(),
             access_of: vec![0; n],
@@ -146,13 +150,19 @@ impl<'a> Emitter<'a> {
     /// The column values of a pass, and what they feed.
     pub(super) fn body(&mut self, needs: &PassNeeds) -> Vec<Op> {
         let mut ops = Vec::new();
+        self.pairs = Pairs::of(self.s, needs, |reg| self.kept.contains_key(&reg));
         let last_use = self.last_uses(needs);
         let mut stored = vec![false; self.s.kernel.stores.len()];
         self.feed(None, needs, &mut stored, &mut ops);
         for (i, &reg) in needs.computed.iter().enumerate() {
-            let out = self.column_place(reg, needs, &mut stored);
-            self.emit(reg, out, &mut ops);
-            self.places[reg] = out;
+            if self.pairs.is_inner(reg) {
+                continue;
+            }
+            if !self.pairs.is_dot(reg) {
+                let out = self.column_place(reg, needs, &mut stored);
+                self.emit(reg, out, &mut ops);
+                self.places[reg] = out;
+            }
             self.feed(Some(reg), needs, &mut stored, &mut ops);
             for dying in last_use.get(&i).into_iter().flatten() {
                 self.release(self.places[*dying]);
@@ -179,20 +189,23 @@ impl<'a> Emitter<'a> {
     fn last_uses(&self, needs: &PassNeeds) -> FxHashMap<usize, Vec<usize>> {
         let mut last: FxHashMap<usize, usize> = FxHashMap::default();
         for (i, &reg) in needs.computed.iter().enumerate() {
+            if self.pairs.is_inner(reg) {
+                continue;
+            }
             last.insert(reg, i);
-            for operand in kernel::Kernel::operands(&self.s.kernel.tape[reg].op) {
+            for operand in self.pairs.operands(self.s.kernel, reg) {
                 last.entry(operand.index()).and_modify(|last| *last = i);
             }
         }
         if self.s.in_place {
             for store in &needs.stores {
-                let reg = self.s.kernel.stores[*store].reg.index();
+                let reg = self.s.stored(&self.s.kernel.stores[*store]);
                 last.entry(reg).and_modify(|last| *last = usize::MAX);
             }
         }
         let mut by_position: FxHashMap<usize, Vec<usize>> = FxHashMap::default();
-        for reg in &needs.computed {
-            by_position.entry(last[reg]).or_default().push(*reg);
+        for (reg, last) in last {
+            by_position.entry(last).or_default().push(reg);
         }
         by_position
     }
@@ -214,7 +227,7 @@ impl<'a> Emitter<'a> {
         }
         let is_map = !matches!(inst.op, KernelOp::Index(_) | KernelOp::Random { .. });
         let direct = needs.stores.iter().copied().find(|store| {
-            let is_its = self.s.kernel.stores[*store].reg.index() == reg;
+            let is_its = self.s.stored(&self.s.kernel.stores[*store]) == reg;
             is_its && self.is_direct(self.store_access[*store])
         });
         match direct.filter(|_| is_map && !self.s.in_place) {
@@ -227,7 +240,7 @@ impl<'a> Emitter<'a> {
     }
 
     fn is_stored(&self, reg: usize) -> bool {
-        self.s.kernel.stores.iter().any(|s| s.reg.index() == reg)
+        self.s.kernel.stores.iter().any(|store| self.s.stored(store) == reg)
     }
 
     /// Whether a tile of the access lies in memory as in registers.
@@ -258,14 +271,21 @@ impl<'a> Emitter<'a> {
                 };
                 let acc = self.accs[&reduction];
                 self.weight += 1;
-                ops.push(Op::Fold { f, acc, from: self.places[from.index()] });
+                ops.push(match factors(self.s, from.index()) {
+                    Some(factors) if self.pairs.is_dot(from.index()) => {
+                        self.weight += 1;
+                        let from = factors.map(|factor| self.places[factor.index()]);
+                        Op::Dot { f: dot_f32(), acc, from }
+                    }
+                    _ => Op::Fold { f, acc, from: self.places[from.index()] },
+                });
             }
         }
         if self.s.in_place {
             return;
         }
         for &store in &needs.stores {
-            let from = self.s.kernel.stores[store].reg.index();
+            let from = self.s.stored(&self.s.kernel.stores[store]);
             if is_fed(from) && !std::mem::replace(&mut stored[store], true) {
                 self.store(store, ops);
             }
@@ -284,7 +304,8 @@ impl<'a> Emitter<'a> {
     }
 
     fn store(&mut self, store: usize, ops: &mut Vec<Op>) {
-        let (reg, to) = (self.s.kernel.stores[store].reg.index(), &self.s.kernel.stores[store].to);
+        let to = &self.s.kernel.stores[store].to;
+        let reg = self.s.stored(&self.s.kernel.stores[store]);
         let access = self.store_access[store];
         let mut from = self.places[reg];
         // One register for all, and several places to fill.
@@ -332,6 +353,9 @@ impl<'a> Emitter<'a> {
     }
 
     fn map(&mut self, inst: &Inst, out: Place, reg: usize, ops: &mut Vec<Op>) {
+        if let Some(inner) = self.pairs.inner(reg) {
+            return self.pair(inner, reg, out, ops);
+        }
         let mut ins = [Place::Nowhere; 3];
         for (to, from) in ins.iter_mut().zip(kernel::Kernel::operands(&inst.op)) {
             *to = self.places[from.index()];
@@ -367,6 +391,20 @@ impl<'a> Emitter<'a> {
         let f = cast_of(DType::I64, inst.dtype);
         ops.push(Op::Map { f, ins: [wide, Place::Nowhere, Place::Nowhere], out });
         self.release(wide);
+    }
+
+    /// Two instructions in one loop.
+    fn pair(&mut self, inner: usize, outer: usize, out: Place, ops: &mut Vec<Op>) {
+        let [inner_op, outer_op] = [inner, outer].map(|reg| &self.s.kernel.tape[reg].op);
+        self.weight += if is_dear(inner_op) { DEAR } else { 1 };
+        let pair = pair_of(inner_op, (kernel::Reg(inner as u32), outer_op));
+        let pair = pair.expect("metal-candle bug: no loop for a pair");
+        let mut ins = [Place::Nowhere; 3];
+        for (to, from) in ins.iter_mut().zip(&pair.operands) {
+            *to = self.places[from.index()];
+        }
+        let f = pair.loop_of(|reg| self.s.is_one(reg.index()));
+        ops.push(Op::Map { f, ins, out });
     }
 
     fn access(&mut self, access: &kernel::Access, is_out: bool) -> u16 {

@@ -1,7 +1,7 @@
 //! Between memory and registers: operands of any dtype and stride, widened to and narrowed from the class of
 //! their register (f32, f64 or i64).
 
-use crate::cpu::math::round_to_bf16;
+use crate::cpu::halves::{bf16_to_f32, f16_to_f32, round_to_bf16, round_to_f16};
 use crate::cpu::simd::widest;
 use half::{bf16, f16};
 use metal_candle_graph::{Class, DType};
@@ -47,8 +47,8 @@ cells! {
     u8: i64, |x| i64::from(x), |x| x as u8;
     u32: i64, |x| i64::from(x), |x| x as u32;
     i64: i64, |x| x, |x| x;
-    bf16: f32, |x| f32::from_bits(u32::from(x.to_bits()) << 16), |x| round_to_bf16(x);
-    f16: f32, |x| x.to_f32(), |x| f16::from_f32(x);
+    bf16: f32, |x| bf16_to_f32(x), |x| round_to_bf16(x);
+    f16: f32, |x| f16_to_f32(x), |x| round_to_f16(x);
     f32: f32, |x| x, |x| x;
     f64: f64, |x| x, |x| x;
 }

@@ -9,6 +9,9 @@ pub(super) const LANES: usize = 32;
 /// `acc = acc op from[..]`: into [`LANES`] lanes along a row, or register by register across rows.
 pub(super) type FoldFn = unsafe fn(*mut u8, *const u8, usize);
 
+/// `acc[i % LANES] += a[i] * b[i]`, each product rounded before it is added.
+pub(super) type DotFn = unsafe fn(*mut u8, [*const u8; 2], usize);
+
 /// How one reduction is done.
 #[derive(Clone, Copy)]
 pub(super) struct Reducer {
@@ -25,6 +28,26 @@ pub(super) struct Reducer {
 trait Fold<T> {
     const IDENTITY: T;
     fn fold(acc: T, x: T) -> T;
+
+    /// [`Fold::fold`] of every chunk, lane by lane.
+    #[inline(always)]
+    fn fold_chunks(lanes: [T; LANES], chunks: &[[T; LANES]]) -> [T; LANES]
+    where
+        T: Copy,
+        Self: Sized,
+    {
+        fold_each::<T, Self>(lanes, chunks)
+    }
+}
+
+#[inline(always)]
+fn fold_each<T: Copy, F: Fold<T>>(mut lanes: [T; LANES], chunks: &[[T; LANES]]) -> [T; LANES] {
+    for chunk in chunks {
+        for i in 0..LANES {
+            lanes[i] = F::fold(lanes[i], chunk[i]);
+        }
+    }
+    lanes
 }
 
 unsafe fn clear<T: Copy, F: Fold<T>>(acc: *mut u8, n: usize) {
@@ -40,16 +63,40 @@ unsafe fn along_body<T: Copy, F: Fold<T>>(acc: *mut u8, from: *const u8, n: usiz
     // SAFETY: the caller gives `LANES` registers that are ours alone, and `n` that nobody writes.
     let (mut lanes, from) = unsafe { (*acc, std::slice::from_raw_parts(from.cast::<T>(), n)) };
     let (chunks, rest) = from.as_chunks::<LANES>();
-    for chunk in chunks {
-        for i in 0..LANES {
-            lanes[i] = F::fold(lanes[i], chunk[i]);
-        }
-    }
+    lanes = F::fold_chunks(lanes, chunks);
     for (lane, x) in lanes.iter_mut().zip(rest) {
         *lane = F::fold(*lane, *x);
     }
     // SAFETY: as above.
     unsafe { *acc = lanes };
+}
+
+#[inline(always)]
+unsafe fn dot_body(acc: *mut u8, from: [*const u8; 2], n: usize) {
+    let acc = acc.cast::<[f32; LANES]>();
+    // SAFETY: the caller gives `LANES` registers that are ours alone, and twice `n` that nobody writes.
+    let (mut lanes, [a, b]) =
+        unsafe { (*acc, from.map(|from| std::slice::from_raw_parts(from.cast::<f32>(), n))) };
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    for (a, b) in a.iter().zip(b) {
+        let mut products = [0.0; LANES];
+        for i in 0..LANES {
+            products[i] = a[i] * b[i];
+        }
+        for i in 0..LANES {
+            lanes[i] += products[i];
+        }
+    }
+    for (lane, (a, b)) in lanes.iter_mut().zip(a_rest.iter().zip(b_rest)) {
+        *lane += a * b;
+    }
+    // SAFETY: as above.
+    unsafe { *acc = lanes };
+}
+
+/// The sum of products of f32 along a row.
+pub(super) fn dot_f32() -> DotFn {
+    widest!([] dot_body<>(acc: *mut u8, from: [*const u8; 2], n: usize))
 }
 
 #[inline(always)]
@@ -64,7 +111,8 @@ unsafe fn across_body<T: Copy, F: Fold<T>>(acc: *mut u8, from: *const u8, n: usi
     }
 }
 
-unsafe fn join<T: Copy, F: Fold<T>>(out: *mut u8, lanes: *const u8) {
+#[inline(always)]
+unsafe fn join_body<T: Copy, F: Fold<T>>(out: *mut u8, lanes: *const u8) {
     // SAFETY: the caller gives `LANES` registers, and room for one.
     let mut lanes = unsafe { *lanes.cast::<[T; LANES]>() };
     let mut half = LANES / 2;
@@ -83,7 +131,7 @@ fn reducer<T: Copy, F: Fold<T>>() -> Reducer {
         clear: clear::<T, F>,
         along: widest!([T: Copy, F: Fold<T>] along_body<T, F>(acc: *mut u8, from: *const u8, n: usize)),
         across: widest!([T: Copy, F: Fold<T>] across_body<T, F>(acc: *mut u8, from: *const u8, n: usize)),
-        join: join::<T, F>,
+        join: widest!([T: Copy, F: Fold<T>] join_body<T, F>(out: *mut u8, lanes: *const u8)),
     }
 }
 
@@ -91,8 +139,51 @@ struct Sum;
 struct Max;
 struct Min;
 
-macro_rules! folds {
-    ($($ty:ty: $zero:expr, $low:expr, $high:expr, |$a:ident, $x:ident| $sum:expr, $max:expr, $min:expr;)*) => {$(
+macro_rules! extreme_of_integers {
+    ($name:ident, $identity:expr, $of:ident) => {
+        impl Fold<i64> for $name {
+            const IDENTITY: i64 = $identity;
+            #[inline(always)]
+            fn fold(a: i64, x: i64) -> i64 {
+                a.$of(x)
+            }
+        }
+    };
+}
+
+/// `$name` takes x where it wins or is a NaN. So a NaN on either side stays: every comparison with it fails.
+macro_rules! extreme_of_floats {
+    ($name:ident, $ty:ident, $bits:ty, $identity:expr, $wins:tt) => {
+        impl Fold<$ty> for $name {
+            const IDENTITY: $ty = $identity;
+            #[inline(always)]
+            fn fold(a: $ty, x: $ty) -> $ty {
+                if x $wins a || x.is_nan() { x } else { a }
+            }
+            #[inline(always)]
+            fn fold_chunks(lanes: [$ty; LANES], chunks: &[[$ty; LANES]]) -> [$ty; LANES] {
+                // As if there were no NaN, where the comparison is one instruction; their bits without the sign are
+                // the largest.
+                let (mut extremes, mut bits): ([$ty; LANES], [$bits; LANES]) = (lanes, [0; LANES]);
+                for chunk in chunks {
+                    for i in 0..LANES {
+                        let x = chunk[i];
+                        extremes[i] = if x $wins extremes[i] { x } else { extremes[i] };
+                        bits[i] = bits[i].max(x.to_bits() << 1);
+                    }
+                }
+                let largest = bits.iter().fold(0, |a, b| a.max(*b));
+                if largest > $ty::INFINITY.to_bits() << 1 {
+                    return fold_each::<$ty, Self>(lanes, chunks);
+                }
+                extremes
+            }
+        }
+    };
+}
+
+macro_rules! sum {
+    ($ty:ty, $zero:expr, |$a:ident, $x:ident| $sum:expr) => {
         impl Fold<$ty> for Sum {
             const IDENTITY: $ty = $zero;
             #[inline(always)]
@@ -100,31 +191,18 @@ macro_rules! folds {
                 $sum
             }
         }
-        impl Fold<$ty> for Max {
-            const IDENTITY: $ty = $low;
-            #[inline(always)]
-            fn fold($a: $ty, $x: $ty) -> $ty {
-                $max
-            }
-        }
-        impl Fold<$ty> for Min {
-            const IDENTITY: $ty = $high;
-            #[inline(always)]
-            fn fold($a: $ty, $x: $ty) -> $ty {
-                $min
-            }
-        }
-    )*};
+    };
 }
 
-// A NaN on either side stays: every comparison with it fails.
-folds! {
-    f32: 0.0, f32::NEG_INFINITY, f32::INFINITY, |a, x| a + x,
-        if x > a || x.is_nan() { x } else { a }, if x < a || x.is_nan() { x } else { a };
-    f64: 0.0, f64::NEG_INFINITY, f64::INFINITY, |a, x| a + x,
-        if x > a || x.is_nan() { x } else { a }, if x < a || x.is_nan() { x } else { a };
-    i64: 0, i64::MIN, i64::MAX, |a, x| a.wrapping_add(x), a.max(x), a.min(x);
-}
+sum!(f32, 0.0, |a, x| a + x);
+sum!(f64, 0.0, |a, x| a + x);
+sum!(i64, 0, |a, x| a.wrapping_add(x));
+extreme_of_floats!(Max, f32, u32, f32::NEG_INFINITY, >);
+extreme_of_floats!(Min, f32, u32, f32::INFINITY, <);
+extreme_of_floats!(Max, f64, u64, f64::NEG_INFINITY, >);
+extreme_of_floats!(Min, f64, u64, f64::INFINITY, <);
+extreme_of_integers!(Max, i64::MIN, max);
+extreme_of_integers!(Min, i64::MAX, min);
 
 pub(super) fn reducer_of(op: ReduceOp, class: Class) -> Reducer {
     match (class, op) {

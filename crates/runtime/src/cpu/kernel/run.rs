@@ -132,10 +132,11 @@ impl<'a> Worker<'a> {
     fn go_to_row(&mut self, row: usize) {
         self.row = row;
         let extents = &self.p.space[..self.p.row_axes];
-        for (at, access) in self.row_at.iter_mut().zip(&self.p.accesses) {
-            *at = access.row_offset(extents, row);
+        let accesses = self.row_at.iter_mut().zip(&mut self.at).zip(&self.p.accesses);
+        for ((row_at, at), access) in accesses {
+            *row_at = access.row_offset(extents, row);
+            *at = *row_at;
         }
-        self.at.copy_from_slice(&self.row_at);
     }
 
     /// One row, tile by tile, in every pass.
@@ -172,7 +173,8 @@ impl<'a> Worker<'a> {
         let outer = &p.space[outer_axes.clone()];
         let mut col = cols.start;
         while col < cols.end {
-            let (segment, start) = (col / inner, col % inner);
+            let (segment, start) =
+                if outer.is_empty() { (0, col) } else { (col / inner, col % inner) };
             let n = p.tile_len.min(inner - start).min(cols.end - col);
             for ((at, row_at), access) in self.at.iter_mut().zip(&self.row_at).zip(&p.accesses) {
                 *at = row_at + start as isize * access.step;
@@ -234,7 +236,10 @@ impl<'a> Worker<'a> {
             unsafe {
                 match *op {
                     Op::Map { f, ins, out } => {
-                        f(self.write_to(out), ins.map(|p| self.read_from(p)), n);
+                        // One by one: `map` would be a call for each.
+                        let [a, b, c] = ins;
+                        let ins = [self.read_from(a), self.read_from(b), self.read_from(c)];
+                        f(self.write_to(out), ins, n);
                     }
                     Op::Load { access, load, out } => {
                         let (to, a) = (self.write_to(out), &self.p.accesses[access as usize]);
@@ -251,6 +256,10 @@ impl<'a> Worker<'a> {
                         });
                     }
                     Op::Fold { f, acc, from } => f(self.write_to(acc), self.read_from(from), n),
+                    Op::Dot { f, acc, from } => {
+                        let [a, b] = from;
+                        f(self.write_to(acc), [self.read_from(a), self.read_from(b)], n);
+                    }
                     Op::Const { value, out } => write(self.write_to(out), 0, value),
                     Op::Index { access, dtype, out } => self.index(access, dtype, out, n),
                     Op::Random { access, distribution, stream, seed, dtype, out } => {
@@ -315,28 +324,34 @@ impl<'a> Worker<'a> {
         }
     }
 
+    #[inline(always)]
     fn address(&self, access: &Access, at: isize) -> *const u8 {
         let base = match access.is_out {
             true => self.memory.outs[access.operand as usize].cast_const(),
             false => self.memory.args[access.operand as usize],
         };
-        base.wrapping_offset(at * access.elem_bytes as isize)
+        base.wrapping_offset(at.wrapping_mul(access.elem_bytes as isize))
     }
 
+    #[inline(always)]
     fn read_from(&self, place: Place) -> *const u8 {
         match place {
             Place::Nowhere => std::ptr::null(),
             Place::Scratch(at) => self.scratch.wrapping_add(at),
             Place::Tile(i) => {
-                self.scratch.wrapping_add(self.p.tiles_at + i as usize * self.p.tile_bytes)
+                let at = (i as usize).wrapping_mul(self.p.tile_bytes);
+                self.scratch.wrapping_add(self.p.tiles_at).wrapping_add(at)
             }
-            Place::Kept { at, bytes } => self.scratch.wrapping_add(at + self.col * bytes),
+            Place::Kept { at, bytes } => {
+                self.scratch.wrapping_add(at).wrapping_add(self.col.wrapping_mul(bytes))
+            }
             Place::Memory(access) => {
                 self.address(&self.p.accesses[access as usize], self.at[access as usize])
             }
         }
     }
 
+    #[inline(always)]
     fn write_to(&self, place: Place) -> *mut u8 {
         self.read_from(place).cast_mut()
     }

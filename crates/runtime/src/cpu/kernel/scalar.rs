@@ -3,10 +3,10 @@
 //! f32 goes through `math`, which compilers vectorise; f64 and what is rare through libm. Within 4 ulp, but for what the
 //! formula itself cancels.
 
+use crate::cpu::halves::{bf16_to_f32, f16_to_f32, round_to_bf16, round_to_f16};
 use crate::cpu::kernel::tile::{Map1, Map2, TileFn, map1, map2};
 use crate::cpu::math;
-use crate::cpu::math::round_to_bf16;
-use half::f16;
+use crate::cpu::simd::MulAdd;
 use metal_candle_graph::{BinaryOp, Class, DType, UnaryOp};
 use std::f64::consts::{FRAC_1_SQRT_2, FRAC_2_PI};
 
@@ -19,7 +19,7 @@ macro_rules! unary_table {
                     struct F;
                     impl Map1<$ty, $ty> for F {
                         #[inline(always)]
-                        fn apply($x: $ty) -> $ty {
+                        fn apply<M: MulAdd>($x: $ty) -> $ty {
                             $body
                         }
                     }
@@ -39,21 +39,21 @@ unary_table! { unary_f32: f32 {
     Sqr(x) => x * x,
     Sqrt(x) => x.sqrt(),
     Rsqrt(x) => 1.0 / x.sqrt(),
-    Exp(x) => math::exp_f32(x),
-    Log(x) => math::ln_f32(x),
+    Exp(x) => math::exp_f32::<M>(x),
+    Log(x) => math::ln_f32::<M>(x),
     Log1p(x) => x.ln_1p(),
     Expm1(x) => x.exp_m1(),
     Sin(x) => x.sin(),
     Cos(x) => x.cos(),
-    Tanh(x) => math::tanh_f32(x),
-    Erf(x) => math::erf_f32(x),
-    Sigmoid(x) => 1.0 / (1.0 + math::exp_f32(-x)),
+    Tanh(x) => math::tanh_f32::<M>(x),
+    Erf(x) => math::erf_f32::<M>(x),
+    Sigmoid(x) => 1.0 / (1.0 + math::exp_f32::<M>(-x)),
     Relu(x) => if x < 0.0 { 0.0 } else { x },
-    Silu(x) => x / (1.0 + math::exp_f32(-x)),
-    Gelu(x) => 0.5 * x * (1.0 + math::erf_f32(x * std::f32::consts::FRAC_1_SQRT_2)),
+    Silu(x) => x / (1.0 + math::exp_f32::<M>(-x)),
+    Gelu(x) => gelu_f32::<M>(x),
     GeluTanh(x) => {
         let u = (FRAC_2_PI.sqrt() as f32) * (x + 0.044_715 * x * x * x);
-        0.5 * x * (1.0 + math::tanh_f32(u))
+        0.5 * x * (1.0 + math::tanh_f32::<M>(u))
     },
     Floor(x) => x.floor(),
     Ceil(x) => x.ceil(),
@@ -100,6 +100,11 @@ unary_table! { unary_i64: i64 {
 }
 
 #[inline(always)]
+pub(super) fn gelu_f32<M: MulAdd>(x: f32) -> f32 {
+    0.5 * x * (1.0 + math::erf_f32::<M>(x * std::f32::consts::FRAC_1_SQRT_2))
+}
+
+#[inline(always)]
 fn sign(x: f32) -> f32 {
     if x > 0.0 {
         1.0
@@ -128,7 +133,7 @@ macro_rules! binary_table {
                     struct F;
                     impl Map2<$ty, $ty> for F {
                         #[inline(always)]
-                        fn apply($a: $ty, $b: $ty) -> $ty {
+                        fn apply<M: MulAdd>($a: $ty, $b: $ty) -> $ty {
                             $body
                         }
                     }
@@ -150,7 +155,7 @@ macro_rules! compare {
         struct F;
         impl Map2<$ty, i64> for F {
             #[inline(always)]
-            fn apply($a: $ty, $b: $ty) -> i64 {
+            fn apply<M: MulAdd>($a: $ty, $b: $ty) -> i64 {
                 i64::from($body)
             }
         }
@@ -227,7 +232,7 @@ pub(super) fn binary_of(op: BinaryOp, class: Class, one: [bool; 2]) -> TileFn {
 /// The value in bf16, as an f32.
 #[inline(always)]
 fn rounded(x: f32) -> f32 {
-    f32::from_bits(u32::from(round_to_bf16(x).to_bits()) << 16)
+    bf16_to_f32(round_to_bf16(x))
 }
 
 macro_rules! convert {
@@ -235,7 +240,7 @@ macro_rules! convert {
         struct F;
         impl Map1<$from, $to> for F {
             #[inline(always)]
-            fn apply($x: $from) -> $to {
+            fn apply<M: MulAdd>($x: $from) -> $to {
                 $body
             }
         }
@@ -249,21 +254,21 @@ pub(super) fn cast_of(from: DType, to: DType) -> TileFn {
     match (from.class(), to) {
         (Class::F32, F32) => convert!(|x: f32| -> f32 { x }),
         (Class::F32, BF16) => convert!(|x: f32| -> f32 { rounded(x) }),
-        (Class::F32, F16) => convert!(|x: f32| -> f32 { f16::from_f32(x).to_f32() }),
+        (Class::F32, F16) => convert!(|x: f32| -> f32 { f16_to_f32(round_to_f16(x)) }),
         (Class::F32, F64) => convert!(|x: f32| -> f64 { f64::from(x) }),
         (Class::F32, U8) => convert!(|x: f32| -> i64 { i64::from(x as u8) }),
         (Class::F32, U32) => convert!(|x: f32| -> i64 { i64::from(x as u32) }),
         (Class::F32, I64) => convert!(|x: f32| -> i64 { x as i64 }),
         (Class::F64, F32) => convert!(|x: f64| -> f32 { x as f32 }),
         (Class::F64, BF16) => convert!(|x: f64| -> f32 { rounded(x as f32) }),
-        (Class::F64, F16) => convert!(|x: f64| -> f32 { f16::from_f32(x as f32).to_f32() }),
+        (Class::F64, F16) => convert!(|x: f64| -> f32 { f16_to_f32(round_to_f16(x as f32)) }),
         (Class::F64, F64) => convert!(|x: f64| -> f64 { x }),
         (Class::F64, U8) => convert!(|x: f64| -> i64 { i64::from(x as u8) }),
         (Class::F64, U32) => convert!(|x: f64| -> i64 { i64::from(x as u32) }),
         (Class::F64, I64) => convert!(|x: f64| -> i64 { x as i64 }),
         (Class::I64, F32) => convert!(|x: i64| -> f32 { x as f32 }),
         (Class::I64, BF16) => convert!(|x: i64| -> f32 { rounded(x as f32) }),
-        (Class::I64, F16) => convert!(|x: i64| -> f32 { f16::from_f32(x as f32).to_f32() }),
+        (Class::I64, F16) => convert!(|x: i64| -> f32 { f16_to_f32(round_to_f16(x as f32)) }),
         (Class::I64, F64) => convert!(|x: i64| -> f64 { x as f64 }),
         (Class::I64, U8) => convert!(|x: i64| -> i64 { i64::from(x as u8) }),
         (Class::I64, U32) => convert!(|x: i64| -> i64 { i64::from(x as u32) }),

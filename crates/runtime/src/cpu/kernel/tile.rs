@@ -1,6 +1,6 @@
 //! Loops over tiles of registers, for any scalar function.
 
-use crate::cpu::simd::widest;
+use crate::cpu::simd::{MulAdd, widest};
 use metal_candle_graph::Class;
 use std::mem::MaybeUninit;
 
@@ -12,12 +12,17 @@ pub(super) type TileFn = unsafe fn(*mut u8, [*const u8; 3], usize);
 
 /// A function of one register.
 pub(super) trait Map1<A, B> {
-    fn apply(x: A) -> B;
+    fn apply<M: MulAdd>(x: A) -> B;
 }
 
 /// A function of two registers of one class.
 pub(super) trait Map2<A, B> {
-    fn apply(a: A, b: A) -> B;
+    fn apply<M: MulAdd>(a: A, b: A) -> B;
+}
+
+/// A function of three f32.
+pub(super) trait Map3 {
+    fn apply(a: f32, b: f32, c: f32) -> f32;
 }
 
 unsafe fn out<'a, T>(out: *mut u8, n: usize) -> &'a mut [MaybeUninit<T>] {
@@ -31,11 +36,15 @@ unsafe fn tile<'a, T>(from: *const u8, n: usize) -> &'a [T] {
 }
 
 #[inline(always)]
-unsafe fn map1_body<A: Copy, B, F: Map1<A, B>>(to: *mut u8, ins: [*const u8; 3], n: usize) {
+unsafe fn map1_body<A: Copy, B, F: Map1<A, B>, M: MulAdd>(
+    to: *mut u8,
+    ins: [*const u8; 3],
+    n: usize,
+) {
     // SAFETY: the caller's promise.
     let (to, x) = unsafe { (out::<B>(to, n), tile::<A>(ins[0], n)) };
     for (to, x) in to.iter_mut().zip(x) {
-        to.write(F::apply(*x));
+        to.write(F::apply::<M>(*x));
     }
 }
 
@@ -57,7 +66,7 @@ impl Extent for Each {
 }
 
 #[inline(always)]
-unsafe fn map2_body<T: Copy, B: Copy, F: Map2<T, B>, X: Extent, Y: Extent>(
+unsafe fn map2_body<T: Copy, B: Copy, F: Map2<T, B>, X: Extent, Y: Extent, M: MulAdd>(
     to: *mut u8,
     ins: [*const u8; 3],
     n: usize,
@@ -70,28 +79,58 @@ unsafe fn map2_body<T: Copy, B: Copy, F: Map2<T, B>, X: Extent, Y: Extent>(
     match (X::ONE, Y::ONE) {
         (false, false) => {
             for (to, (a, b)) in to.iter_mut().zip(a.iter().zip(b)) {
-                to.write(F::apply(*a, *b));
+                to.write(F::apply::<M>(*a, *b));
             }
         }
         (false, true) => {
             let b = b[0];
             for (to, a) in to.iter_mut().zip(a) {
-                to.write(F::apply(*a, b));
+                to.write(F::apply::<M>(*a, b));
             }
         }
         (true, false) => {
             let a = a[0];
             for (to, b) in to.iter_mut().zip(b) {
-                to.write(F::apply(a, *b));
+                to.write(F::apply::<M>(a, *b));
             }
         }
         (true, true) => {
             let (a, b) = (a[0], b[0]);
-            let y = F::apply(a, b);
+            let y = F::apply::<M>(a, b);
             for to in to {
                 to.write(y);
             }
         }
+    }
+}
+
+#[inline(always)]
+unsafe fn map3_body<F: Map3, X: Extent, Y: Extent, Z: Extent>(
+    to: *mut u8,
+    ins: [*const u8; 3],
+    n: usize,
+) {
+    let len = |one: bool| if one { 1 } else { n };
+    // SAFETY: the caller's promise.
+    let (to, a) = unsafe { (out::<f32>(to, n), tile::<f32>(ins[0], len(X::ONE))) };
+    // SAFETY: the caller's promise.
+    let (b, c) = unsafe { (tile::<f32>(ins[1], len(Y::ONE)), tile::<f32>(ins[2], len(Z::ONE))) };
+    // By iterators: an index would leave the last vectors to a loop over scalars.
+    macro_rules! each {
+        ($each:expr, |$x:pat_param| $($of:expr),*) => {
+            for (to, $x) in to.iter_mut().zip($each) {
+                to.write(F::apply($($of),*));
+            }
+        };
+    }
+    match (X::ONE, Y::ONE, Z::ONE) {
+        (false, false, false) => each!(a.iter().zip(b).zip(c), |((a, b), c)| *a, *b, *c),
+        (false, false, true) => each!(a.iter().zip(b), |(a, b)| *a, *b, c[0]),
+        (false, true, false) => each!(a.iter().zip(c), |(a, c)| *a, b[0], *c),
+        (false, true, true) => each!(a, |a| *a, b[0], c[0]),
+        (true, false, false) => each!(b.iter().zip(c), |(b, c)| a[0], *b, *c),
+        (true, false, true) => each!(b, |b| a[0], *b, c[0]),
+        (true, true, _) => panic!("metal-candle bug: a pair computes what is one for all"),
     }
 }
 
@@ -123,12 +162,12 @@ unsafe fn splat_body<T: Copy>(to: *mut u8, ins: [*const u8; 3], n: usize) {
 }
 
 pub(super) fn map1<A: Copy, B, F: Map1<A, B>>() -> TileFn {
-    widest!([A: Copy, B, F: Map1<A, B>] map1_body<A, B, F>(to: *mut u8, ins: [*const u8; 3], n: usize))
+    widest!([A: Copy, B, F: Map1<A, B>] map1_body<A, B, F; M>(to: *mut u8, ins: [*const u8; 3], n: usize))
 }
 
 fn map2_of<T: Copy, B: Copy, F: Map2<T, B>, X: Extent, Y: Extent>() -> TileFn {
     widest!([T: Copy, B: Copy, F: Map2<T, B>, X: Extent, Y: Extent]
-        map2_body<T, B, F, X, Y>(to: *mut u8, ins: [*const u8; 3], n: usize))
+        map2_body<T, B, F, X, Y; M>(to: *mut u8, ins: [*const u8; 3], n: usize))
 }
 
 /// `one` says which operands are one for all.
@@ -138,6 +177,32 @@ pub(super) fn map2<T: Copy, B: Copy, F: Map2<T, B>>(one: [bool; 2]) -> TileFn {
         [false, true] => map2_of::<T, B, F, Each, One>(),
         [true, false] => map2_of::<T, B, F, One, Each>(),
         [true, true] => map2_of::<T, B, F, One, One>(),
+    }
+}
+
+/// [`map2`] whose first operand has a register for each result.
+pub(super) fn map2_of_each<T: Copy, B: Copy, F: Map2<T, B>>(second_is_one: bool) -> TileFn {
+    match second_is_one {
+        false => map2_of::<T, B, F, Each, Each>(),
+        true => map2_of::<T, B, F, Each, One>(),
+    }
+}
+
+fn map3_of<F: Map3, X: Extent, Y: Extent, Z: Extent>() -> TileFn {
+    widest!([F: Map3, X: Extent, Y: Extent, Z: Extent]
+        map3_body<F, X, Y, Z>(to: *mut u8, ins: [*const u8; 3], n: usize))
+}
+
+/// `one` says which operands are one for all: at most one of the first two.
+pub(super) fn map3<F: Map3>(one: [bool; 3]) -> TileFn {
+    match one {
+        [false, false, false] => map3_of::<F, Each, Each, Each>(),
+        [false, false, true] => map3_of::<F, Each, Each, One>(),
+        [false, true, false] => map3_of::<F, Each, One, Each>(),
+        [false, true, true] => map3_of::<F, Each, One, One>(),
+        [true, false, false] => map3_of::<F, One, Each, Each>(),
+        [true, false, true] => map3_of::<F, One, Each, One>(),
+        [true, true, _] => panic!("metal-candle bug: a pair computes what is one for all"),
     }
 }
 
