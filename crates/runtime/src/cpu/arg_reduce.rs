@@ -35,7 +35,7 @@ fn arg_reduce<T: Number>(
     let (extent, last) = (x.shape()[dim], x.shape().rank() - 1);
     if dim == last {
         parallel::for_each_row(parallel, out, 1, |row, out| {
-            out[0] = first_best(x.row(row), &beats) as u32;
+            out[0] = first_best(x.row(row), beats) as u32;
         });
         return;
     }
