@@ -15,6 +15,7 @@ use smallvec::SmallVec;
 use std::fmt;
 use std::sync::{Arc, PoisonError, RwLock};
 
+pub(crate) use eval::Vacant;
 pub use ops::{Attention, CrossEntropy, Dim};
 pub(crate) use trace::{Leaf, Trace, trace};
 
@@ -115,6 +116,10 @@ impl LazyTensor {
 
     pub(crate) fn ty(&self) -> TensorType {
         self.0.ty
+    }
+
+    pub(crate) fn is_of(&self, ty: &TensorType) -> bool {
+        self.0.ty == *ty
     }
 
     /// Records `op`; its operands are as the graph wants them: broadcast, of one dtype.

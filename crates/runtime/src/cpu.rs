@@ -36,7 +36,7 @@ use metal_candle_compiler::LibraryCall;
 use metal_candle_graph::Result;
 use view::{Arg, Out};
 
-/// Runs a library call, on the current rayon pool if `parallel`.
+/// Runs a library call, with the team behind this thread if `parallel`.
 ///
 /// # Errors
 /// [`metal_candle_graph::Error::IndexOutOfRange`], before anything is written at that index.

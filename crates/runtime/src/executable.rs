@@ -8,9 +8,9 @@ use crate::in_flight::Started;
 use crate::inputs::Inputs;
 #[cfg(feature = "metal")]
 use crate::metal::MetalExecutable;
+use crate::team::Team;
 use crate::{Device, Result, Workspace, World, WorldError, verify};
 use metal_candle_compiler::{LibraryCall, Plan, Work};
-use rayon::ThreadPool;
 use std::any::Any;
 use std::fmt;
 use std::sync::Arc;
@@ -62,24 +62,19 @@ pub(crate) trait Backend: Send + Sync {
         false
     }
 
-    /// Runs the steps and waits for them; the CPU on `pool`, if there is one and they are worth it, else on this
-    /// thread. The inputs that are used have the plan's types, those that are donated are unique.
+    /// Runs the steps and waits for them; the CPU on this thread, with the `team` if there is one and they are worth
+    /// it. The inputs that are used have the plan's types, those that are donated are unique.
     fn run(
         &self,
         plan: &Plan,
         inputs: Vec<Buffer>,
-        pool: Option<&ThreadPool>,
+        team: Option<&Team>,
         clock: Option<&mut Clock>,
     ) -> Result<Vec<Buffer>>;
 
     /// As [`Backend::run`], but it need not wait.
-    fn start(
-        &self,
-        plan: &Plan,
-        inputs: Vec<Buffer>,
-        pool: Option<&ThreadPool>,
-    ) -> Result<Started> {
-        self.run(plan, inputs, pool, None).map(Started::over)
+    fn start(&self, plan: &Plan, inputs: Vec<Buffer>, team: Option<&Team>) -> Result<Started> {
+        self.run(plan, inputs, team, None).map(Started::over)
     }
 
     /// As [`Backend::run`], but it need not wait: then it returns nothing, and `done` gets the results once they are there,
@@ -88,11 +83,11 @@ pub(crate) trait Backend: Send + Sync {
         &self,
         plan: &Plan,
         inputs: Vec<Buffer>,
-        pool: Option<&ThreadPool>,
+        team: Option<&Team>,
         done: Done,
     ) -> Option<Result<Vec<Buffer>>> {
         drop(done);
-        Some(self.run(plan, inputs, pool, None))
+        Some(self.run(plan, inputs, team, None))
     }
 
     /// See [`Executable::workspaces`].
@@ -174,26 +169,26 @@ impl Executable {
         self.backend.workspaces()
     }
 
-    pub(crate) fn run(&self, given: Vec<Buffer>, pool: Option<&ThreadPool>) -> Result<Vec<Buffer>> {
+    pub(crate) fn run(&self, given: Vec<Buffer>, team: Option<&Team>) -> Result<Vec<Buffer>> {
         let inputs = self.checked(given)?;
-        self.backend.run(&self.plan, inputs, pool, None)
+        self.backend.run(&self.plan, inputs, team, None)
     }
 
     /// See [`Backend::start`].
-    pub(crate) fn start(&self, given: Vec<Buffer>, pool: Option<&ThreadPool>) -> Result<Started> {
+    pub(crate) fn start(&self, given: Vec<Buffer>, team: Option<&Team>) -> Result<Started> {
         let inputs = self.checked(given)?;
-        self.backend.start(&self.plan, inputs, pool)
+        self.backend.start(&self.plan, inputs, team)
     }
 
     pub(crate) fn profile(
         &self,
         given: Vec<Buffer>,
-        pool: Option<&ThreadPool>,
+        team: Option<&Team>,
         timing: Timing,
     ) -> Result<(Vec<Buffer>, Vec<f64>)> {
         let inputs = self.checked(given)?;
         let mut clock = Clock { timing, seconds: Vec::new() };
-        let results = self.backend.run(&self.plan, inputs, pool, Some(&mut clock))?;
+        let results = self.backend.run(&self.plan, inputs, team, Some(&mut clock))?;
         Ok((results, clock.seconds))
     }
 
@@ -201,11 +196,11 @@ impl Executable {
     pub(crate) fn submit(
         &self,
         given: Vec<Buffer>,
-        pool: Option<&ThreadPool>,
+        team: Option<&Team>,
         done: Done,
     ) -> Option<Result<Vec<Buffer>>> {
         match self.checked(given) {
-            Ok(inputs) => self.backend.submit(&self.plan, inputs, pool, done),
+            Ok(inputs) => self.backend.submit(&self.plan, inputs, team, done),
             Err(error) => Some(Err(error)),
         }
     }

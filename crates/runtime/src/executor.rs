@@ -2,8 +2,8 @@
 
 use crate::executable::{Timing, message};
 use crate::pending::Completion;
+use crate::team::Team;
 use crate::{Buffer, Error, Executable, Pending, Result};
-use rayon::{ThreadPool, ThreadPoolBuilder};
 use std::collections::VecDeque;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -25,8 +25,8 @@ struct Owner {
 
 struct Shared {
     threads: usize,
-    /// Runs the kernels; none for one thread, which walks its plan itself.
-    pool: Option<ThreadPool>,
+    /// Helps whoever walks a plan; none for one thread.
+    team: Option<Team>,
     queue: Mutex<Queue>,
     /// A job has come, or the executor is gone.
     news: Condvar,
@@ -47,24 +47,21 @@ struct Job {
 }
 
 impl AsyncGraphExecutor {
-    /// The executor of the process, with a thread for each processor.
+    /// The executor of the process, with a thread for each processor: those of its callers, and others that help them.
     pub fn global() -> AsyncGraphExecutor {
         static GLOBAL: OnceLock<AsyncGraphExecutor> = OnceLock::new();
         let processors = || thread::available_parallelism().map_or(1, usize::from);
         GLOBAL.get_or_init(|| AsyncGraphExecutor::with_threads(processors())).clone()
     }
 
-    /// An executor of its own, with `threads` threads (at least one) for the kernels.
+    /// An executor of its own, with `threads` threads (at least one) for the kernels: its caller's and others.
     ///
     /// # Panics
     /// If the system starts no more threads, as [`std::thread::spawn`].
     pub fn with_threads(threads: usize) -> AsyncGraphExecutor {
         let threads = threads.max(1);
-        let builder = ThreadPoolBuilder::new().num_threads(threads);
-        let builder = builder.thread_name(|i| format!("metal-candle-kernel-{i}"));
-        let pool =
-            (threads > 1).then(|| builder.build().expect("the system starts no more threads"));
-        let shared = Shared { threads, pool, queue: Mutex::default(), news: Condvar::new() };
+        let team = (threads > 1).then(|| Team::new(threads));
+        let shared = Shared { threads, team, queue: Mutex::default(), news: Condvar::new() };
         AsyncGraphExecutor { owner: Arc::new(Owner { shared: Arc::new(shared) }) }
     }
 
@@ -79,11 +76,11 @@ impl AsyncGraphExecutor {
     /// [`Error::InputCount`], [`Error::InputType`] and [`Error::DonatedShared`] for the inputs; [`Error::Graph`]
     /// for an index among the values that is out of range; [`Error::OutOfMemory`]; [`Error::KernelPanic`].
     pub fn run(&self, executable: &Executable, inputs: Vec<Buffer>) -> Result<Vec<Buffer>> {
-        executable.run(inputs, self.pool())
+        executable.run(inputs, self.team())
     }
 
-    pub(crate) fn pool(&self) -> Option<&ThreadPool> {
-        self.owner.shared.pool.as_ref()
+    pub(crate) fn team(&self) -> Option<&Team> {
+        self.owner.shared.team.as_ref()
     }
 
     /// As [`AsyncGraphExecutor::run`], and the seconds that it took on the device.
@@ -96,7 +93,7 @@ impl AsyncGraphExecutor {
         inputs: Vec<Buffer>,
         timing: Timing,
     ) -> Result<(Vec<Buffer>, Vec<f64>)> {
-        executable.profile(inputs, self.pool(), timing)
+        executable.profile(inputs, self.team(), timing)
     }
 
     /// Runs the executable on the executor's threads. Returns at once.
@@ -177,7 +174,7 @@ impl Shared {
         // Steps catch their own panics; this is for what lies around them.
         let later = Arc::clone(&completion);
         let done = Box::new(move |results| later.complete(results));
-        let run = AssertUnwindSafe(|| executable.submit(inputs, self.pool.as_ref(), done));
+        let run = AssertUnwindSafe(|| executable.submit(inputs, self.team.as_ref(), done));
         let results = catch_unwind(run).unwrap_or_else(|panic| {
             let label = "around the steps".to_string();
             let step = executable.plan().steps.len();

@@ -70,7 +70,7 @@ impl AsyncGraphExecutor {
     /// # Errors
     /// As [`AsyncGraphExecutor::run`]; what only the run can show comes with [`InFlight::wait`].
     pub fn start(&self, executable: &Arc<Executable>, inputs: Vec<Buffer>) -> Result<InFlight> {
-        let started = executable.start(inputs, self.pool())?;
+        let started = executable.start(inputs, self.team())?;
         Ok(InFlight { started, executable: Arc::clone(executable) })
     }
 }

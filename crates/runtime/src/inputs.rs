@@ -6,6 +6,7 @@
 use crate::buffer::Buffer;
 use crate::{Device, Error, Result};
 use metal_candle_compiler::{OutputSource, Plan, PlanInput, Slot};
+use metal_candle_graph::DType;
 
 /// What is known of a plan's inputs before a run.
 pub(crate) struct Inputs {
@@ -13,13 +14,19 @@ pub(crate) struct Inputs {
     held: Vec<Option<Buffer>>,
     /// The others, in the plan's order, as each run is given them.
     given: Vec<Given>,
+    /// By input: its position among those, if it is not held.
+    positions: Vec<Option<u32>>,
     device: Device,
 }
 
-struct Given {
-    input: u32,
+/// An input that is not held. What runs look at lies together: between two of them everything has left the caches.
+pub(crate) struct Given {
+    pub(crate) input: u32,
+    pub(crate) donated: bool,
     /// Whether a step or a result refers to it.
     used: bool,
+    dtype: DType,
+    len: usize,
 }
 
 impl Inputs {
@@ -48,9 +55,14 @@ impl Inputs {
                 check(index, buffer, &plan.inputs[index], device)?;
             }
         }
-        let given = used.into_iter().enumerate().filter(|(input, _)| held[*input].is_none());
-        let given = given.map(|(input, used)| Given { input: input as u32, used }).collect();
-        Ok(Inputs { held, given, device: *device })
+        let (mut given, mut positions) = (Vec::new(), vec![None; expected]);
+        for (input, used) in used.into_iter().enumerate().filter(|(i, _)| held[*i].is_none()) {
+            positions[input] = Some(given.len() as u32);
+            let PlanInput { ty, donated } = plan.inputs[input];
+            let (dtype, len) = (ty.dtype, ty.shape.len());
+            given.push(Given { input: input as u32, donated, used, dtype, len });
+        }
+        Ok(Inputs { held, given, positions, device: *device })
     }
 
     /// # Errors
@@ -60,11 +72,18 @@ impl Inputs {
         if expected != got {
             return Err(Error::InputCount { expected, got });
         }
-        for (buffer, of) in given.iter_mut().zip(&self.given).filter(|(_, of)| of.used) {
-            let index = of.input as usize;
-            check(index, buffer, &plan.inputs[index], &self.device)?;
-            if plan.inputs[index].donated && !buffer.is_unique_now() {
-                return Err(Error::DonatedShared { input: index });
+        for (buffer, of) in given.iter().zip(&self.given).filter(|(_, of)| of.used) {
+            if of.dtype != buffer.dtype()
+                || of.len != buffer.len()
+                || buffer.device() != self.device
+            {
+                let index = of.input as usize;
+                check(index, buffer, &plan.inputs[index], &self.device)?;
+            }
+        }
+        for (buffer, of) in given.iter_mut().zip(&self.given) {
+            if of.used && of.donated && !buffer.is_unique_now() {
+                return Err(Error::DonatedShared { input: of.input as usize });
             }
         }
         Ok(())
@@ -76,16 +95,22 @@ impl Inputs {
     }
 
     /// The inputs that a run is given, in its order.
-    pub(crate) fn given(&self) -> impl Iterator<Item = usize> {
-        self.given.iter().map(|of| of.input as usize)
+    pub(crate) fn given(&self) -> &[Given] {
+        &self.given
+    }
+
+    /// The position of an input among those that a run is given, if it is not held.
+    pub(crate) fn position(&self, input: u32) -> Option<u32> {
+        self.positions[input as usize]
     }
 
     /// The buffer of an input.
     pub(crate) fn get<'a>(&'a self, input: usize, given: &'a [Buffer]) -> &'a Buffer {
-        self.held[input].as_ref().unwrap_or_else(|| {
-            let at = self.given.binary_search_by_key(&(input as u32), |of| of.input);
-            &given[at.expect("metal-candle bug: an input that is neither held nor given")]
-        })
+        match (self.positions[input], &self.held[input]) {
+            (Some(at), _) => &given[at as usize],
+            (None, Some(buffer)) => buffer,
+            (None, None) => panic!("metal-candle bug: an input that is neither held nor given"),
+        }
     }
 
     /// All of them, in the plan's order.

@@ -113,6 +113,7 @@ pub(super) fn outline(decoder: Arc<Decoder>, shape: DecodeShape) -> Result<Outli
 /// The arguments of [`one`]; keys and values are taken out of the cache.
 pub(super) fn arguments(ids: &[u32], cache: &mut KVCache) -> Result<Vec<LazyTensor>> {
     let mut args = tokens(ids, cache)?;
+    args.reserve_exact(cache.keys.len() + cache.values.len());
     args.append(&mut cache.keys);
     args.append(&mut cache.values);
     Ok(args)

@@ -199,6 +199,19 @@ impl LazyTensor {
         Ok(buffer)
     }
 
+    /// As [`LazyTensor::into_buffer`], and what is left of the handle if it was the last one.
+    #[track_caller]
+    pub(crate) fn give_away(mut self) -> Result<(Buffer, Option<Vacant>)> {
+        if let Some(node) = Arc::get_mut(&mut self.0) {
+            let state = node.state.get_mut().unwrap_or_else(PoisonError::into_inner);
+            match std::mem::replace(state, State::Placeholder) {
+                State::Ready(buffer) => return Ok((buffer, Some(Vacant(self)))),
+                other => *state = other,
+            }
+        }
+        Ok((self.into_buffer()?, None))
+    }
+
     /// The value as a Candle tensor; from then on both share the memory.
     #[track_caller]
     fn tensor(&self) -> Result<Tensor> {
@@ -223,6 +236,21 @@ impl LazyTensor {
         let got = self.rank();
         let ok = (got == rank).then_some(());
         ok.ok_or(metal_candle_graph::Error::Rank { op, expected, got }).at_caller()
+    }
+}
+
+/// A handle that has given its value away, and to which there is no other. A result that comes to be in an argument's memory
+/// gets the argument's handle: hundreds of them in every step, none of which is made anew.
+pub(crate) struct Vacant(LazyTensor);
+
+impl Vacant {
+    /// A value of the type that the one before had, on the same device.
+    pub(crate) fn fill(mut self, buffer: Buffer) -> LazyTensor {
+        let node =
+            Arc::get_mut(&mut self.0.0).expect("metal-candle bug: a vacant handle is shared");
+        (node.name, node.detached) = (None, false);
+        *node.state.get_mut().unwrap_or_else(PoisonError::into_inner) = State::Ready(buffer);
+        self.0
     }
 }
 

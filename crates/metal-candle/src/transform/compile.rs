@@ -2,12 +2,11 @@
 
 use super::Recording;
 use crate::error::{AtCaller, ErrorKind};
-use crate::lazy::{LazyTensor, Leaf, Trace, one_device, trace};
+use crate::lazy::{LazyTensor, Leaf, Trace, Vacant, one_device, trace};
 use crate::{Device, Error, Result};
-use metal_candle_compiler::Plan;
+use metal_candle_compiler::{OutputSource, Plan};
 use metal_candle_graph::TensorType;
 use metal_candle_runtime::{AsyncGraphExecutor, Buffer, Executable, InFlight, Timing, World};
-use smallvec::SmallVec;
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -62,6 +61,15 @@ struct Traced {
     /// What each input of the plan is that the executable does not hold.
     inputs: Vec<Leaf>,
     results: Vec<TensorType>,
+    /// By result: the argument in whose memory it comes to be, if it is of the same type.
+    updated: Vec<Option<u32>>,
+}
+
+/// What an executable is to be given for a call.
+struct Bound {
+    inputs: Vec<Buffer>,
+    /// By argument: its handle, if there was no other.
+    vacant: Vec<Option<Vacant>>,
 }
 
 /// A trace before it is made ready to run.
@@ -76,6 +84,7 @@ struct Planned {
 pub(crate) struct Underway {
     run: InFlight,
     traced: Arc<Traced>,
+    vacant: Vec<Option<Vacant>>,
 }
 
 /// Wraps `f`. Nothing is traced before the first call.
@@ -109,9 +118,9 @@ impl Compiled {
     #[track_caller]
     pub fn call(&self, args: Vec<LazyTensor>) -> Result<Vec<LazyTensor>> {
         let traced = self.traced(&args)?;
-        let inputs = traced.bind(args)?;
+        let Bound { inputs, mut vacant } = traced.bind(args)?;
         let values = AsyncGraphExecutor::global().run(&traced.executable, inputs).at_caller()?;
-        Ok(traced.results(values))
+        Ok(traced.results(values, &mut vacant))
     }
 
     /// [`Compiled::call`], not waited for where the device works by itself.
@@ -121,9 +130,9 @@ impl Compiled {
     #[track_caller]
     pub(crate) fn start(&self, args: Vec<LazyTensor>) -> Result<Underway> {
         let traced = self.traced(&args)?;
-        let inputs = traced.bind(args)?;
+        let Bound { inputs, vacant } = traced.bind(args)?;
         let run = AsyncGraphExecutor::global().start(&traced.executable, inputs).at_caller()?;
-        Ok(Underway { run, traced })
+        Ok(Underway { run, traced, vacant })
     }
 
     /// [`Compiled::call`], and the seconds that it took on the device: of each step of the plan, or of all.
@@ -137,10 +146,10 @@ impl Compiled {
         timing: Timing,
     ) -> Result<(Vec<LazyTensor>, Vec<f64>)> {
         let traced = self.traced(&args)?;
-        let inputs = traced.bind(args)?;
+        let Bound { inputs, mut vacant } = traced.bind(args)?;
         let run = AsyncGraphExecutor::global().profile(&traced.executable, inputs, timing);
         let (values, seconds) = run.at_caller()?;
-        Ok((traced.results(values), seconds))
+        Ok((traced.results(values, &mut vacant), seconds))
     }
 
     /// [`Compiled::call`] without blocking the thread.
@@ -156,10 +165,10 @@ impl Compiled {
         let location = std::panic::Location::caller();
         async move {
             let traced = self.traced(&args)?;
-            let inputs = traced.bind(args)?;
+            let Bound { inputs, mut vacant } = traced.bind(args)?;
             let executable = Arc::clone(&traced.executable);
             let run = AsyncGraphExecutor::global().submit(executable, inputs).await;
-            Ok(traced.results(run.map_err(|e| Error::at(e, location))?))
+            Ok(traced.results(run.map_err(|e| Error::at(e, location))?, &mut vacant))
         }
     }
 
@@ -211,20 +220,15 @@ impl Compiled {
 
     #[track_caller]
     fn traced(&self, args: &[LazyTensor]) -> Result<Arc<Traced>> {
-        let device = one_device("a call of a compiled function", args)?;
-        let same = |t: &Arc<Traced>| {
-            device.is_none_or(|device| device == t.device)
-                && t.types.len() == args.len()
-                && t.types.iter().zip(args).all(|(ty, x)| *ty == x.ty())
-        };
         {
             let mut traced = self.traced.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Some(at) = traced.iter().position(same) {
+            if let Some(at) = traced.iter().rposition(|t| t.takes(args)) {
                 let last = traced.len() - 1;
                 traced.swap(at, last);
                 return Ok(Arc::clone(&traced[last]));
             }
         }
+        one_device("a call of a compiled function", args)?;
         // Tracing runs the caller's code, which may call this function: not under the lock.
         let new = Arc::new(self.trace(args)?);
         let mut traced = self.traced.lock().unwrap_or_else(PoisonError::into_inner);
@@ -244,6 +248,12 @@ impl Compiled {
             Leaf::Argument(_) | Leaf::Placeholder(_) | Leaf::Detached => None,
         };
         let captured = trace.leaves.iter().map(held).collect();
+        let updated = plan.outputs.iter().zip(&results).map(|(output, ty)| {
+            let OutputSource::Donated(input) = output.source else { return None };
+            let Leaf::Argument(argument) = trace.leaves[input as usize] else { return None };
+            (args[argument as usize].ty() == *ty).then_some(argument)
+        });
+        let updated = updated.collect();
         let executable = Executable::holding(plan, &device, self.world.as_ref(), captured);
         let executable = Arc::new(executable.at_caller()?);
         let inputs = trace.leaves.into_iter().filter(|leaf| held(leaf).is_none()).collect();
@@ -253,6 +263,7 @@ impl Compiled {
             executable,
             inputs,
             results,
+            updated,
         })
     }
 
@@ -284,27 +295,51 @@ impl Compiled {
 }
 
 impl Traced {
-    /// What the executable is to be given: the arguments that the plan takes.
-    #[track_caller]
-    fn bind(&self, args: Vec<LazyTensor>) -> Result<Vec<Buffer>> {
-        let mut buffers: SmallVec<[Option<Buffer>; 8]> = SmallVec::new();
-        for arg in args {
-            buffers.push(Some(arg.into_buffer()?));
-        }
-        let input = |leaf: &Leaf| match leaf {
-            // Each argument is one input of the plan, so its memory is handed on, not shared.
-            Leaf::Argument(i) => Ok(buffers[*i as usize]
-                .take()
-                .expect("metal-candle bug: an argument is two inputs of its plan")),
-            Leaf::Placeholder(ty) => Err(ErrorKind::PlaceholderValue { ty: *ty }),
-            Leaf::Value(_) => panic!("metal-candle bug: a captured value is not held"),
-            Leaf::Detached => panic!("metal-candle bug: a detached input in a compiled function"),
-        };
-        self.inputs.iter().map(input).collect::<std::result::Result<_, _>>().at_caller()
+    /// Whether it is that of a call with these arguments.
+    fn takes(&self, args: &[LazyTensor]) -> bool {
+        let alike = |(ty, x): (&TensorType, &LazyTensor)| x.is_of(ty) && *x.device() == self.device;
+        self.types.len() == args.len() && self.types.iter().zip(args).all(alike)
     }
 
-    fn results(&self, values: Vec<Buffer>) -> Vec<LazyTensor> {
-        values.into_iter().zip(&self.results).map(|(v, ty)| LazyTensor::ready(v, *ty)).collect()
+    /// What the executable is to be given: the arguments that the plan takes.
+    #[track_caller]
+    fn bind(&self, args: Vec<LazyTensor>) -> Result<Bound> {
+        let (mut buffers, mut vacant) =
+            (Vec::with_capacity(args.len()), Vec::with_capacity(args.len()));
+        for arg in args {
+            let (buffer, handle) = arg.give_away()?;
+            buffers.push(Some(buffer));
+            vacant.push(handle);
+        }
+        let mut inputs = Vec::with_capacity(self.inputs.len());
+        for leaf in &self.inputs {
+            inputs.push(match leaf {
+                // Each argument is one input of the plan, so its memory is handed on, not shared.
+                Leaf::Argument(i) => buffers[*i as usize]
+                    .take()
+                    .expect("metal-candle bug: an argument is two inputs of its plan"),
+                Leaf::Placeholder(ty) => {
+                    return Err(ErrorKind::PlaceholderValue { ty: *ty }).at_caller();
+                }
+                Leaf::Value(_) => panic!("metal-candle bug: a captured value is not held"),
+                Leaf::Detached => {
+                    panic!("metal-candle bug: a detached input in a compiled function")
+                }
+            });
+        }
+        Ok(Bound { inputs, vacant })
+    }
+
+    fn results(&self, values: Vec<Buffer>, vacant: &mut [Option<Vacant>]) -> Vec<LazyTensor> {
+        let values = values.into_iter().enumerate();
+        values.map(|(i, value)| self.result(i, value, vacant)).collect()
+    }
+
+    fn result(&self, i: usize, value: Buffer, vacant: &mut [Option<Vacant>]) -> LazyTensor {
+        match self.updated[i].and_then(|argument| vacant[argument as usize].take()) {
+            Some(handle) => handle.fill(value),
+            None => LazyTensor::ready(value, self.results[i]),
+        }
     }
 }
 
@@ -316,7 +351,7 @@ impl Underway {
     /// The result of this number, if it may be handed on already.
     pub(crate) fn take(&mut self, result: usize) -> Option<LazyTensor> {
         let value = self.run.take(result)?;
-        Some(LazyTensor::ready(value, self.traced.results[result]))
+        Some(self.traced.result(result, value, &mut self.vacant))
     }
 
     /// Waits for the results that were not taken.
@@ -325,8 +360,9 @@ impl Underway {
     /// Those of the run.
     #[track_caller]
     pub(crate) fn wait(self) -> Result<Vec<Option<LazyTensor>>> {
-        let values = self.run.wait().at_caller()?.into_iter().zip(&self.traced.results);
-        Ok(values.map(|(value, ty)| Some(LazyTensor::ready(value?, *ty))).collect())
+        let Underway { run, traced, mut vacant } = self;
+        let values = run.wait().at_caller()?.into_iter().enumerate();
+        Ok(values.map(|(i, value)| Some(traced.result(i, value?, &mut vacant))).collect())
     }
 }
 

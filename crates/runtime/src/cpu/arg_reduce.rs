@@ -1,7 +1,7 @@
 //! Positions of extreme elements: the first one on ties, and NaN before everything.
 
 use crate::cpu::number::{Accumulator, Number, for_number};
-use crate::cpu::view::{Arg, Out, Strided};
+use crate::cpu::view::{Arg, Out, Row, Strided};
 use crate::cpu::{parallel, scratch};
 use metal_candle_graph::ArgReduceOp;
 
@@ -30,14 +30,12 @@ fn arg_reduce<T: Number>(
     if out.is_empty() {
         return;
     }
-    let beats = |new: T::Acc, best: T::Acc| !best.is_nan() && (new.is_nan() || beats(new, best));
+    // Without branches, so that compilers vectorise it.
+    let beats = |new: T::Acc, best: T::Acc| !best.is_nan() & (new.is_nan() | beats(new, best));
     let (extent, last) = (x.shape()[dim], x.shape().rank() - 1);
     if dim == last {
         parallel::for_each_row(parallel, out, 1, |row, out| {
-            let mut elements = x.row(row).iter().map(T::widen).enumerate();
-            let mut best = elements.next().expect("metal-candle bug: an empty row");
-            elements.for_each(|new| best = if beats(new.1, best.1) { new } else { best });
-            out[0] = best.0 as u32;
+            out[0] = first_best(x.row(row), beats) as u32;
         });
         return;
     }
@@ -60,4 +58,77 @@ fn arg_reduce<T: Number>(
             }
         });
     });
+}
+
+/// Elements that are looked at together: a better one than the best so far seldom comes, as among a vocabulary's logits.
+const BLOCK: usize = 64;
+
+/// The position of the first element that none beats.
+fn first_best<T: Number>(row: Row<T>, beats: impl Fn(T::Acc, T::Acc) -> bool) -> usize {
+    let (mut best, mut at) = (row.get(0).widen(), 0);
+    let mut start = 0;
+    while start < row.len() {
+        let end = (start + BLOCK).min(row.len());
+        let block = row.as_slice().map(|row| &row[start..end]);
+        let better = |block: &[T]| block.iter().fold(false, |any, x| any | beats(x.widen(), best));
+        if block.is_none_or(better) {
+            for i in start..end {
+                let new = row.get(i).widen();
+                if beats(new, best) {
+                    (best, at) = (new, i);
+                }
+            }
+        }
+        start = end;
+    }
+    at
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use metal_candle_compiler::{Layout, Operand, Slot};
+    use metal_candle_graph::{DType, Shape};
+
+    /// Of every `step`-th number, by the definition and by [`call`].
+    fn both(numbers: &[f32], step: usize, op: ArgReduceOp) -> [u32; 2] {
+        let len = numbers.len().div_ceil(step);
+        let dense = |len| Layout::contiguous(Shape::new(&[len]).unwrap());
+        let mut layout = dense(len);
+        layout.strides[0] = step as isize;
+        let x = Operand { slot: Slot::Input(0), dtype: DType::F32, layout };
+        let to = Operand { slot: Slot::Output(0), dtype: DType::U32, layout: dense(1) };
+        let mut got = [u32::MAX];
+        // SAFETY: the numbers that the layout reaches, and one result.
+        let (x, to) = unsafe {
+            (Arg::new(numbers.as_ptr().cast(), &x), Out::new(got.as_mut_ptr().cast(), &to))
+        };
+        call(&[x], &mut [to], op, 0, false);
+        let mut best = 0;
+        for i in 1..len {
+            let (new, old) = (numbers[i * step], numbers[best * step]);
+            let better = if op == ArgReduceOp::ArgMax { new > old } else { new < old };
+            if !old.is_nan() && (new.is_nan() || better) {
+                best = i;
+            }
+        }
+        [best as u32, got[0]]
+    }
+
+    #[test]
+    fn the_first_of_equals_is_found_and_nan_before_all() {
+        for len in [1, 2, 63, 64, 65, 128, 1000] {
+            // Few values, so that every one comes again.
+            let numbers: Vec<f32> = (0..len).map(|i| ((i * 7919 + 13) % 31) as f32).collect();
+            let nans = [None, Some(0), Some(len / 2), Some(len - 1)];
+            for (nan, step) in nans.into_iter().flat_map(|nan| [(nan, 1), (nan, 3)]) {
+                let mut numbers = numbers.clone();
+                nan.into_iter().for_each(|nan| numbers[nan..].fill(f32::NAN));
+                for op in [ArgReduceOp::ArgMax, ArgReduceOp::ArgMin] {
+                    let [expected, got] = both(&numbers, step, op);
+                    assert_eq!(got, expected, "{op} of {len}, NaN from {nan:?}, step {step}");
+                }
+            }
+        }
+    }
 }

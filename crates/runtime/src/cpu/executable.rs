@@ -9,16 +9,15 @@ use crate::executable::{Backend, Clock, Timing, message};
 use crate::inputs::Inputs;
 use crate::pages::prefer_huge;
 use crate::run_memories::RunMemories;
+use crate::team::Team;
 use crate::{Error, Result, Workspace, World, verify};
 use candle_core::StorageRef;
 use metal_candle_compiler::{
     LibraryCall, Operand, OutputSource, Plan, PlanOutput, Slot, Step, Target, Work,
 };
-use rayon::ThreadPool;
 use smallvec::SmallVec;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 /// Memories of runs that are kept while nothing runs.
@@ -31,14 +30,13 @@ const PARALLEL_KERNEL_WORK: u64 = 1 << 19;
 /// The same for a library call, whose operations are dearer, and which seldom comes alone.
 const PARALLEL_CALL_WORK: u64 = 1 << 16;
 
-/// A plan goes to the pool from this much work on, in the same measure: handing it over and waiting takes some 20 us.
-const POOL_WORK: u64 = 1 << 18;
+/// A plan is helped from this much work on, in the same measure: whoever helps is asleep as it begins.
+const SHARED_WORK: u64 = 1 << 18;
 
 /// What the CPU keeps of a plan: its kernels compiled, its memory from run to run.
 pub(crate) struct CpuExecutable {
     steps: Vec<Prepared>,
-    /// By output: whether its memory must be zeroed.
-    zeroed: Vec<bool>,
+    results: Vec<Source>,
     parallel: bool,
     memories: RunMemories<RunMemory>,
     /// Where it sums over ranks, if it does.
@@ -59,6 +57,42 @@ struct Prepared {
     parallel: bool,
 }
 
+/// Where a result is, once every step has run.
+#[derive(Clone, Copy)]
+enum Source {
+    /// In memory that the steps write, and which must be zeroed before if that is said.
+    Written {
+        zeroed: bool,
+    },
+    /// At this position among what the run is given: handed on if it was given away, and this is its only result.
+    Given {
+        at: u32,
+        handed_on: bool,
+    },
+    /// An input that is held.
+    Held(u32),
+    SameAs(u32),
+}
+
+impl Source {
+    fn new(plan: &Plan, inputs: &Inputs, index: usize) -> Source {
+        let source = plan.outputs[index].source;
+        match source {
+            OutputSource::Written => {
+                Source::Written { zeroed: !verify::is_written_whole(plan, index) }
+            }
+            OutputSource::SameAs(i) => Source::SameAs(i),
+            OutputSource::Donated(i) | OutputSource::Input(i) => match inputs.position(i) {
+                Some(at) => {
+                    let given = plan.outputs.iter().all(|o| o.source != OutputSource::Input(i));
+                    Source::Given { at, handed_on: given }
+                }
+                None => Source::Held(i),
+            },
+        }
+    }
+}
+
 /// Where a buffer starts: so many bytes into one of the run's allocations.
 #[derive(Clone, Copy)]
 struct Place {
@@ -71,7 +105,8 @@ struct RunMemory {
     /// Where the arena, the inputs and the outputs start, in this order. The arena and what is held stay.
     bases: Vec<*mut u8>,
     _arena: Arena,
-    outputs: Vec<Option<Data>>,
+    /// Those that the steps write, by number.
+    outputs: Vec<(u32, Data)>,
     /// Inputs that live in a Candle storage, by the storage.
     shared: Vec<(usize, u32)>,
     /// The memory of the empty vector of storage guards.
@@ -131,8 +166,8 @@ impl CpuExecutable {
         let outputs = 0..plan.outputs.len();
         let make = || RunMemory::new(plan, &inputs);
         Ok(CpuExecutable {
-            zeroed: outputs.map(|i| !verify::is_written_whole(plan, i)).collect(),
-            parallel: steps.iter().map(Prepared::pool_work).sum::<u64>() >= POOL_WORK,
+            results: outputs.map(|i| Source::new(plan, &inputs, i)).collect(),
+            parallel: steps.iter().map(Prepared::shared_work).sum::<u64>() >= SHARED_WORK,
             steps,
             memories: RunMemories::new(IDLE_MEMORIES, plan.arena_bytes, make)?,
             world,
@@ -142,19 +177,20 @@ impl CpuExecutable {
     }
 
     /// Binds the memory of this run and walks the steps. Whatever happens in them, nothing touches that memory
-    /// after this returns: rayon joins its tasks before it passes a panic on.
+    /// after this returns: a team has done its tasks before a panic is passed on.
     fn run_steps(
         &self,
         plan: &Plan,
         memory: &mut RunMemory,
         given: &mut [Buffer],
-        pool: Option<&ThreadPool>,
+        team: Option<&Team>,
         clock: Option<&mut Clock>,
     ) -> Result<()> {
         let RunMemory { bases, outputs, shared, guards, .. } = memory;
         shared.clone_from(&self.shared);
-        for (buffer, i) in given.iter_mut().zip(self.inputs.given()) {
-            let written = if plan.inputs[i].donated { buffer.unique_mut() } else { None };
+        for (buffer, of) in given.iter_mut().zip(self.inputs.given()) {
+            let i = of.input as usize;
+            let written = if of.donated { buffer.unique_mut() } else { None };
             bases[1 + i] = match written {
                 Some(data) => data.as_mut_ptr(),
                 None => start(buffer, i).unwrap_or_else(|| {
@@ -163,13 +199,13 @@ impl CpuExecutable {
                 }),
             };
         }
-        for (base, output) in bases[1 + plan.inputs.len()..].iter_mut().zip(outputs) {
-            *base = output.as_mut().map_or(std::ptr::null_mut(), Data::as_mut_ptr);
+        for (output, data) in outputs {
+            bases[1 + plan.inputs.len() + *output as usize] = data.as_mut_ptr();
         }
         let mut held: Vec<StorageRef<'_>> = recycled(std::mem::take(guards));
         let input = |i| self.inputs.get(i, given);
         lock_shared(plan, input, shared, bases, &mut held)?;
-        let outcome = self.walk(plan, &Bases(bases), pool, clock);
+        let outcome = self.walk(plan, bases, team, clock);
         held.clear();
         *guards = recycled(held);
         outcome
@@ -178,54 +214,68 @@ impl CpuExecutable {
     fn walk(
         &self,
         plan: &Plan,
-        bases: &Bases,
-        pool: Option<&ThreadPool>,
+        bases: &[*mut u8],
+        team: Option<&Team>,
         mut clock: Option<&mut Clock>,
     ) -> Result<()> {
-        let at = AtomicUsize::new(0);
-        let pool = pool.filter(|_| self.parallel);
-        // A thread of the pool that waits for other ranks might have been lent by one of them, if they are threads of this
-        // process: so the steps between the sums go to the pool, and the sums are waited for here.
-        let (whole_in, each_in) = if self.world.is_some() { (None, pool) } else { (pool, None) };
+        let mut at = 0;
+        let team = team.filter(|_| self.parallel);
         let timing = clock.as_ref().map(|clock| clock.timing);
         let whole = timing.map(|_| Instant::now());
         let mut walk = || {
             for (index, (prepared, step)) in self.steps.iter().zip(&plan.steps).enumerate() {
-                at.store(index, Ordering::Relaxed);
+                at = index;
                 let start = (timing == Some(Timing::Steps)).then(Instant::now);
                 // SAFETY: `verify` has seen every operand of the plan within its slot, and the outputs of a step
                 // apart from what else it touches; `bases` holds the slots' memory: inputs of the plan's types,
                 // those that are written ours alone, the others locked or immutable; fresh outputs; an arena of
                 // the plan's size. Steps run one after the other.
-                let run =
-                    || unsafe { prepared.run(step, bases, pool.is_some(), self.world.as_deref()) };
-                let alone = matches!(step.work, Work::Call(LibraryCall::AllReduce));
-                match each_in.filter(|_| !alone) {
-                    Some(pool) => pool.install(run)?,
-                    None => run()?,
-                }
+                unsafe { prepared.run(step, bases, team.is_some(), self.world.as_deref()) }?;
                 if let (Some(clock), Some(start)) = (clock.as_deref_mut(), start) {
                     clock.seconds.push(start.elapsed().as_secs_f64());
                 }
             }
             Ok(())
         };
-        let outcome = catch_unwind(AssertUnwindSafe(|| match whole_in {
-            Some(pool) => pool.install(walk),
+        let outcome = catch_unwind(AssertUnwindSafe(|| match team {
+            Some(team) => team.walk(walk),
             None => walk(),
         }));
         if let (Some(clock), Some(whole), Some(Timing::Whole)) = (clock, whole, timing) {
             clock.seconds.push(whole.elapsed().as_secs_f64());
         }
-        let step = at.into_inner();
         match outcome {
             Ok(done) => done,
             Err(panic) => Err(Error::KernelPanic {
-                step,
-                label: plan.steps[step].label.clone(),
+                step: at,
+                label: plan.steps[at].label.clone(),
                 message: message(&*panic),
             }),
         }
+    }
+}
+
+impl CpuExecutable {
+    /// The results, once every step has run.
+    fn results(&self, plan: &Plan, memory: &mut RunMemory, given: Vec<Buffer>) -> Vec<Buffer> {
+        let mut given: Vec<Option<Buffer>> = given.into_iter().map(Some).collect();
+        let mut written = memory.outputs.drain(..);
+        let mut results: Vec<Buffer> = Vec::with_capacity(self.results.len());
+        for source in &self.results {
+            let result = match *source {
+                Source::Written { .. } => written.next().map(|(output, mut data)| {
+                    // SAFETY: `fresh` made room for these, and the steps have written every one, or `fresh` has.
+                    unsafe { data.set_len(plan.outputs[output as usize].ty.shape.len()) };
+                    Buffer::from_data(data)
+                }),
+                Source::Given { at, handed_on: true } => given[at as usize].take(),
+                Source::Given { at, handed_on: false } => given[at as usize].clone(),
+                Source::Held(i) => Some(self.inputs.get(i as usize, &[]).clone()),
+                Source::SameAs(i) => Some(results[i as usize].clone()),
+            };
+            results.push(result.expect("metal-candle bug: a result without memory"));
+        }
+        results
     }
 }
 
@@ -238,18 +288,20 @@ impl Backend for CpuExecutable {
         &self,
         plan: &Plan,
         mut given: Vec<Buffer>,
-        pool: Option<&ThreadPool>,
+        team: Option<&Team>,
         clock: Option<&mut Clock>,
     ) -> Result<Vec<Buffer>> {
         let memory = self.memories.take(|| RunMemory::new(plan, &self.inputs))?;
         let mut lease = Lease { executable: self, memory: Some(memory) };
         let memory = lease.memory.as_mut().expect("metal-candle bug: an ended lease");
         memory.outputs.clear();
-        for (output, zeroed) in plan.outputs.iter().zip(&self.zeroed) {
-            memory.outputs.push(fresh(output, *zeroed)?);
+        for (i, source) in self.results.iter().enumerate() {
+            if let Source::Written { zeroed } = source {
+                memory.outputs.push((i as u32, fresh(&plan.outputs[i], *zeroed)?));
+            }
         }
-        self.run_steps(plan, memory, &mut given, pool, clock)?;
-        Ok(results(plan, memory, |i| self.inputs.get(i, &given)))
+        self.run_steps(plan, memory, &mut given, team, clock)?;
+        Ok(self.results(plan, memory, given))
     }
 
     fn workspaces(&self) -> Vec<Workspace> {
@@ -293,28 +345,6 @@ fn lock_shared<'a>(
     Ok(())
 }
 
-/// The results, once every step has run.
-fn results<'a>(
-    plan: &Plan,
-    memory: &mut RunMemory,
-    input: impl Fn(usize) -> &'a Buffer,
-) -> Vec<Buffer> {
-    let mut results: Vec<Buffer> = Vec::with_capacity(plan.outputs.len());
-    for (output, data) in plan.outputs.iter().zip(&mut memory.outputs) {
-        results.push(match output.source {
-            OutputSource::Written => {
-                let mut data = data.take().expect("metal-candle bug: an output without memory");
-                // SAFETY: `fresh` made room for these, and the steps have written every one, or `fresh` has.
-                unsafe { data.set_len(output.ty.shape.len()) };
-                Buffer::from_data(data)
-            }
-            OutputSource::Donated(i) | OutputSource::Input(i) => input(i as usize).clone(),
-            OutputSource::SameAs(i) => results[i as usize].clone(),
-        });
-    }
-    results
-}
-
 /// A memory that goes back to its executable, however the run ends.
 struct Lease<'a> {
     executable: &'a CpuExecutable,
@@ -328,11 +358,6 @@ impl Drop for Lease<'_> {
         self.executable.memories.give_back(memory);
     }
 }
-
-/// Where this run's allocations start.
-struct Bases<'a>(&'a [*mut u8]);
-// SAFETY: what the pointers reach is touched as the plan says, step by step, whichever thread walks it.
-unsafe impl Sync for Bases<'_> {}
 
 impl Prepared {
     fn new(plan: &Plan, step: &Step) -> Prepared {
@@ -359,7 +384,7 @@ impl Prepared {
     }
 
     /// What it gives several threads to do.
-    fn pool_work(&self) -> u64 {
+    fn shared_work(&self) -> u64 {
         if self.parallel { self.work } else { 0 }
     }
 
@@ -369,11 +394,11 @@ impl Prepared {
     unsafe fn run(
         &self,
         step: &Step,
-        bases: &Bases,
+        bases: &[*mut u8],
         threads: bool,
         world: Option<&World>,
     ) -> Result<()> {
-        let at = |place: &Place| bases.0[place.base as usize].wrapping_add(place.offset_bytes);
+        let at = |place: &Place| bases[place.base as usize].wrapping_add(place.offset_bytes);
         let parallel = threads && self.parallel;
         match &step.work {
             Work::Kernel(_) => {
@@ -419,11 +444,8 @@ fn updates_in_place(step: &Step) -> bool {
     step.outs.iter().any(|out| step.args.iter().any(|arg| overlap(out.slot, arg.slot)))
 }
 
-/// Memory for a result that the steps write; none for the others.
-fn fresh(output: &PlanOutput, zeroed: bool) -> Result<Option<Data>> {
-    if output.source != OutputSource::Written {
-        return Ok(None);
-    }
+/// Memory for a result that the steps write.
+fn fresh(output: &PlanOutput, zeroed: bool) -> Result<Data> {
     let (dtype, len) = (output.ty.dtype, output.ty.shape.len());
     let data = if zeroed { Data::zeroed(dtype, len) } else { Data::with_capacity(dtype, len) };
     let out_of_memory = || Error::OutOfMemory {
@@ -432,7 +454,7 @@ fn fresh(output: &PlanOutput, zeroed: bool) -> Result<Option<Data>> {
     };
     let mut data = data.ok_or_else(out_of_memory)?;
     prefer_huge(data.as_mut_ptr(), output.ty.size_bytes());
-    Ok(Some(data))
+    Ok(data)
 }
 
 /// The memory of a vector that is empty, for elements of another type or lifetime.

@@ -23,6 +23,7 @@ use crate::cpu::number::{Accumulator, Float, Number, Real, for_float};
 use crate::cpu::view::{Arg, Out, offset_of};
 use crate::cpu::{parallel, scratch};
 use crate::element::Element;
+use crate::team;
 use metal_candle_graph::DType;
 pub(crate) use multiply::{Multiply, Product};
 pub(crate) use pack::{Factor, Source};
@@ -128,7 +129,7 @@ impl<T: Float> Batch<T> {
         product: impl Fn(MatMut<'_, T>, Mat<'_, T>, Mat<'_, T>, bool) + Send + Sync,
     ) {
         let products: usize = self.extents.iter().product();
-        let side_by_side = parallel && products >= rayon::current_num_threads();
+        let side_by_side = parallel && products >= team::threads();
         parallel::for_each(side_by_side, products, |i| {
             let [a, b, out] = [0, 1, 2].map(|x| offset_of(i, &self.extents, &self.batch[x]));
             let (m, n, k, strides) = (self.m, self.n, self.k, &self.strides);

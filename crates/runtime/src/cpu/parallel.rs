@@ -3,7 +3,7 @@
 //! How the work is cut depends on its size alone, never on the number of threads: the same plan gives the same
 //! bits with any. Every task can be taken by another thread: cores are seldom equally fast, and never equally free.
 
-use rayon::prelude::*;
+use crate::team;
 
 /// Elements that one task should at least touch.
 pub(crate) const GRAIN: usize = 1 << 14;
@@ -11,7 +11,7 @@ pub(crate) const GRAIN: usize = 1 << 14;
 /// `f(0), .., f(n - 1)`, in any order.
 pub(crate) fn for_each(parallel: bool, n: usize, f: impl Fn(usize) + Send + Sync) {
     if parallel && n > 1 {
-        (0..n).into_par_iter().with_max_len(1).for_each(f);
+        team::for_each(n, &f);
     } else {
         (0..n).for_each(f);
     }
@@ -24,13 +24,12 @@ pub(crate) fn for_each_chunk<T: Send>(
     len: usize,
     f: impl Fn(usize, &mut [T]) + Send + Sync,
 ) {
-    let len = len.max(1);
-    if parallel && data.len() > len {
-        let chunks = data.par_chunks_mut(len).enumerate().with_max_len(1);
-        chunks.for_each(|(i, chunk)| f(i, chunk));
-    } else {
-        data.chunks_mut(len).enumerate().for_each(|(i, chunk)| f(i, chunk));
-    }
+    let (len, all) = (len.max(1), data.len());
+    let parts = Parts::new(data);
+    for_each(parallel, all.div_ceil(len), |i| {
+        // SAFETY: chunks are apart.
+        f(i, unsafe { parts.part(i * len, len.min(all - i * len)) });
+    });
 }
 
 /// `f(i, the i-th row of data)` for rows of `cols` elements, several rows a task.

@@ -72,7 +72,7 @@ unsafe impl Pod for half::f16 {}
 
 /// Runs `f` with `len` elements of whatever the last use left in them.
 ///
-/// `f` may start rayon work: a task that this thread steals meanwhile takes a vector of its own.
+/// Uses may be nested: each takes a vector of its own.
 pub(crate) fn with<T: Pod, R>(len: usize, f: impl FnOnce(&mut [T]) -> R) -> R {
     let lines = (len * size_of::<T>()).div_ceil(size_of::<Line>());
     let mut memory = FREE.with_borrow_mut(Vec::pop).unwrap_or_default();

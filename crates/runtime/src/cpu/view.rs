@@ -312,6 +312,10 @@ pub(crate) struct Row<'a, T> {
 }
 
 impl<'a, T: Element> Row<'a, T> {
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
     #[inline]
     pub(crate) fn get(&self, i: usize) -> T {
         assert!(i < self.len, "metal-candle bug: element {i} of {}", self.len);

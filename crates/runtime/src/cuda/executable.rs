@@ -19,12 +19,12 @@ use crate::executable::{Backend, Clock, Timing};
 use crate::in_flight::Started;
 use crate::places::Bases;
 use crate::run_memories::RunMemories;
+use crate::team::Team;
 use crate::{Error, Result, Workspace, World, parts, verify};
 use cudarc::driver::result;
 use cudarc::driver::sys::{self, CUdeviceptr};
 use metal_candle_compiler::render::{Dialect, Status};
 use metal_candle_compiler::{OutputSource, Plan, PlanOutput};
-use rayon::ThreadPool;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -309,7 +309,7 @@ impl Backend for CudaExecutable {
         &self,
         plan: &Plan,
         mut inputs: Vec<Buffer>,
-        _pool: Option<&ThreadPool>,
+        _team: Option<&Team>,
         clock: Option<&mut Clock>,
     ) -> Result<Vec<Buffer>> {
         self.gpu.bind()?;
@@ -329,16 +329,11 @@ impl Backend for CudaExecutable {
         outcome.map(|results| all(results).expect("metal-candle bug: a result is missing"))
     }
 
-    fn start(
-        &self,
-        plan: &Plan,
-        mut inputs: Vec<Buffer>,
-        pool: Option<&ThreadPool>,
-    ) -> Result<Started> {
+    fn start(&self, plan: &Plan, mut inputs: Vec<Buffer>, team: Option<&Team>) -> Result<Started> {
         // A lock of Candle's is a thread's, and who sums over ranks must be watched: these are waited for.
         let is_candle = |buffer: &Buffer| matches!(buffer.memory(), Memory::Shared(_));
         if self.world.is_some() || inputs.iter().any(is_candle) {
-            return self.run(plan, inputs, pool, None).map(Started::over);
+            return self.run(plan, inputs, team, None).map(Started::over);
         }
         self.gpu.bind()?;
         let outputs = self.outputs(plan, &mut inputs)?;

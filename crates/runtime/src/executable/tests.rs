@@ -25,7 +25,7 @@ impl Backend for Beside {
         &self,
         plan: &Plan,
         inputs: Vec<Buffer>,
-        _: Option<&ThreadPool>,
+        _: Option<&Team>,
         _: Option<&mut Clock>,
     ) -> Result<Vec<Buffer>> {
         wait(|done| {
@@ -38,7 +38,7 @@ impl Backend for Beside {
         &self,
         plan: &Plan,
         inputs: Vec<Buffer>,
-        _: Option<&ThreadPool>,
+        _: Option<&Team>,
         done: Done,
     ) -> Option<Result<Vec<Buffer>>> {
         self.start(plan, inputs, done);

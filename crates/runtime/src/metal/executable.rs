@@ -11,6 +11,7 @@ use crate::buffer::{Buffer, DeviceMemory, Memory};
 use crate::executable::{Backend, Clock, Done, Timing, wait};
 use crate::places::Bases;
 use crate::run_memories::RunMemories;
+use crate::team::Team;
 use crate::{Error, Result, Workspace, parts};
 use block2::RcBlock;
 use candle_core::backend::BackendStorage;
@@ -21,7 +22,6 @@ use metal_candle_compiler::{OutputSource, Plan, PlanOutput};
 use objc2::rc::autoreleasepool;
 use objc2::runtime::ProtocolObject;
 use objc2_metal::{MTLCommandBuffer, MTLCommandBufferStatus, MTLCommandEncoder, MTLDispatchType};
-use rayon::ThreadPool;
 use std::any::Any;
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -147,7 +147,7 @@ impl Backend for MetalExecutable {
         &self,
         plan: &Plan,
         inputs: Vec<Buffer>,
-        _pool: Option<&ThreadPool>,
+        _team: Option<&Team>,
         clock: Option<&mut Clock>,
     ) -> Result<Vec<Buffer>> {
         // Handles of our own: the locks live as long as the device reads.
@@ -168,12 +168,12 @@ impl Backend for MetalExecutable {
         &self,
         plan: &Plan,
         inputs: Vec<Buffer>,
-        pool: Option<&ThreadPool>,
+        team: Option<&Team>,
         done: Done,
     ) -> Option<Result<Vec<Buffer>>> {
         // A lock is a thread's: this one keeps it until the device is through.
         if inputs.iter().any(|buffer| candle(buffer).is_some()) {
-            return Some(self.run(plan, inputs, pool, None));
+            return Some(self.run(plan, inputs, team, None));
         }
         self.start(inputs, &Locked::new(), done).err().map(Err)
     }

@@ -170,6 +170,7 @@ impl Ranges {
 mod tests {
     use super::*;
     use crate::cpu::view::Arg;
+    use crate::team::Team;
     use half::{bf16, f16};
     use metal_candle_compiler::{Layout, Operand, Slot};
     use metal_candle_graph::composite::AttentionAttrs;
@@ -268,8 +269,8 @@ mod tests {
             let near = (expected - got).abs() <= tolerance;
             assert!(near, "{} {case:?} at {i}: {got}, expected {expected}", T::DTYPE);
         }
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build().expect("two threads");
-        let on_two = pool.install(|| result(&|out| it.few(out, true)));
+        let team = Team::new(2);
+        let on_two = team.walk(|| result(&|out| it.few(out, true)));
         assert!(got == on_two, "{} {case:?}: other bits with two threads", T::DTYPE);
     }
 

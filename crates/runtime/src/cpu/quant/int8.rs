@@ -277,6 +277,7 @@ mod tests {
     use super::super::dot::Rounded;
     use super::super::{Dot, unpack};
     use super::*;
+    use crate::team::Team;
     use half::bf16;
 
     /// Rows of blocks, and where f16 lie in a block.
@@ -331,8 +332,8 @@ mod tests {
             let [mut one, mut two] = [0, 1].map(|_| vec![f32::NAN; m * n]);
             let rows = Mat::dense(&x, m, cols);
             loops.product(rows, &w, &mut one, false);
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build().expect("two threads");
-            pool.install(|| loops.product(rows, &w, &mut two, true));
+            let team = Team::new(2);
+            team.walk(|| loops.product(rows, &w, &mut two, true));
             assert_eq!(one, two, "{format:?}: other bits with two threads");
             for (i, (got, [expected, size])) in one.iter().zip(by_dots(&x, &w)).enumerate() {
                 let near = (got - expected).abs() <= 2e-6 * size;
