@@ -54,7 +54,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     if template.is_none() && args.system_prompt.is_some() {
         bail!("--system-prompt: the model has no chat template to put it into");
     }
-    let generator = Generator::new(Arc::new(loaded.decoder), Arc::clone(&tokenizer))?;
+    let decoder = Arc::new(args.sampling.cache.of(loaded.decoder));
+    let generator = Generator::new(decoder, Arc::clone(&tokenizer))?;
     match &prompts[..] {
         [prompt] if args.prompts_file.is_none() => one(args, &generator, &config, template, prompt),
         prompts => many(args, &generator, &config, template, prompts),

@@ -3,7 +3,7 @@
 use crate::device::DeviceArgs;
 use crate::ui::note;
 use anyhow::{Context, Result, bail};
-use metal_candle::models::{BaseWeights, LoadedModel, load};
+use metal_candle::models::{BaseWeights, Decoder, LoadedModel, load};
 use metal_candle::nn::{ApplyAdapter, LoRAAdapter};
 use metal_candle::{BlockFormat, DType, Device};
 use std::path::{Path, PathBuf};
@@ -43,6 +43,23 @@ pub(crate) struct ModelArgs {
     activations: Option<WeightType>,
     #[command(flatten)]
     device: DeviceArgs,
+}
+
+/// How what a model remembers of a text is held.
+#[derive(clap::Args)]
+pub(crate) struct CacheArgs {
+    /// Hold the keys and values of earlier tokens as this [default: that of --activations]
+    #[arg(long, value_enum, value_name = "TYPE")]
+    cache_type: Option<WeightType>,
+}
+
+impl CacheArgs {
+    pub(crate) fn of(&self, decoder: Decoder) -> Decoder {
+        match self.cache_type {
+            Some(cache_type) => decoder.with_cache(cache_type.dtype()),
+            None => decoder,
+        }
+    }
 }
 
 /// What a float may be held as.

@@ -1,5 +1,6 @@
 //! `metal-candle plan`
 
+use crate::model::CacheArgs;
 use crate::train;
 use crate::ui::note;
 use crate::units::{Bytes, Count};
@@ -29,6 +30,8 @@ pub(crate) struct Args {
     #[arg(long, default_value_t = 1, requires = "decode", value_name = "N",
           value_parser = clap::value_parser!(u32).range(1..))]
     new_tokens: u32,
+    #[command(flatten)]
+    cache: CacheArgs,
     /// Print every step
     #[arg(long)]
     full: bool,
@@ -40,7 +43,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     // A plan is data: it can be made for a device that is not here.
     let device = model.device().named();
     let decoder = load_outline(&path, model.base(), &device)?;
-    let decoder = Arc::new(decoder.with_activations(model.activations(&device)));
+    let decoder = args.cache.of(decoder.with_activations(model.activations(&device)));
+    let decoder = Arc::new(decoder);
     let (what, outline, parts) = match args.decode {
         true => decode(args, decoder)?,
         false => training(args, decoder)?,

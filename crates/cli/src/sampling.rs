@@ -1,5 +1,6 @@
-//! What `generate` and `chat` share: how tokens are chosen, and what ends a text.
+//! What `generate` and `chat` share: how tokens are chosen, what ends a text, and how it is remembered.
 
+use crate::model::CacheArgs;
 use anyhow::{Context, Result};
 use metal_candle::generate::{Finish, Generated, GeneratorConfig, Sampling, SamplingStrategy};
 use metal_candle::io::{GenerationConfig, Tokenizer};
@@ -45,6 +46,8 @@ pub(crate) struct SamplingArgs {
     /// Of the random choices
     #[arg(long, default_value_t = 0)]
     seed: u64,
+    #[command(flatten)]
+    pub(crate) cache: CacheArgs,
 }
 
 impl SamplingArgs {

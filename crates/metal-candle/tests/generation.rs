@@ -14,13 +14,13 @@ mod tiny;
 
 use crate::held::Held;
 use crate::testbed::device;
-use metal_candle::ErrorKind;
 use metal_candle::generate::{
-    Finish, Generated, Generator, GeneratorConfig, KVCache, Sampling, SamplingStrategy, Session,
-    StreamToken,
+    DecodeShape, Finish, Generated, Generator, GeneratorConfig, KVCache, Sampling,
+    SamplingStrategy, Session, StreamToken,
 };
-use metal_candle::models::{BaseWeights, load_decoder};
+use metal_candle::models::{BaseWeights, Decoder, load_decoder};
 use metal_candle::nn::ApplyAdapter;
+use metal_candle::{DType, ErrorKind};
 use std::pin::pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, Wake, Waker};
@@ -326,4 +326,52 @@ fn a_session_outgrows_its_cache_and_keeps_what_is_in_it() {
         assert_eq!(got.cached_tokens > 0, turn > 0);
         said = format!("{said}{}{}", got.text, "more".repeat(40));
     }
+}
+
+/// Keys and values are rounded once, and all else is as it was: so are prompts, single tokens and batches.
+#[test]
+fn a_cache_in_half_the_bytes_gives_the_logits_within_its_rounding() {
+    let ids: Vec<u32> = (0..20).map(|i| (i * 7 + 3) % VOCAB as u32).collect();
+    let logits = |decoder: Decoder| {
+        let model = Tiny::new().load();
+        let decoder = Arc::new(decoder);
+        let g = Generator::new(Arc::clone(&decoder), Arc::new(model.tokenizer)).unwrap();
+        let mut cache = KVCache::new(&decoder, 1, 32).unwrap();
+        let (prompt, tokens) = ids.split_at(12);
+        let mut all = g.logits(prompt, &mut cache).unwrap();
+        for id in tokens {
+            all.extend(g.logits(&[*id], &mut cache).unwrap());
+        }
+        all
+    };
+    let want = logits(Tiny::new().load().decoder);
+    let largest = want.iter().fold(0f32, |a, b| a.max(b.abs()));
+    for (dtype, rounding) in [(DType::F16, 1.0 / 2048.0), (DType::BF16, 1.0 / 256.0)] {
+        let decoder = Tiny::new().load().decoder.with_cache(dtype);
+        assert_eq!((decoder.cache(), decoder.activations()), (dtype, DType::F32));
+        let got = logits(decoder);
+        let off = want.iter().zip(&got).fold(0f32, |a, (x, y)| a.max((x - y).abs()));
+        assert!(off > 0.0 && off <= 4.0 * rounding * largest, "{dtype}: {off} of {largest}");
+    }
+}
+
+#[test]
+fn a_cache_in_half_the_bytes_serves_batches_alike() {
+    let model = Tiny::new().load();
+    let decoder = Arc::new(model.decoder.with_cache(DType::F16));
+    let g = Generator::new(decoder, Arc::new(model.tokenizer)).unwrap();
+    let config = GeneratorConfig { sampling: Sampling::default(), ..config() };
+    let prompts = ["Hello", "A longer one"];
+    let together = g.generate_batch(&prompts, &config, |_, _| {}).unwrap();
+    for (prompt, together) in prompts.iter().zip(&together) {
+        assert_eq!(together.ids, g.generate(prompt, &config, |_| {}).unwrap().ids);
+    }
+    let bytes = |cache| {
+        let decoder = Arc::new(Tiny::new().load().decoder.with_cache(cache));
+        let shape = DecodeShape { batch: 1, tokens: 1, capacity: 64 };
+        let plan = Generator::outline(decoder, shape).unwrap().plan;
+        let donated = plan.inputs.iter().filter(|input| input.donated);
+        donated.map(|input| input.ty.size_bytes()).sum::<usize>()
+    };
+    assert_eq!(bytes(DType::F32), 2 * bytes(DType::F16));
 }

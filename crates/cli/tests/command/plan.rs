@@ -71,6 +71,8 @@ fn a_step_of_generation_is_planned_with_its_cache() {
     assert!(one.contains("1 x 1 new tokens, 1 x 64 in the cache"), "{one}");
     // 2 layers of keys and values, [1, 64, 2, 4] of f32.
     assert!(one.contains("cache              8.0 KiB  4 tensors"), "{one}");
+    let half = plan(&["--batch-size", "1", "--cache-type", "f16"]);
+    assert!(half.contains("cache              4.0 KiB  4 tensors"), "{half}");
     let three = plan(&["--batch-size", "3", "--new-tokens", "32"]);
     assert!(three.contains("cache             24.0 KiB"), "{three}");
     let flags = ["plan", "--decode", "--model", &model, "--max-seq-length", "8"];

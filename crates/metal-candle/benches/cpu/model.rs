@@ -109,7 +109,12 @@ pub(crate) fn prompted(row: &Value) -> Result<(Arc<Decoder>, Generator, Vec<u32>
     let wanted = number(row, "prompt")?;
     let ids = packed_text(model.decoder.config.vocab_size)?;
     let ids = ids.get(..wanted).ok_or_else(|| format!("{wanted} tokens: the text has fewer"))?;
-    let decoder = Arc::new(model.decoder);
+    let cache = row.get("cache").map(|_| text(row, "cache")).transpose()?;
+    let decoder = Arc::new(match cache {
+        Some("bf16") => model.decoder.with_cache(DType::BF16),
+        Some("f16") => model.decoder.with_cache(DType::F16),
+        _ => model.decoder,
+    });
     let generator = Generator::new(Arc::clone(&decoder), Arc::new(model.tokenizer))?;
     Ok((decoder, generator, ids.to_vec()))
 }

@@ -17,7 +17,7 @@ pub struct KVCache {
 }
 
 impl KVCache {
-    /// An empty cache for `capacity` positions, where the decoder is and of its activations' dtype.
+    /// An empty cache for `capacity` positions, where the decoder is and of [its dtype](Decoder::cache).
     ///
     /// # Errors
     /// Where that many positions cannot be addressed.
@@ -28,7 +28,7 @@ impl KVCache {
         let len = len.filter(|n| *n <= isize::MAX as usize / 4);
         let len = len.ok_or_else(|| ErrorKind::CacheSize { dims: dims.to_vec() })?;
         // Zeroed pages of the machine's, in memory that nothing else holds: no run is waited for.
-        let layer = || match decoder.activations() {
+        let layer = || match decoder.cache() {
             DType::BF16 => LazyTensor::from_vec(vec![bf16::ZERO; len], &dims, device),
             DType::F16 => LazyTensor::from_vec(vec![f16::ZERO; len], &dims, device),
             _ => LazyTensor::from_vec(vec![0f32; len], &dims, device),

@@ -104,7 +104,7 @@ pub(super) fn outline(decoder: Arc<Decoder>, shape: DecodeShape) -> Result<Outli
     };
     let cache = [batch, capacity, c.num_kv_heads, c.head_dim];
     for _ in 0..2 * c.num_layers {
-        args.push(hold(&cache, decoder.activations())?);
+        args.push(hold(&cache, decoder.cache())?);
     }
     let step = if batch == 1 { one(decoder, Wanted::Best) } else { many(decoder) };
     step.outline(&args)

@@ -51,6 +51,8 @@ pub struct Decoder {
     pub(crate) adapter: Option<LoRAAdapter>,
     /// Of the residual stream and all that lies between the products.
     pub(crate) activations: DType,
+    /// Of cached keys and values; that of the activations if nothing else was asked for.
+    pub(crate) cache: Option<DType>,
 }
 
 /// What a cached forward pass reads and updates: `[b, capacity, kv heads, head dim]` per layer, and the
@@ -106,6 +108,19 @@ impl Decoder {
         self.activations
     }
 
+    /// The same model whose keys and values are remembered in another dtype than its activations': f16 or bf16 beside
+    /// f32 ones take half the memory, and half the traffic of a decoded token, which grows with what it looks back at.
+    /// Scores, their softmax and the sums of weighted values are f32 in any case.
+    #[must_use]
+    pub fn with_cache(self, dtype: DType) -> Decoder {
+        Decoder { cache: Some(dtype), ..self }
+    }
+
+    /// The dtype of a [`KVCache`](crate::generate::KVCache) of this model.
+    pub fn cache(&self) -> DType {
+        self.cache.unwrap_or(self.activations)
+    }
+
     /// Where its weights are, and so where it computes.
     pub fn device(&self) -> &Device {
         self.norm.weight.device()
@@ -145,7 +160,8 @@ impl Decoder {
         let mut x = self.embed.forward(ids, self.activations)?;
         for layer in &self.layers {
             let keep = |k: LazyTensor, v: LazyTensor| Ok((k, v, attention));
-            x = self.layer(layer, &x, &rotation, adapter, keep)?;
+            let kept = self.activations;
+            x = self.layer(layer, &x, &rotation, adapter, kept, keep)?;
         }
         self.norm.forward(&x)
     }
@@ -200,7 +216,7 @@ impl Decoder {
                 values.push(v.clone());
                 Ok((k, v, attention))
             };
-            x = self.layer(layer, &x, rotation, adapter, remember)?;
+            x = self.layer(layer, &x, rotation, adapter, self.cache(), remember)?;
         }
         Ok((self.norm.forward(&x)?, keys, values))
     }
@@ -253,13 +269,14 @@ impl Decoder {
         self.config.sliding_window.map_or(causal, |window| causal.window(window))
     }
 
-    /// One block. `remember` takes the new keys and values and says which ones to attend to, and how.
+    /// One block. `remember` takes the new keys and values, of dtype `kept`, and says which ones to attend to, and how.
     fn layer<'c>(
         &self,
         layer: &DecoderLayer,
         x: &LazyTensor,
         rotation: &Rotation,
         adapter: Option<&LoRAAdapter>,
+        kept: DType,
         remember: impl FnOnce(LazyTensor, LazyTensor) -> Result<(LazyTensor, LazyTensor, Attention<'c>)>,
     ) -> Result<LazyTensor> {
         let linear = |l: &Linear, x: &LazyTensor| {
@@ -272,11 +289,12 @@ impl Decoder {
         let normed = layer.input_norm.forward(x)?;
         let q = heads(linear(&layer.q_proj, &normed)?, c.num_heads)?;
         let k = heads(linear(&layer.k_proj, &normed)?, c.num_kv_heads)?;
-        let q = rotation.apply(&norm_heads(layer.q_norm.as_ref(), q)?)?;
-        let k = rotation.apply(&norm_heads(layer.k_norm.as_ref(), k)?)?;
-        let v = heads(linear(&layer.v_proj, &normed)?, c.num_kv_heads)?;
+        let q = rotation.apply(&norm_heads(layer.q_norm.as_ref(), q)?.to_dtype(kept)?)?;
+        let k = rotation.apply(&norm_heads(layer.k_norm.as_ref(), k)?.to_dtype(kept)?)?;
+        let v = heads(linear(&layer.v_proj, &normed)?, c.num_kv_heads)?.to_dtype(kept)?;
         let (k, v, attention) = remember(k, v)?;
-        let seen = attention.forward(&q, &k, &v)?.reshape(&[b, t, c.num_heads * c.head_dim])?;
+        let seen = attention.forward(&q, &k, &v)?.to_dtype(self.activations)?;
+        let seen = seen.reshape(&[b, t, c.num_heads * c.head_dim])?;
         let x = x.add(&linear(&layer.o_proj, &seen)?)?;
 
         let normed = layer.post_norm.forward(&x)?;

@@ -199,6 +199,7 @@ impl Builder<'_> {
             rotary: self.rotary(&config)?,
             adapter: None,
             activations: DType::F32,
+            cache: None,
             config,
         })
     }

@@ -6,6 +6,7 @@
 
 mod few;
 
+use crate::cpu::gemm::few_rows::InRows;
 use crate::cpu::gemm::gemm_of;
 use crate::cpu::matrix::{Mat, MatMut};
 use crate::cpu::number::{Accumulator, Float, Number, Real, for_float, for_index};
@@ -45,7 +46,7 @@ pub(crate) fn call(
     }
 }
 
-fn attention<T: Float + Number<Acc = f32>>(
+fn attention<T: Float + InRows>(
     args: &[Arg],
     y: Option<&mut Out>,
     lse: Option<&mut Out>,

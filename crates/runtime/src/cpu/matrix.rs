@@ -147,11 +147,6 @@ impl Mat<'_, f32> {
     }
 }
 
-/// The scratch that [`Mat::widened`] needs for `len` elements.
-pub(crate) fn widened_len<T: Number>(len: usize) -> usize {
-    if T::DTYPE == T::Acc::DTYPE { 0 } else { len }
-}
-
 /// A matrix that may be written during `'a`, and that nobody else touches.
 pub(crate) struct MatMut<'a, T> {
     data: *mut T,

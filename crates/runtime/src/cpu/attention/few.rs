@@ -1,14 +1,15 @@
-//! Attention of few query rows, as a decoded token has: k and v are read where they lie, once and in order.
+//! Attention of few query rows, as a decoded token has: k and v are read where they lie, once and in order, and widened
+//! as they are read.
 //!
 //! The blocked product would pack all keys for a row or two. Here a task is one batch entry and a range of keys; it leaves
 //! its maxima, sums and weighted values, which are then joined range by range (FlashDecoding, Dao et al. 2023). Ranges
 //! have a fixed length: any number of threads gives the same bits.
 
 use super::{Attention, Block, reciprocal};
-use crate::cpu::gemm::few_rows::loops;
+use crate::cpu::gemm::few_rows::InRows;
 use crate::cpu::math;
-use crate::cpu::matrix::{Mat, widened_len};
-use crate::cpu::number::{Float, Number};
+use crate::cpu::matrix::Mat;
+use crate::cpu::number::Float;
 use crate::cpu::parallel::{self, Parts};
 use crate::cpu::scratch;
 use crate::cpu::simd::prefetch;
@@ -27,7 +28,7 @@ const LINE_BYTES: usize = 64;
 /// Multiplications from which on another thread is worth waking.
 const PARALLEL_WORK: usize = 1 << 17;
 
-impl<T: Float + Number<Acc = f32>> Attention<'_, T> {
+impl<T: Float + InRows> Attention<'_, T> {
     /// Whether [`Attention::few`] computes this one.
     pub(super) fn is_few(&self) -> bool {
         let rows = self.tq * self.group();
@@ -68,10 +69,9 @@ impl<T: Float + Number<Acc = f32>> Attention<'_, T> {
     /// `to`, of `len` for each key head: of the block's keys, `exp(score - max) v`, `[rows, dv]`, the sums of the
     /// exponentials, and the maxima.
     fn range(&self, b: usize, block: &Block, to: &mut [f32], len: usize) {
-        let (rows, keys, loops) = (block.rows.len(), block.keys.len(), loops());
+        let (rows, keys, loops) = (block.rows.len(), block.keys.len(), T::loops());
         let (of_q, of_scores) = (rows * self.d, rows * keys);
-        let wide = widened_len::<T>(STEP * self.d.max(self.dv));
-        scratch::split([self.hk * of_q, self.hk * of_scores, wide], |[q, scores, wide]| {
+        scratch::split([self.hk * of_q, self.hk * of_scores], |[q, scores]| {
             for head in 0..self.hk {
                 let q = &mut q[head * of_q..][..of_q];
                 self.pack_query(b, head, block, q);
@@ -81,7 +81,7 @@ impl<T: Float + Number<Acc = f32>> Attention<'_, T> {
                 (0..self.hk).map(|head| self.k.index(2, head).index(0, b).matrix()).collect();
             each_step(block, self.hk, |head, at, step| {
                 ask_for_later(&k[head], step.clone());
-                let k = k[head].row_range(step.start, step.len()).widened(wide);
+                let k = k[head].row_range(step.start, step.len());
                 let (q, scores) = (&q[head * of_q..], &mut scores[head * of_scores + at..]);
                 // SAFETY: this processor has what the loops were compiled for.
                 unsafe { (loops.dots)(&q[..of_q], k, &mut scores[..of_scores - at], keys) };
@@ -98,7 +98,7 @@ impl<T: Float + Number<Acc = f32>> Attention<'_, T> {
                 (0..self.hk).map(|head| self.v.index(2, head).index(0, b).matrix()).collect();
             each_step(block, self.hk, |head, at, step| {
                 ask_for_later(&v[head], step.clone());
-                let v = v[head].row_range(step.start, step.len()).widened(wide);
+                let v = v[head].row_range(step.start, step.len());
                 let p = &scores[head * of_scores + at..(head + 1) * of_scores];
                 // SAFETY: as above.
                 unsafe { (loops.weigh)(p, keys, v, &mut to[head * len..][..rows * self.dv]) };
@@ -206,7 +206,7 @@ mod tests {
     type Case = ([usize; 7], i64, Option<u32>);
 
     /// `[q, k, v, mask, segments of the queries, segments of the keys, position]`
-    fn operands<T: Float + Number<Acc = f32>>((dims, position, _): Case) -> [Memory; 7] {
+    fn operands<T: Float + InRows>((dims, position, _): Case) -> [Memory; 7] {
         let [b, tq, tk, hq, hk, d, dv] = dims;
         let mut state = 1u32;
         let mut random = |n: usize| -> Vec<T> {
@@ -242,11 +242,7 @@ mod tests {
         [q, k, v, masks, of_q, of_k, Memory::new(DType::I64, &[], &[position])]
     }
 
-    fn check<T: Float + Number<Acc = f32>>(
-        case: Case,
-        [mask, segments]: [bool; 2],
-        tolerance: f64,
-    ) {
+    fn check<T: Float + InRows>(case: Case, [mask, segments]: [bool; 2], tolerance: f64) {
         let ([b, tq, _, hq, _, _, dv], _, window) = case;
         let [q, k, v, masks, of_q, of_k, position] = operands::<T>(case);
         let mut args = vec![q.arg(), k.arg(), v.arg()];

@@ -1,17 +1,20 @@
-//! A few rows times matrices whose rows lie side by side: no packing, every row of the matrix is read once.
+//! A few rows times matrices whose rows lie side by side: no packing, every row of the matrix is read once, and widened
+//! as it is read.
 
-use super::lanes::{Plain, Summed};
+use super::lanes::{LoadWide, Plain};
 use crate::cpu::matrix::Mat;
+use crate::cpu::number::{Accumulator, Number};
+use half::{bf16, f16};
 
-/// The loops of one instruction set.
+/// The loops of one instruction set, for a matrix of `E`.
 ///
 /// # Safety
 /// They may be called where the processor has it. The elements of a row of the matrix lie side by side.
-pub(in crate::cpu) struct Loops {
+pub(in crate::cpu) struct Loops<E: 'static> {
     /// `(q, k, scores, stride)`, `scores = q kᵀ`: `q [rows, d]`, `k [keys, d]`, rows of `scores` are `stride` apart.
-    pub(in crate::cpu) dots: unsafe fn(&[f32], Mat<'_, f32>, &mut [f32], usize),
+    pub(in crate::cpu) dots: unsafe fn(&[f32], Mat<'_, E>, &mut [f32], usize),
     /// `(p, stride, v, y)`, `y += p v`: rows of `p` are `stride` apart, `v [keys, dv]`, `y [rows, dv]`.
-    pub(in crate::cpu) weigh: unsafe fn(&[f32], usize, Mat<'_, f32>, &mut [f32]),
+    pub(in crate::cpu) weigh: unsafe fn(&[f32], usize, Mat<'_, E>, &mut [f32]),
 }
 
 /// Rows that share one pass over the matrix.
@@ -20,7 +23,12 @@ const AT_ONCE: usize = 4;
 const MAX_LANES: usize = 16;
 
 #[inline(always)]
-unsafe fn dots<V: Summed>(q: &[f32], k: Mat<'_, f32>, scores: &mut [f32], stride: usize) {
+unsafe fn dots<V: LoadWide<E>, E: Number>(
+    q: &[f32],
+    k: Mat<'_, E>,
+    scores: &mut [f32],
+    stride: usize,
+) {
     let (keys, d) = (k.rows(), k.cols());
     if d == 0 {
         return scores.fill(0.0);
@@ -30,10 +38,10 @@ unsafe fn dots<V: Summed>(q: &[f32], k: Mat<'_, f32>, scores: &mut [f32], stride
         // SAFETY: the caller's promise.
         unsafe {
             match q.len() / d {
-                1 => dots_of::<V, 1>(q, k, scores, stride),
-                2 => dots_of::<V, 2>(q, k, scores, stride),
-                3 => dots_of::<V, 3>(q, k, scores, stride),
-                _ => dots_of::<V, AT_ONCE>(q, k, scores, stride),
+                1 => dots_of::<V, E, 1>(q, k, scores, stride),
+                2 => dots_of::<V, E, 2>(q, k, scores, stride),
+                3 => dots_of::<V, E, 3>(q, k, scores, stride),
+                _ => dots_of::<V, E, AT_ONCE>(q, k, scores, stride),
             }
         }
     }
@@ -41,9 +49,9 @@ unsafe fn dots<V: Summed>(q: &[f32], k: Mat<'_, f32>, scores: &mut [f32], stride
 
 /// Four keys at a time; the last ones are repeated to make four.
 #[inline(always)]
-unsafe fn dots_of<V: Summed, const ROWS: usize>(
+unsafe fn dots_of<V: LoadWide<E>, E: Number, const ROWS: usize>(
     q: &[f32],
-    k: Mat<'_, f32>,
+    k: Mat<'_, E>,
     scores: &mut [f32],
     stride: usize,
 ) {
@@ -61,13 +69,9 @@ unsafe fn dots_of<V: Summed, const ROWS: usize>(
             }
             if !d.is_multiple_of(V::LANES) {
                 let at = d / V::LANES * V::LANES;
-                let padded = |from: *const f32| {
-                    let mut whole = [0.0; MAX_LANES];
-                    std::ptr::copy_nonoverlapping(from.add(at), whole.as_mut_ptr(), d - at);
-                    whole
-                };
-                let q: [_; ROWS] = std::array::from_fn(|row| padded(q.as_ptr().add(row * d)));
-                let k = k.map(padded);
+                let q: [_; ROWS] =
+                    std::array::from_fn(|row| padded(q.as_ptr().add(row * d + at), d - at));
+                let k = k.map(|k| padded(k.add(at), d - at));
                 step(&mut sums, q.each_ref().map(|q| q.as_ptr()), k.each_ref().map(|k| k.as_ptr()));
             }
             for (row, sums) in sums.into_iter().enumerate() {
@@ -82,16 +86,25 @@ unsafe fn dots_of<V: Summed, const ROWS: usize>(
     }
 }
 
+/// So many elements, and zeros.
+#[inline(always)]
+unsafe fn padded<E: Number>(from: *const E, len: usize) -> [E; MAX_LANES] {
+    let mut whole = [E::narrow(E::Acc::ZERO); MAX_LANES];
+    // SAFETY: the caller's promise: there are as many, less than a vector's.
+    unsafe { std::ptr::copy_nonoverlapping(from, whole.as_mut_ptr(), len) };
+    whole
+}
+
 /// A vector of each.
 #[inline(always)]
-unsafe fn step<V: Summed, const ROWS: usize>(
+unsafe fn step<V: LoadWide<E>, E, const ROWS: usize>(
     sums: &mut [[V; 4]; ROWS],
     q: [*const f32; ROWS],
-    k: [*const f32; 4],
+    k: [*const E; 4],
 ) {
     // SAFETY: the caller's promise.
     unsafe {
-        let keys = [V::load(k[0]), V::load(k[1]), V::load(k[2]), V::load(k[3])];
+        let keys = [V::load_wide(k[0]), V::load_wide(k[1]), V::load_wide(k[2]), V::load_wide(k[3])];
         for (sums, q) in sums.iter_mut().zip(q) {
             let q = V::load(q);
             for (sum, key) in sums.iter_mut().zip(keys) {
@@ -102,31 +115,36 @@ unsafe fn step<V: Summed, const ROWS: usize>(
 }
 
 #[inline(always)]
-fn dense<'a>(x: &Mat<'a, f32>, row: usize) -> &'a [f32] {
+fn dense<'a, E: Number>(x: &Mat<'a, E>, row: usize) -> &'a [E] {
     x.row_slice(row).expect("metal-candle bug: no dense rows")
 }
 
 #[inline(always)]
-unsafe fn weigh<V: Summed>(p: &[f32], stride: usize, v: Mat<'_, f32>, y: &mut [f32]) {
+unsafe fn weigh<V: LoadWide<E>, E: Number<Acc = f32>>(
+    p: &[f32],
+    stride: usize,
+    v: Mat<'_, E>,
+    y: &mut [f32],
+) {
     let dv = v.cols();
     for (y, p) in y.chunks_mut(AT_ONCE * dv.max(1)).zip(p.chunks(AT_ONCE * stride)) {
         // SAFETY: the caller's promise.
         unsafe {
             match y.len() / dv {
-                1 => weigh_of::<V, 1>(p, stride, v, y),
-                2 => weigh_of::<V, 2>(p, stride, v, y),
-                3 => weigh_of::<V, 3>(p, stride, v, y),
-                _ => weigh_of::<V, AT_ONCE>(p, stride, v, y),
+                1 => weigh_of::<V, E, 1>(p, stride, v, y),
+                2 => weigh_of::<V, E, 2>(p, stride, v, y),
+                3 => weigh_of::<V, E, 3>(p, stride, v, y),
+                _ => weigh_of::<V, E, AT_ONCE>(p, stride, v, y),
             }
         }
     }
 }
 
 #[inline(always)]
-unsafe fn weigh_of<V: Summed, const ROWS: usize>(
+unsafe fn weigh_of<V: LoadWide<E>, E: Number<Acc = f32>, const ROWS: usize>(
     p: &[f32],
     stride: usize,
-    v: Mat<'_, f32>,
+    v: Mat<'_, E>,
     y: &mut [f32],
 ) {
     let dv = v.cols();
@@ -136,31 +154,36 @@ unsafe fn weigh_of<V: Summed, const ROWS: usize>(
     // SAFETY: the caller's promise; the columns are there.
     unsafe {
         while V::REGISTERS >= 32 && col + 4 * V::LANES <= dv {
-            weigh_cols::<V, ROWS, 4>(p, stride, v, y, col);
+            weigh_cols::<V, E, ROWS, 4>(p, stride, v, y, col);
             col += 4 * V::LANES;
         }
         while col + 2 * V::LANES <= dv {
-            weigh_cols::<V, ROWS, 2>(p, stride, v, y, col);
+            weigh_cols::<V, E, ROWS, 2>(p, stride, v, y, col);
             col += 2 * V::LANES;
         }
         while col + V::LANES <= dv {
-            weigh_cols::<V, ROWS, 1>(p, stride, v, y, col);
+            weigh_cols::<V, E, ROWS, 1>(p, stride, v, y, col);
             col += V::LANES;
         }
     }
     for col in col..dv {
         for (y, p) in y.chunks_exact_mut(dv).zip(p.chunks(stride)) {
-            y[col] += (0..v.rows()).map(|key| p[key] * v.get(key, col)).sum::<f32>();
+            y[col] += (0..v.rows()).map(|key| p[key] * v.get(key, col).widen()).sum::<f32>();
         }
     }
 }
 
 /// Columns from `col` on, as many vectors, whose sums stay in registers.
 #[inline(always)]
-unsafe fn weigh_cols<V: Summed, const ROWS: usize, const VECTORS: usize>(
+unsafe fn weigh_cols<
+    V: LoadWide<E>,
+    E: Number<Acc = f32>,
+    const ROWS: usize,
+    const VECTORS: usize,
+>(
     p: &[f32],
     stride: usize,
-    v: Mat<'_, f32>,
+    v: Mat<'_, E>,
     y: &mut [f32],
     col: usize,
 ) {
@@ -177,7 +200,7 @@ unsafe fn weigh_cols<V: Summed, const ROWS: usize, const VECTORS: usize>(
             let from = dense(&v, key).as_ptr().add(col);
             let mut v = [V::zero(); VECTORS];
             for (i, v) in v.iter_mut().enumerate() {
-                *v = V::load(from.add(i * V::LANES));
+                *v = V::load_wide(from.add(i * V::LANES));
             }
             for (row, sums) in sums.iter_mut().enumerate() {
                 let p = V::splat(p.as_ptr().add(row * stride + key));
@@ -196,46 +219,54 @@ unsafe fn weigh_cols<V: Summed, const ROWS: usize, const VECTORS: usize>(
 
 /// The loops with these vectors, compiled for `$features`.
 macro_rules! compiled {
-    ($name:ident: $lanes:ty $(, $features:literal)?) => {
-        static $name: Loops = {
-            $(#[target_feature(enable = $features)])?
-            unsafe fn dots_with(q: &[f32], k: Mat<'_, f32>, scores: &mut [f32], stride: usize) {
-                // SAFETY: the caller's promise, and that the processor has the features.
-                unsafe { dots::<$lanes>(q, k, scores, stride) }
-            }
-            $(#[target_feature(enable = $features)])?
-            unsafe fn weigh_with(p: &[f32], stride: usize, v: Mat<'_, f32>, y: &mut [f32]) {
-                // SAFETY: as above.
-                unsafe { weigh::<$lanes>(p, stride, v, y) }
-            }
-            Loops { dots: dots_with, weigh: weigh_with }
-        };
-    };
-}
-
-#[cfg(target_arch = "x86_64")]
-compiled!(AVX512: crate::cpu::gemm::lanes::x86::F32x16, "avx512f,avx512bw,avx512dq,avx512vl,fma");
-#[cfg(target_arch = "x86_64")]
-compiled!(AVX2: crate::cpu::gemm::lanes::x86::F32x8, "avx2,fma");
-#[cfg(target_arch = "aarch64")]
-compiled!(NEON: crate::cpu::gemm::lanes::neon::F32x4);
-compiled!(PLAIN: Plain<f32>);
-
-/// The loops for this processor.
-pub(in crate::cpu) fn loops() -> &'static Loops {
-    #[cfg(target_arch = "x86_64")]
-    {
-        use crate::cpu::simd::{Level, level};
-        let fma = std::arch::is_x86_feature_detected!("fma");
-        match level() {
-            Level::Avx512 if fma => return &AVX512,
-            Level::Avx2 if fma => return &AVX2,
-            _ => {}
+    ($lanes:ty, $element:ty $(, $features:literal)?) => {{
+        $(#[target_feature(enable = $features)])?
+        unsafe fn dots_with(q: &[f32], k: Mat<'_, $element>, scores: &mut [f32], stride: usize) {
+            // SAFETY: the caller's promise, and that the processor has the features.
+            unsafe { dots::<$lanes, $element>(q, k, scores, stride) }
         }
-    }
-    #[cfg(target_arch = "aarch64")]
-    if std::arch::is_aarch64_feature_detected!("neon") {
-        return &NEON;
-    }
-    &PLAIN
+        $(#[target_feature(enable = $features)])?
+        unsafe fn weigh_with(p: &[f32], stride: usize, v: Mat<'_, $element>, y: &mut [f32]) {
+            // SAFETY: as above.
+            unsafe { weigh::<$lanes, $element>(p, stride, v, y) }
+        }
+        static LOOPS: Loops<$element> = Loops { dots: dots_with, weigh: weigh_with };
+        &LOOPS
+    }};
 }
+
+/// Elements of such a matrix.
+pub(in crate::cpu) trait InRows: Number<Acc = f32> {
+    /// The loops for this processor.
+    fn loops() -> &'static Loops<Self>;
+}
+
+macro_rules! in_rows {
+    ($($element:ty),*) => {$(
+        impl InRows for $element {
+            fn loops() -> &'static Loops<$element> {
+                #[cfg(target_arch = "x86_64")]
+                {
+                    use super::lanes::x86::{F32x8, F32x16};
+                    use crate::cpu::simd::{Level, level};
+                    use std::arch::is_x86_feature_detected as has;
+                    match level() {
+                        Level::Avx512 if has!("fma") => {
+                            return compiled!(F32x16, $element, "avx512f,avx512bw,avx512dq,avx512vl,fma");
+                        }
+                        Level::Avx2 if has!("fma") && has!("f16c") => {
+                            return compiled!(F32x8, $element, "avx2,fma,f16c");
+                        }
+                        _ => {}
+                    }
+                }
+                #[cfg(target_arch = "aarch64")]
+                if std::arch::is_aarch64_feature_detected!("neon") {
+                    return compiled!(super::lanes::neon::F32x4, $element);
+                }
+                compiled!(Plain<f32>, $element)
+            }
+        }
+    )*};
+}
+in_rows!(f32, bf16, f16);

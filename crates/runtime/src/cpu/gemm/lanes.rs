@@ -1,5 +1,9 @@
 //! Vectors of every instruction set, as the micro kernel asks for them.
 
+mod wide;
+
+pub(in crate::cpu) use wide::LoadWide;
+
 /// A vector of sums, and what is multiplied into it.
 ///
 /// # Safety
@@ -57,7 +61,7 @@ macro_rules! lanes {
      $store:ident, $multiply:ident, |$acc:ident, $a:ident, $b:ident| $multiply_add:expr) => {
         $(#[$meta])*
         #[derive(Clone, Copy)]
-        pub(in crate::cpu) struct $name($vector);
+        pub(in crate::cpu) struct $name(pub(super) $vector);
 
         // SAFETY: the trait's callers promise the instruction set; pointers are theirs.
         unsafe impl Lanes for $name {

@@ -1,7 +1,7 @@
 //! Products of f32 with a thin side, as LoRA's: nothing is packed, and the thick factor is read where it lies.
 
 use super::Product;
-use super::few_rows::loops;
+use super::few_rows::InRows;
 use crate::cpu::matrix::{Mat, MatMut};
 use crate::cpu::{parallel, scratch};
 
@@ -83,7 +83,7 @@ impl Result {
                         std::slice::from_raw_parts_mut(to, n)
                     };
                     // SAFETY: this processor has what the loops were compiled for.
-                    unsafe { (loops().weigh)(weights, k, b, to) };
+                    unsafe { (f32::loops().weigh)(weights, k, b, to) };
                 }
             });
         });
@@ -93,7 +93,7 @@ impl Result {
     fn inner(&self, thick: Mat<'_, f32>, thin: Mat<'_, f32>, parallel: bool) {
         self.by_rows(thick, thin, parallel, |thin, thick, sums, rows| {
             // SAFETY: this processor has what the loops were compiled for.
-            unsafe { (loops().dots)(thin, thick, sums, rows) };
+            unsafe { (f32::loops().dots)(thin, thick, sums, rows) };
         });
     }
 
@@ -102,7 +102,7 @@ impl Result {
         let k = self.product.extents[2];
         self.by_rows(thick, thin, parallel, |thin, thick, sums, _| {
             // SAFETY: as above.
-            unsafe { (loops().weigh)(thin, k, thick.transposed(), sums) };
+            unsafe { (f32::loops().weigh)(thin, k, thick.transposed(), sums) };
         });
     }
 
