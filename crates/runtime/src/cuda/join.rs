@@ -14,8 +14,8 @@ const FULL: usize = 4;
 /// A kernel whose blocks share more keeps others from running beside them.
 const SHARED_BYTES: usize = 16 << 10;
 /// What a kernel ahead of others may read and write: by itself, and in all of their blocks.
-const AHEAD_BYTES: usize = 48 << 10;
-const AHEAD_IN_ALL_BYTES: usize = 32 << 20;
+const AHEAD_BYTES: usize = 32 << 10;
+const AHEAD_IN_ALL_BYTES: usize = 16 << 20;
 /// What each block keeps of it.
 const KEPT_BYTES: usize = 16 << 10;
 

@@ -33,12 +33,6 @@ impl Gpu<'_> {
         self.launch(Team::Simd, rows.div_ceil(BLOCK / SIMD), BLOCK, 0)
     }
 
-    /// The same with no more blocks than run at once, with the registers that rows to come are asked for in.
-    pub(super) fn resident_simd_rows(&self, rows: usize) -> Launch {
-        let most = (self.limits.resident_threads / 2 / BLOCK).max(1);
-        self.launch(Team::Simd, rows.div_ceil(BLOCK / SIMD).min(most), BLOCK, 0)
-    }
-
     /// A block for each row.
     pub(super) fn block_rows(&self, rows: usize, block: usize, shared_bytes: usize) -> Launch {
         self.launch(Team::Block, rows, block, shared_bytes)

@@ -105,7 +105,7 @@ fn reads(b: &Layout, rank: usize, wide: usize) -> Option<Reads> {
 
 fn launch(gpu: Gpu<'_>, reads: Reads, n: usize, dtype: DType) -> Launch {
     match reads {
-        Reads::Columns => gpu.resident_simd_rows(n),
+        Reads::Columns => gpu.simd_rows(n),
         Reads::Rows => {
             let (block, width) = (2 * BLOCK, 8 * ACCESS / dtype.size_bytes());
             gpu.block_rows(n.div_ceil(width), block, block / 32 * width * size_of::<f32>())

@@ -172,7 +172,7 @@ fn few(gpu: Gpu<'_>, x: &Operand, blocks: &Blocks, out: &Operand, m: usize) -> P
         .constant("STEP", step as i64)
         .aligned(vector * x.dtype.size_bytes())
         .walk(&walk, blocks.cols * step.unsigned_abs() + blocks.rows);
-    draft.finish(gpu.resident_simd_rows(blocks.rows.div_ceil(at_once)))
+    draft.finish(gpu.simd_rows(blocks.rows.div_ceil(at_once)))
 }
 
 /// How many of eight neighbours of x can be loaded as one.
