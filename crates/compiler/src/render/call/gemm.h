@@ -23,11 +23,12 @@ template <typename T> FN void ask(DEVICE const T* from, THREAD Run<T>& run) {
     }
 }
 
-// What a lane has of a column, from element k on: AHEAD runs, 32 lanes' worth apart.
-template <typename K, i32 AHEAD, typename T> FN void ask_some(DEVICE const T* column, i32 k, THREAD Run<T> (&runs)[AHEAD]) {
+// What a lane has of a column to begin with: AHEAD runs, 32 lanes' worth apart.
+template <typename K, i32 AHEAD, typename T> FN void ask_first(DEVICE const T* column, i32 lane, THREAD Run<T> (&runs)[AHEAD]) {
 #pragma unroll
     for (i32 i = 0; i < AHEAD; ++i) {
-        if (k + i * 256 < K::INNER) ask(column + (k + i * 256), runs[i]);
+        const i32 k = (i * 32 + lane) * 8;
+        if (k < K::INNER) ask(column + k, runs[i]);
     }
 }
 
@@ -40,9 +41,9 @@ FN void add_run(DEVICE const T* x, typename K::I k, THREAD const A (&b)[8], THRE
     }
 }
 
-// W lies column after column: a SIMD group for each, whose lanes ask for AHEAD runs at a time. The weight is the same whatever
-// the kernel before this one writes: the first runs are asked for before that has ended, and those of the next column
-// before the sums of this one are added up.
+// W lies column after column: a SIMD group for each. The weight is the same whatever the kernel before this one writes: the
+// first runs of a lane are asked for before that has ended, and those of its next column before the sums of this one are
+// added up.
 template <typename K, i32 M, typename T, typename Before>
 FN void times_columns(DEVICE const T* x, DEVICE const T* w, DEVICE T* out, Thread t, THREAD const Before& before) {
     typedef typename K::I I;
@@ -51,24 +52,27 @@ FN void times_columns(DEVICE const T* x, DEVICE const T* w, DEVICE T* out, Threa
     const i32 lane = t.tid % 32;
     I col = I(t.block) * GROUPS + t.tid / 32;
     Run<T> runs[AHEAD];
-    if (col < K::COLS) ask_some<K, AHEAD>(w + K::weight(col), lane * 8, runs);
+    if (col < K::COLS) ask_first<K, AHEAD>(w + K::weight(col), lane, runs);
     before();
     while (col < K::COLS) {
         A sum[M];
         for (i32 m = 0; m < M; ++m) sum[m] = 0;
-        for (i32 first = lane * 8; first < K::INNER; first += AHEAD * 256) {
-            if (first >= AHEAD * 256) ask_some<K, AHEAD>(w + K::weight(col), first, runs);
 #pragma unroll
-            for (i32 i = 0; i < AHEAD; ++i) {
-                const I k = first + i * 256;
-                if (k >= K::INNER) continue;
-                A b[8];
-                widen(runs[i], b);
-                add_run<K>(x, k, b, sum);
-            }
+        for (i32 i = 0; i < AHEAD; ++i) {
+            const I k = (i * 32 + lane) * 8;
+            if (k >= K::INNER) continue;
+            A b[8];
+            widen(runs[i], b);
+            add_run<K>(x, k, b, sum);
+        }
+#pragma unroll 4
+        for (I k = (AHEAD * 32 + lane) * 8; k < K::INNER; k += 32 * 8) {
+            A b[8];
+            load_run<16 / sizeof(T), 1>(w + (K::weight(col) + k), b);
+            add_run<K>(x, k, b, sum);
         }
         const I next = col + I(t.blocks) * GROUPS;
-        if (next < K::COLS) ask_some<K, AHEAD>(w + K::weight(next), lane * 8, runs);
+        if (next < K::COLS) ask_first<K, AHEAD>(w + K::weight(next), lane, runs);
         for (i32 m = 0; m < M; ++m) {
             const A all = simd_reduce<Sum>(sum[m]);
             if (lane == 0) put_product<K>(out + (K::to(m) + col), all);
