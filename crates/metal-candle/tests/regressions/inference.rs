@@ -15,6 +15,9 @@ use std::sync::Arc;
 
 const TOKENS: [u32; 9] = [5, 40, 7, 7, 90, 13, 2, 61, 33];
 
+/// Between all tokens at once and fewer: sums are made in another order, and this model's large scores magnify that.
+const OF_FEWER: f32 = 3e-5;
+
 #[test]
 fn no_token_sees_a_later_one() {
     let decoder = Tiny::new().decoder();
@@ -26,7 +29,7 @@ fn no_token_sees_a_later_one() {
         let (before, after) = (changed * VOCAB, (changed + 1) * VOCAB);
         assert_near(&all[..before], &other[..before], 1e-6);
         assert_ne!(all[before..after], other[before..after], "token {changed} changes nothing");
-        assert_near(&logits(&decoder, &TOKENS[..changed], None), &all[..before], 1e-5);
+        assert_near(&logits(&decoder, &TOKENS[..changed], None), &all[..before], OF_FEWER);
     }
 }
 
@@ -90,9 +93,9 @@ fn tokens_through_the_cache_are_tokens_at_once() {
     let want = logits(&decoder, &TOKENS, None);
     let one_by_one: Vec<&[u32]> = TOKENS.chunks(1).collect();
     for pieces in [&one_by_one[..], &[&TOKENS[..4], &TOKENS[4..]], &[&TOKENS]] {
-        assert_near(&cached(&decoder, pieces, 0.0), &want, 1e-5);
+        assert_near(&cached(&decoder, pieces, 0.0), &want, OF_FEWER);
         // What lies behind the last token is not looked at.
-        assert_near(&cached(&decoder, pieces, 1e3), &want, 1e-5);
+        assert_near(&cached(&decoder, pieces, 1e3), &want, OF_FEWER);
     }
 }
 
