@@ -68,7 +68,7 @@ fn few_rows(
     };
     let weight = Walk::over(&[lines]).place("weight", &[stride], b.layout.offset);
     let vector = vector(&x, step, a.dtype);
-    let beyond = weight.reach().max(k * step.unsigned_abs()) + 2 * k + n + 4 * BLOCK * RUN;
+    let beyond = weight.reach().max(k * step.unsigned_abs()) + k + n + 2 * BLOCK * RUN;
     let draft = Draft::new(gpu, "gemm", template)
         .asks_first()
         .template(rows)
