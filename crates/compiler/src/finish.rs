@@ -126,26 +126,23 @@ impl Leveled {
     }
 
     fn push(&mut self, op: &KernelOp, dtype: DType) {
-        let reg = match *op {
-            KernelOp::Load(ref access) => self.inst(op.clone(), dtype, self.level(&access.at)),
-            KernelOp::Index(ref at) => self.inst(op.clone(), dtype, self.level(at)),
-            KernelOp::Random { distribution, stream, seed, ref at } => {
-                let level = self.level(at);
-                let op =
-                    KernelOp::Random { distribution, stream, seed: self.at(seed), at: at.clone() };
+        let op = op.with_operands(|reg| self.at(reg));
+        let reg = match op {
+            KernelOp::Load(ref access) => {
+                let level = self.level(&access.at);
                 self.inst(op, dtype, level)
             }
-            KernelOp::Const(_) => self.inst(op.clone(), dtype, Level::Row),
-            KernelOp::Unary(f, a) => self.map_inst(KernelOp::Unary(f, self.at(a)), dtype),
-            KernelOp::Binary(f, a, b) => {
-                self.map_inst(KernelOp::Binary(f, self.at(a), self.at(b)), dtype)
+            KernelOp::Index(ref at) | KernelOp::Random { ref at, .. } => {
+                let level = self.level(at);
+                self.inst(op, dtype, level)
             }
-            KernelOp::Select(c, a, b) => {
-                self.map_inst(KernelOp::Select(self.at(c), self.at(a), self.at(b)), dtype)
-            }
-            KernelOp::Cast(a) => self.map_inst(KernelOp::Cast(self.at(a)), dtype),
+            KernelOp::Const(_) => self.inst(op, dtype, Level::Row),
+            KernelOp::Unary(..)
+            | KernelOp::Binary(..)
+            | KernelOp::Select(..)
+            | KernelOp::Cast(_) => self.map_inst(op, dtype),
             KernelOp::Reduce(f, a) => {
-                let a = self.column(self.at(a));
+                let a = self.column(a);
                 self.inst(KernelOp::Reduce(f, a), dtype, Level::Row)
             }
         };

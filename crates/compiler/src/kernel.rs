@@ -70,6 +70,23 @@ pub enum KernelOp {
     Reduce(ReduceOp, Reg),
 }
 
+impl KernelOp {
+    /// The same of other registers, each given by what stands in its place.
+    pub(crate) fn with_operands(&self, reg: impl Fn(Reg) -> Reg) -> KernelOp {
+        match *self {
+            KernelOp::Load(_) | KernelOp::Const(_) | KernelOp::Index(_) => self.clone(),
+            KernelOp::Random { distribution, stream, seed, ref at } => {
+                KernelOp::Random { distribution, stream, seed: reg(seed), at: at.clone() }
+            }
+            KernelOp::Unary(f, a) => KernelOp::Unary(f, reg(a)),
+            KernelOp::Binary(f, a, b) => KernelOp::Binary(f, reg(a), reg(b)),
+            KernelOp::Select(c, a, b) => KernelOp::Select(reg(c), reg(a), reg(b)),
+            KernelOp::Cast(a) => KernelOp::Cast(reg(a)),
+            KernelOp::Reduce(f, a) => KernelOp::Reduce(f, reg(a)),
+        }
+    }
+}
+
 /// One instruction.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Inst {

@@ -181,7 +181,10 @@ fn joined(a: &Kernel, b: &Kernel, arg_of: &[u32], first_out: u32) -> Kernel {
     let mut kernel = a.clone();
     let mut reg_of: Vec<Reg> = Vec::with_capacity(b.tape.len());
     for inst in &b.tape {
-        let op = renumbered(&inst.op, |reg| reg_of[reg.index()], |arg| arg_of[arg as usize]);
+        let mut op = inst.op.with_operands(|reg| reg_of[reg.index()]);
+        if let KernelOp::Load(access) = &mut op {
+            access.arg = arg_of[access.arg as usize];
+        }
         let inst = Inst { op, ..*inst };
         let known = kernel.tape.iter().position(|i| *i == inst);
         let at = known.unwrap_or_else(|| {
@@ -195,21 +198,4 @@ fn joined(a: &Kernel, b: &Kernel, arg_of: &[u32], first_out: u32) -> Kernel {
         to: Access { arg: first_out + store.to.arg, ..store.to.clone() },
     }));
     kernel
-}
-
-fn renumbered(op: &KernelOp, reg: impl Fn(Reg) -> Reg, arg: impl Fn(u32) -> u32) -> KernelOp {
-    match *op {
-        KernelOp::Load(ref access) => {
-            KernelOp::Load(Access { arg: arg(access.arg), ..access.clone() })
-        }
-        KernelOp::Const(_) | KernelOp::Index(_) => op.clone(),
-        KernelOp::Random { distribution, stream, seed, ref at } => {
-            KernelOp::Random { distribution, stream, seed: reg(seed), at: at.clone() }
-        }
-        KernelOp::Unary(f, a) => KernelOp::Unary(f, reg(a)),
-        KernelOp::Binary(f, a, b) => KernelOp::Binary(f, reg(a), reg(b)),
-        KernelOp::Select(c, a, b) => KernelOp::Select(reg(c), reg(a), reg(b)),
-        KernelOp::Cast(a) => KernelOp::Cast(reg(a)),
-        KernelOp::Reduce(f, a) => KernelOp::Reduce(f, reg(a)),
-    }
 }
