@@ -4,17 +4,35 @@
 // Eight lanes have a key in common: lane l of them has features V (8 i + l) and the V - 1 after it.
 
 namespace attention {
-// Features of one row that a lane has, zeros beyond the last: PIECES pieces of V.
+// Features of one row that a lane has, as they lie: PIECES pieces of V, zeros beyond the last.
+template <typename S, i32 PIECES> struct Features {
+    Pack<typename S::T, S::VECTOR> pieces[PIECES];
+};
+
 template <typename S, typename X, i32 PIECES>
-FN void load_features(THREAD typename S::R (&to)[PIECES][S::VECTOR], DEVICE const typename S::T* from, i32 b, i32 t, i32 h, i32 lane, bool inside) {
+FN void load_features(THREAD Features<S, PIECES>& to, DEVICE const typename S::T* from, i32 b, i32 t, i32 h, i32 lane, bool inside) {
+    typedef Pack<typename S::T, S::VECTOR> Piece;
 #pragma unroll
     for (i32 i = 0; i < PIECES; ++i) {
         const i32 feature = S::VECTOR * (8 * i + lane);
         if (inside && feature < X::FEATURES) {
-            load(to[i], from + X::at(b, t, h, feature));
+            DEVICE const Piece& piece = *(DEVICE const Piece*)(from + X::at(b, t, h, feature));
+            to.pieces[i] = piece;
         } else {
-            for (i32 j = 0; j < S::VECTOR; ++j) to[i][j] = 0;
+            for (i32 j = 0; j < S::VECTOR; ++j) to.pieces[i].at[j] = typename S::T(0.0f);
         }
+    }
+}
+
+// The features of AHEAD keys of a lane, KEYS_AT_ONCE apart, from `first` on and before `end`.
+template <typename S, typename X, i32 KEYS_AT_ONCE, i32 PIECES>
+FN void load_keys_of_lane(
+    THREAD Features<S, PIECES> (&to)[S::AHEAD], DEVICE const typename S::T* from, i32 b, i32 head, i32 first, i32 end, i32 lane
+) {
+#pragma unroll
+    for (i32 i = 0; i < S::AHEAD; ++i) {
+        const i32 key = first + i * KEYS_AT_ONCE;
+        load_features<S, X>(to[i], from, b, key, head, lane, key < end);
     }
 }
 
@@ -48,18 +66,25 @@ template <typename S>
 FN void forward_few(
     THREAD const Inputs<S>& in, DEVICE f32* parts, DEVICE typename S::T* out, SHARED u64* memory, i32 block, i32 tid
 ) {
-    enum : i32 { KEYS_AT_ONCE = S::THREADS / 8, GROUPS = S::THREADS / 32 };
-    enum : i32 { ROWS = S::AT_ONCE, D_PIECES = S::D_PIECES, DV_PIECES = S::DV_PIECES, DV = S::V_FEATURES, V = S::VECTOR };
+    enum : i32 { KEYS_AT_ONCE = S::THREADS / 8, GROUPS = S::THREADS / 32, AHEAD = S::AHEAD, ROWS = S::AT_ONCE };
+    enum : i32 { D_PIECES = S::D_PIECES, DV_PIECES = S::DV_PIECES, DV = S::V_FEATURES, V = S::VECTOR };
     SHARED f32* const shared = (SHARED f32*)memory;
     const i32 split = block % S::SPLITS, pair = block / S::SPLITS % S::PAIRS, b = pair / S::HEADS, head = pair % S::HEADS;
     const i32 first = block / S::SPLITS / S::PAIRS * ROWS;
-    const i32 lane = tid % 8, simd = tid / 32;
+    const i32 lane = tid % 8, simd = tid / 32, own = tid / 8;
+    Features<S, D_PIECES> q[ROWS], k[AHEAD];
+    Features<S, DV_PIECES> v[AHEAD];
+    // Where all begin with the first key, that and those after it are asked for before it is known how many there are.
+    const bool from_first = S::SPLITS == 1 && S::WINDOW == 0;
+    if (from_first) {
+        load_keys_of_lane<S, typename S::K, KEYS_AT_ONCE>(k, in.k, b, head, own, S::TK, lane);
+        load_keys_of_lane<S, typename S::V, KEYS_AT_ONCE>(v, in.v, b, head, own, S::TK, lane);
+    }
     const Span seen = seen_by_tile<S>(first, in.offset);
     // What is seen is shared out evenly.
     const i32 share = (seen.end - seen.start + S::SPLITS * 16 - 1) / (S::SPLITS * 16) * 16;
     const i32 start = seen.start + split * share;
     const i32 end = start + share < seen.end ? start + share : seen.end;
-    f32 q[ROWS][D_PIECES][V];
     Part<DV_PIECES, V> all[ROWS];
     Span rows_see[ROWS];
     for (i32 r = 0; r < ROWS; ++r) {
@@ -73,18 +98,20 @@ FN void forward_few(
             for (i32 j = 0; j < V; ++j) all[r].values[i][j] = 0.0f;
         }
     }
-    // What is loaded for several keys does not wait for each other.
-#pragma unroll S::AHEAD
-    for (i32 base = start; base < end; base += KEYS_AT_ONCE) {
-        const i32 key = base + tid / 8;
-        f32 k[D_PIECES][V], v[DV_PIECES][V];
-        load_features<S, typename S::K>(k, in.k, b, key, head, lane, key < end);
-        load_features<S, typename S::V>(v, in.v, b, key, head, lane, key < end);
-        for (i32 r = 0; r < ROWS; ++r) {
+    for (i32 base = start; base < end; base += AHEAD * KEYS_AT_ONCE) {
+        if (!from_first || base > start) {
+            load_keys_of_lane<S, typename S::K, KEYS_AT_ONCE>(k, in.k, b, head, base + own, end, lane);
+            load_keys_of_lane<S, typename S::V, KEYS_AT_ONCE>(v, in.v, b, head, base + own, end, lane);
+        }
+#pragma unroll
+        for (i32 n = 0; n < AHEAD * ROWS; ++n) {
+            const i32 ahead = n / ROWS, r = n % ROWS, key = base + ahead * KEYS_AT_ONCE + own;
+            // The same for all threads.
+            if (base + ahead * KEYS_AT_ONCE >= end) continue;
             const i32 row = first + r, h = head * S::GROUP + row % S::GROUP;
             f32 s = 0.0f;
             for (i32 i = 0; i < D_PIECES; ++i) {
-                for (i32 j = 0; j < V; ++j) s += q[r][i][j] * k[i][j];
+                for (i32 j = 0; j < V; ++j) s += f32(q[r].pieces[i].at[j]) * f32(k[ahead].pieces[i].at[j]);
             }
             for (u32 mask = 4; mask > 0; mask >>= 1) s += shuffle_xor(s, mask);
             bool sees = key < end && key >= rows_see[r].start && key < rows_see[r].end;
@@ -97,7 +124,11 @@ FN void forward_few(
             all[r].max = top;
             all[r].sum = all[r].sum * factor + p;
             for (i32 i = 0; i < DV_PIECES; ++i) {
-                for (i32 j = 0; j < V; ++j) all[r].values[i][j] = all[r].values[i][j] * factor + p * v[i][j];
+                for (i32 j = 0; j < V; ++j) {
+                    // Beyond the end there may be anything.
+                    const f32 x = key < end ? f32(v[ahead].pieces[i].at[j]) : 0.0f;
+                    all[r].values[i][j] = all[r].values[i][j] * factor + p * x;
+                }
             }
         }
     }

@@ -18,6 +18,8 @@ const WHOLE_KEYS: usize = 1024;
 const AT_ONCE: usize = 4;
 /// Of a head, for the same reason.
 const MOST_FEATURES: usize = 256;
+/// Of the keys that a block asks for at once, and of their values, of each eight lanes: for the same reason, too.
+const FEATURES_AHEAD: usize = 256;
 
 /// How the work is divided.
 pub(super) struct Few {
@@ -47,7 +49,8 @@ impl Few {
         let wide = |x: &Operand| is_wide(&x.layout, vector);
         let vector = if shape.qkv().all(wide) { vector } else { 1 };
         if shape.tk <= WHOLE_KEYS {
-            return Some(Few { at_once: 1, splits: 1, threads: 512, ahead: 4, vector });
+            let ahead = (FEATURES_AHEAD / shape.d.max(shape.dv)).clamp(1, 4);
+            return Some(Few { at_once: 1, splits: 1, threads: 512, ahead, vector });
         }
         let threads = 128;
         let chunks = rows.div_ceil(AT_ONCE);
