@@ -30,7 +30,7 @@ mod text;
 pub use beside::{Ahead, beside};
 pub use call::{Call, Part, Place, Status, call};
 pub use dialect::Dialect;
-pub use launch::{Launch, Limits, Team, launch};
+pub use launch::{Launch, Limits, Team, TensorCores, launch};
 pub use product::product;
 
 use crate::kernel::{Access, Kernel, KernelOp};

@@ -3,8 +3,13 @@
 use super::dialect::{Dialect, Shared};
 
 /// What has a dialect of its own.
-const TENSOR_CORES: [&str; 3] =
-    [include_str!("call/mma.h"), include_str!("call/flash.h"), include_str!("call/flash_grad.h")];
+const TENSOR_CORES: [&str; 5] = [
+    include_str!("call/mma.h"),
+    include_str!("call/wgmma.h"),
+    include_str!("call/flash_products.h"),
+    include_str!("call/flash.h"),
+    include_str!("call/flash_grad.h"),
+];
 
 pub(super) const DIALECT: Dialect = Dialect {
     language: "CUDA C",
@@ -23,5 +28,5 @@ pub(super) const DIALECT: Dialect = Dialect {
         "FN void {name}(const u32 block, const u32 blocks,",
         "const u32 tid = threadIdx.x;",
     ]),
-    shared: Shared::Line("extern __shared__ __align__(256) u64 shared[];"),
+    shared: Shared::Line("extern __shared__ __align__(1024) u64 shared[];"),
 };

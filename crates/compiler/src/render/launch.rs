@@ -31,14 +31,23 @@ pub struct Limits {
     pub max_operands: usize,
     /// Threads that run at once, on the whole device.
     pub resident_threads: usize,
-    /// Whether SIMD groups multiply tiles of 16-bit floats as those of sm_80 do.
-    pub tensor_cores: bool,
+    /// How tiles of 16-bit floats are multiplied, if there is a unit for that.
+    pub tensor_cores: Option<TensorCores>,
     /// Whether the library's products of 16-bit factors can give f32.
     pub widening_products: bool,
     /// Rows of a product up to which a rendered kernel multiplies instead of the library; 0 for none.
     pub few_rows: usize,
     /// What the workspace of a call takes at most, about.
     pub workspace_bytes: usize,
+}
+
+/// Units that multiply tiles of 16-bit floats.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum TensorCores {
+    /// For a SIMD group, from its registers: `mma` and `ldmatrix`, sm_80 and later.
+    Mma,
+    /// For four SIMD groups together, too, from the memory that they share, while these go on: `wgmma`, sm_90 alone.
+    Wgmma,
 }
 
 /// A few matrices of 16 bits that keep a large device busy.
@@ -54,7 +63,7 @@ impl Limits {
             max_shared_bytes: 48 << 10,
             max_operands: 512,
             resident_threads: multiprocessors * threads,
-            tensor_cores: false,
+            tensor_cores: None,
             widening_products: true,
             few_rows: 4,
             workspace_bytes: WORKSPACE_BYTES,
@@ -70,7 +79,12 @@ impl Limits {
             (9..=11, _) => 227,
             _ => 48,
         };
-        Limits { tensor_cores: major >= 8, max_shared_bytes: shared_kib << 10, ..self }
+        let tensor_cores = match major {
+            0..=7 => None,
+            9 => Some(TensorCores::Wgmma),
+            _ => Some(TensorCores::Mma),
+        };
+        Limits { tensor_cores, max_shared_bytes: shared_kib << 10, ..self }
     }
 
     /// Apple's GPUs ("Metal Feature Set Tables", families Apple4 and later), of so many cores, which are taken to run 1024
@@ -82,7 +96,7 @@ impl Limits {
             max_shared_bytes: 32 << 10,
             max_operands: 31,
             resident_threads: cores * 1024,
-            tensor_cores: false,
+            tensor_cores: None,
             widening_products: false,
             few_rows: 4,
             workspace_bytes: WORKSPACE_BYTES,

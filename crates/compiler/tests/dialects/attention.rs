@@ -203,7 +203,9 @@ impl Lies {
     }
 }
 
-const TENSOR_CORES: (&Dialect, Limits) = (Dialect::CUDA, CUDA.of_capability(9, 0));
+/// SIMD groups that multiply by themselves, and four together.
+const TENSOR_CORES: [(&str, Limits); 2] =
+    [("flash", CUDA.of_capability(8, 0)), ("flash-wgmma", CUDA.of_capability(9, 0))];
 
 fn check(name: &str, (dialect, limits): (&'static Dialect, Limits), tasks: &[Task]) {
     plans::check(name, dialect, limits, tasks, |_| false);
@@ -283,10 +285,14 @@ pub(crate) fn on_tensor_cores() -> [Vec<Task>; 2] {
 
 #[test]
 fn attention_on_tensor_cores_equals_its_meaning() {
-    check("flash", TENSOR_CORES, &on_tensor_cores()[0]);
+    for (name, limits) in TENSOR_CORES {
+        check(name, (Dialect::CUDA, limits), &on_tensor_cores()[0]);
+    }
 }
 
 #[test]
 fn attention_on_tensor_cores_sees_what_its_attributes_say() {
-    check("flash-attributes", TENSOR_CORES, &on_tensor_cores()[1]);
+    for (name, limits) in TENSOR_CORES {
+        check(&format!("{name}-attributes"), (Dialect::CUDA, limits), &on_tensor_cores()[1]);
+    }
 }

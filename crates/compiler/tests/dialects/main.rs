@@ -241,13 +241,17 @@ fn cuda_kernels_compile_for_sm_80_and_sm_90() {
     let all: Vec<Case> = [real_cases(), all_random_cases()].into_iter().flatten().collect();
     let limits = Limits::cuda(132, 2048);
     let fused = sources(&all, Dialect::CUDA, &limits);
-    let mut renderer = Renderer::new(Dialect::CUDA, limits.of_capability(8, 0));
-    let every = [calls::every(), attention::on_tensor_cores().concat()].concat();
-    let plan = |task: Task| renderer.plan(&task.graph, &task.donated).unwrap();
-    let plans: Vec<Rendered> = every.into_iter().map(plan).collect();
-    let of_calls = plans::sources(&plans).filter(|source| !source.name.starts_with('k'));
-    let units = units(fused.iter().flatten().chain(of_calls), Dialect::CUDA);
-    machine::compile_by_nvrtc(Path::new(&home), "sm_80,sm_90", Dialect::CUDA, &units);
+    let compile = |capability: u32, architecture: &str| {
+        let mut renderer = Renderer::new(Dialect::CUDA, limits.of_capability(capability, 0));
+        let every = [calls::every(), attention::on_tensor_cores().concat()].concat();
+        let plan = |task: Task| renderer.plan(&task.graph, &task.donated).unwrap();
+        let plans: Vec<Rendered> = every.into_iter().map(plan).collect();
+        let of_calls = plans::sources(&plans).filter(|source| !source.name.starts_with('k'));
+        let units = units(fused.iter().flatten().chain(of_calls), Dialect::CUDA);
+        machine::compile_by_nvrtc(Path::new(&home), architecture, Dialect::CUDA, &units);
+    };
+    compile(8, "sm_80");
+    compile(9, "sm_90a");
 }
 
 /// What a dialect cannot, or a library call that has no kernels yet.

@@ -123,7 +123,9 @@ impl Toolchain {
         let text = CString::new(text).map_err(|e| failed(e.to_string()))?;
         let program =
             nvrtc::result::create_program(&text, None).map_err(|e| failed(format!("{e:?}")))?;
-        let architecture = format!("--gpu-architecture=sm_{}", self.architecture);
+        // With what this architecture alone has: what no other one will run.
+        let alone = if self.architecture == 90 { "a" } else { "" };
+        let architecture = format!("--gpu-architecture=sm_{}{alone}", self.architecture);
         let options = Dialect::CUDA.options.iter().map(|o| (*o).to_owned());
         let options: Vec<String> = options.chain([architecture]).collect();
         // SAFETY: a program that was just made, and is destroyed below.

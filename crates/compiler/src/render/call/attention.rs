@@ -10,7 +10,8 @@
 //! attention_grad_keys   a block has a tile of keys: dk, dv
 //! ```
 //!
-//! Tiles are there twice: for whatever dtype, strides and extents (`attention.h`), and for tensor cores (`flash.h`).
+//! Tiles are there twice: for whatever dtype, strides and extents (`attention.h`), and for tensor cores (`flash.h`), whose products
+//! are a SIMD group's (`mma.h`) or a block's (`wgmma.h`).
 
 use super::attention_few::Few;
 use super::attention_shape::{Shape, Tile};

@@ -3,7 +3,7 @@
 use super::attention_few::is_wide;
 use super::draft::Gpu;
 use super::kernel::Parameter;
-use crate::render::{Launch, Team, scalar};
+use crate::render::{Launch, Team, TensorCores, scalar};
 use crate::{Layout, Operand};
 use metal_candle_graph::DType;
 use metal_candle_graph::composite::{AttentionAttrs, AttentionInput};
@@ -51,18 +51,18 @@ impl Shape {
         Shape { attrs: *attrs, dtype, b, tq, tk, hk, group, d: q[3], dv: v[3], inputs }
     }
 
-    /// Whether `flash.h` can do it, as far as the shape and the other operands say.
-    fn suits_tensor_cores(&self, others: &[&Operand], gpu: Gpu<'_>) -> bool {
+    /// How `flash.h` can do it, as far as the shape and the other operands say.
+    fn tensor_cores(&self, others: &[&Operand], gpu: Gpu<'_>) -> Option<TensorCores> {
         let wide = |x: &Operand| is_wide(&x.layout, 8);
-        gpu.limits.tensor_cores
-            && self.dtype.size_bytes() == 2
+        let suits = self.dtype.size_bytes() == 2
             && self.d == self.dv
             && [64, 128].contains(&self.d)
             && !self.attrs.mask
             && self.attrs.scale.as_f64() > 0.0
             && self.qkv().chain(others.iter().copied()).all(wide)
             // Of the largest tile.
-            && gpu.limits.max_shared_bytes >= 2 * self.d * (128 + 4 * 64) + 16 * 64
+            && gpu.limits.max_shared_bytes >= 2 * self.d * (2 * 64 + 4 * 64) + 16 * 64;
+        gpu.limits.tensor_cores.filter(|_| suits)
     }
 
     pub(super) fn qkv(&self) -> impl Iterator<Item = &Operand> {
@@ -145,6 +145,7 @@ impl Shape {
             ("D", self.d),
             ("Q_CHUNKS", self.d.div_ceil(STEP).max(1)),
             ("V_CHUNKS", self.dv.div_ceil(STEP).max(1)),
+            ("WGMMA", flag(tile.tensor_cores == Some(TensorCores::Wgmma))),
         ]);
         text.scale(self.attrs.scale.as_f64(), self.register());
         text.operand("Q", &q.1);
@@ -164,17 +165,20 @@ pub(super) struct Tile {
     pub(super) keys: usize,
     threads: usize,
     shared_bytes: usize,
-    tensor_cores: bool,
+    tensor_cores: Option<TensorCores>,
 }
 
 impl Tile {
     pub(super) fn forward(shape: &Shape, out: Option<&Operand>, gpu: Gpu<'_>) -> Tile {
-        if !shape.suits_tensor_cores(out.as_slice(), gpu) {
+        let Some(cores) = shape.tensor_cores(out.as_slice(), gpu) else {
             return Tile::portable(shape);
-        }
-        let rows = if shape.rows() <= 64 { 64 } else { 128 };
+        };
+        let rows = match cores {
+            TensorCores::Mma if shape.rows() > 64 => 128,
+            _ => 64,
+        };
         // q, and twice k and v
-        Tile::of_tensor_cores(rows, 64, 2 * shape.d * (rows + 4 * 64))
+        Tile::of_tensor_cores(cores, [rows, 64], 2 * shape.d * (rows + 4 * 64))
     }
 
     /// The rows' and the keys'.
@@ -186,21 +190,26 @@ impl Tile {
         gpu: Gpu<'_>,
     ) -> [Tile; 2] {
         let all: Vec<&Operand> = [dy].into_iter().chain(outs).collect();
-        if wrt.contains(&AttentionInput::Mask) || !shape.suits_tensor_cores(&all, gpu) {
+        let cores = shape.tensor_cores(&all, gpu).filter(|_| !wrt.contains(&AttentionInput::Mask));
+        let Some(cores) = cores else {
             return [Tile::portable(shape), Tile::portable(shape)];
-        }
-        // As many keys as registers hold without spilling.
-        let (rows, keys) = (128, 32);
+        };
+        // As much as registers hold without spilling.
+        let (rows, keys) = match cores {
+            TensorCores::Mma => (128, 32),
+            TensorCores::Wgmma => (64, 64),
+        };
         // q and dy, and twice k and v
-        let of_rows = Tile::of_tensor_cores(rows, keys, 2 * shape.d * (2 * rows + 4 * keys));
+        let bytes = 2 * shape.d * (2 * rows + 4 * keys);
+        let of_rows = Tile::of_tensor_cores(cores, [rows, keys], bytes);
         let (rows, keys) = (64, 64);
         // k and v, and twice q, dy, lse and delta
         let bytes = 2 * shape.d * (2 * keys + 4 * rows) + 16 * rows;
-        [of_rows, Tile::of_tensor_cores(rows, keys, bytes)]
+        [of_rows, Tile::of_tensor_cores(cores, [rows, keys], bytes)]
     }
 
-    fn of_tensor_cores(rows: usize, keys: usize, shared_bytes: usize) -> Tile {
-        Tile { rows, keys, threads: 128, shared_bytes, tensor_cores: true }
+    fn of_tensor_cores(cores: TensorCores, [rows, keys]: [usize; 2], shared_bytes: usize) -> Tile {
+        Tile { rows, keys, threads: 128, shared_bytes, tensor_cores: Some(cores) }
     }
 
     pub(super) fn portable(shape: &Shape) -> Tile {
@@ -211,17 +220,17 @@ impl Tile {
         let scores = rows * (keys + 1) + rows.max(keys) * (STEP + 1);
         let shared_bytes = factors.max(scores) * shape.register().size_bytes();
         let shared_bytes = shared_bytes.next_multiple_of(16);
-        Tile { rows, keys, threads: 256, shared_bytes, tensor_cores: false }
+        Tile { rows, keys, threads: 256, shared_bytes, tensor_cores: None }
     }
 
     /// Rows alone.
     pub(super) fn of(rows: usize, threads: usize, shared_bytes: usize) -> Tile {
-        Tile { rows, keys: 1, threads, shared_bytes, tensor_cores: false }
+        Tile { rows, keys: 1, threads, shared_bytes, tensor_cores: None }
     }
 
     /// Of the templates.
     pub(super) fn namespace(&self) -> &'static str {
-        if self.tensor_cores { "flash" } else { "attention" }
+        if self.tensor_cores.is_some() { "flash" } else { "attention" }
     }
 
     pub(super) fn launch(&self, shape: &Shape, tiles: usize) -> Launch {

@@ -59,3 +59,23 @@ template <typename T> void multiply_add(float (&to)[4], const unsigned (&a)[4], 
 template <typename T> unsigned pair_of(float a, float b, T) { return unsigned(T(a).bits) | unsigned(T(b).bits) << 16; }
 inline float power_of_2(float x) { return exp2f(x); }
 TOGETHER inline void simd_barrier() { machine::shuffle_xor(0u, 0); }
+
+// What `wgmma.h` says in PTX: here, products have ended when they are asked for.
+inline void publish() {}
+inline void begin_products() {}
+inline void end_products() {}
+template <int LEFT> void await_products() {}
+template <typename T, int N> void settled(T (&)[N][4]) {}
+inline unsigned long long factor_at(unsigned place) {
+    return (unsigned long long)(place >> 4 & 0x3fff) | 64ull << 32 | 1ull << 62;
+}
+template <typename T> void multiply_together(float (&to)[8][4], unsigned long long a, unsigned long long b, bool add, T) {
+    for (unsigned n = 0; n < 8; ++n) {
+        if (!add) for (float& x : to[n]) x = 0.0f;
+        machine::multiply_tile(to[n], machine::Factor(a, false), machine::Factor(b, false), n, kind_of<T>());
+    }
+}
+template <typename T>
+TOGETHER void multiply_turned(float (&to)[8][4], const unsigned (&a)[4], unsigned long long b, T) {
+    for (unsigned n = 0; n < 8; ++n) machine::multiply_tile(to[n], a, machine::Factor(b, true), n, kind_of<T>());
+}

@@ -92,4 +92,38 @@ void multiply_add(float (&to)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t 
     }
 }
 
+float Factor::at(unsigned outer, unsigned inner, Half kind) const {
+    const auto field = [this](unsigned from) { return unsigned(descriptor >> from & 0x3fff) << 4; };
+    if (descriptor >> 62 != 1) fail("a factor without 128-byte swizzling");
+    const unsigned row = turned ? inner : outer, col = turned ? outer : inner;
+    const unsigned place = row / 8 * field(32) + row % 8 * 128 + col * 2;
+    const unsigned whole = field(0) + place, swizzled = whole ^ (whole >> 7 & 7) << 4;
+    access(in_shared(swizzled), 2, false);
+    ushort bits;
+    std::memcpy(&bits, in_shared(swizzled), sizeof bits);
+    return number(bits, 0, kind);
+}
+
+void multiply_tile(float (&to)[4], const uint32_t (&a)[4], const Factor& b, unsigned n, Half kind) {
+    using Left = std::array<uint32_t, 4>;
+    const Left mine = {a[0], a[1], a[2], a[3]};
+    const auto all = static_cast<const Left*>(gather(&mine, sizeof mine, __builtin_return_address(0)));
+    const unsigned lane = ids().tid % SIMD;
+    for (unsigned i = 0; i < 4; ++i) {
+        const unsigned row = lane / 4 + i / 2 * 8, col = lane % 4 * 2 + i % 2;
+        for (unsigned k = 0; k < 16; ++k) {
+            const uint32_t left = all[row % 8 * 4 + k % 8 / 2][k / 8 * 2 + row / 8];
+            to[i] += number(left, k % 2, kind) * b.at(8 * n + col, k, kind);
+        }
+    }
+}
+
+void multiply_tile(float (&to)[4], const Factor& a, const Factor& b, unsigned n, Half kind) {
+    const unsigned lane = ids().tid % SIMD, simd = ids().tid / SIMD % 4;
+    for (unsigned i = 0; i < 4; ++i) {
+        const unsigned row = lane / 4 + i / 2 * 8, col = lane % 4 * 2 + i % 2;
+        for (unsigned k = 0; k < 16; ++k) to[i] += a.at(16 * simd + row, k, kind) * b.at(8 * n + col, k, kind);
+    }
+}
+
 }
