@@ -4,7 +4,7 @@ use super::rows::{self, Row};
 use super::table::{Figures, Measured, print_head};
 use super::worker::Worker;
 use super::{Options, build, processor, results_folder};
-use crate::command::{output, program, root};
+use crate::command::{program, root};
 use crate::{model, reference};
 use anyhow::{Context, Result, anyhow};
 use serde_json::{Value, json};
