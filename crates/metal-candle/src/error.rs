@@ -70,7 +70,7 @@ pub enum ErrorKind {
     NoUpdate { skipped: usize, culprit: String },
     #[error(
         "a step of {} x {} tokens wants {} beside what is loaded, and {device} has {} free: {}", of[0], of[1],
-        Bytes(*wanted_bytes), Bytes(*free_bytes), smaller(*fits)
+        Bytes(*wanted_bytes as u64), Bytes(*free_bytes as u64), smaller(*fits)
     )]
     StepMemory {
         device: Device,
