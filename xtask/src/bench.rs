@@ -12,6 +12,7 @@ use crate::command::{cargo, execute, output};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 use std::path::PathBuf;
+use std::process::Command;
 
 pub(crate) fn run(args: &[&str]) -> Result<()> {
     match args {
@@ -74,6 +75,16 @@ fn results_folder() -> Result<PathBuf> {
     let folder = PathBuf::from(target).join("bench");
     std::fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
     Ok(folder)
+}
+
+/// The processor, as the system calls it; `None` where the system cannot be asked.
+fn processor() -> Option<String> {
+    let info = output(&mut Command::new("lscpu")).ok()?;
+    let named = |key: &str| {
+        let value = info.lines().find_map(|line| line.strip_prefix(key))?;
+        Some(value.trim().to_owned())
+    };
+    Some(format!("{} ({} CPUs)", named("Model name:")?, named("CPU(s):")?))
 }
 
 /// Builds benches, each a package's; where no time counts, in the profile that tests use.

@@ -17,7 +17,7 @@ const USAGE: &str = "\
 cargo xtask COMMAND
 
     quickstart [--model FILE]   get a small model, fine-tune it, show its answers before and after
-    test                        format, lints, tidy, doctests, all tests
+    test                        format, lints, tidy, docs, all tests
     test --device DEVICE        the tests of values on cuda, cuda:N, metal or cpu
     tidy                        the rules of ARCHITECTURE.md, and no loose ends
     bench [FILTER]              the same work through eager Candle and through this library

@@ -11,7 +11,7 @@ const FEATURES: [&str; 2] = ["--features", "metal-candle/async-exec"];
 type Stage = (&'static str, fn() -> Result<()>);
 
 /// The quick ones first; the tests last, so that their summary closes the output.
-const STAGES: [Stage; 9] = [
+const STAGES: [Stage; 10] = [
     ("set-up", set_up),
     ("format", || execute(cargo().args(["fmt", "--all", "--check"]))),
     ("tidy", tidy::run),
@@ -19,6 +19,7 @@ const STAGES: [Stage; 9] = [
     ("clippy for CUDA", clippy_for_cuda),
     ("metal", apple::run),
     ("neon", neon::run),
+    ("docs", docs),
     ("doctests", || execute(cargo().args(["test", "--doc", "--workspace"]).args(FEATURES))),
     ("tests", tests),
 ];
@@ -37,6 +38,13 @@ pub(crate) fn run() -> Result<()> {
     }
     print_times(&times);
     Ok(())
+}
+
+/// The pages of all crates, with every link in them found.
+fn docs() -> Result<()> {
+    let mut command = cargo();
+    command.args(["doc", "--no-deps", "--workspace"]).args(FEATURES);
+    execute(command.env("RUSTDOCFLAGS", "-D warnings"))
 }
 
 /// The crates whose tests make tensors on `METAL_CANDLE_TEST_DEVICE`.

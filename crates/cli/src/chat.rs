@@ -41,7 +41,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     tokenizer.chat_template().context("the model has no chat template: use generate")?;
     let config = args.sampling.config(&tokenizer, &loaded.generation)?;
     let decoder = Arc::new(args.sampling.cache.of(loaded.decoder));
-    let generator = Generator::new(decoder, Arc::clone(&tokenizer))?;
+    let generator = Generator::new(decoder, Arc::clone(&tokenizer));
     let system = args.system_prompt.iter().map(|text| Message::new("system", text)).collect();
     let session = Session::default();
     let mut chat =

@@ -50,7 +50,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let loaded = args.model.load_with(args.adapter_path.as_deref())?;
     let questions = questions(&args.data, &loaded.tokenizer)?;
     let tokenizer = Arc::new(loaded.tokenizer);
-    let generator = Generator::new(Arc::new(loaded.decoder), Arc::clone(&tokenizer))?;
+    let generator = Generator::new(Arc::new(loaded.decoder), Arc::clone(&tokenizer));
 
     let bar = progress(questions.len() as u64, "{bar:30} {pos}/{len} eta {eta}");
     let mut matches = 0;

@@ -55,7 +55,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         bail!("--system-prompt: the model has no chat template to put it into");
     }
     let decoder = Arc::new(args.sampling.cache.of(loaded.decoder));
-    let generator = Generator::new(decoder, Arc::clone(&tokenizer))?;
+    let generator = Generator::new(decoder, Arc::clone(&tokenizer));
     match &prompts[..] {
         [prompt] if args.prompts_file.is_none() => one(args, &generator, &config, template, prompt),
         prompts => many(args, &generator, &config, template, prompts),

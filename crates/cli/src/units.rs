@@ -2,38 +2,28 @@
 
 use std::fmt;
 
-/// A length in bytes, in binary units.
-#[derive(Clone, Copy)]
-pub(crate) struct Bytes(pub(crate) u64);
+pub(crate) use metal_candle::plan::Bytes;
 
 /// A number of things, in thousands.
 #[derive(Clone, Copy)]
 pub(crate) struct Count(pub(crate) u64);
 
-impl fmt::Display for Bytes {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(&scaled(self.0, 1024, " B", [" KiB", " MiB", " GiB", " TiB"]))
-    }
-}
-
 impl fmt::Display for Count {
+    /// With one decimal, in the largest unit that is not above it.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(&scaled(self.0, 1000, "", [" k", " M", " B", " T"]))
+        const STEP: f64 = 1000.0;
+        const UNITS: [&str; 4] = ["k", "M", "B", "T"];
+        let mut value = self.0 as f64 / STEP;
+        if value < 1.0 {
+            return f.pad(&self.0.to_string());
+        }
+        let mut unit = 0;
+        while value >= STEP && unit + 1 < UNITS.len() {
+            value /= STEP;
+            unit += 1;
+        }
+        f.pad(&format!("{value:.1} {}", UNITS[unit]))
     }
-}
-
-/// The number with one decimal, in the largest unit that is not above it.
-fn scaled(n: u64, step: u64, ones: &str, units: [&str; 4]) -> String {
-    if n < step {
-        return format!("{n}{ones}");
-    }
-    let mut value = n as f64 / step as f64;
-    let mut unit = 0;
-    while value >= step as f64 && unit + 1 < units.len() {
-        value /= step as f64;
-        unit += 1;
-    }
-    format!("{value:.1}{}", units[unit])
 }
 
 #[cfg(test)]

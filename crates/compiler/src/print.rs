@@ -17,12 +17,12 @@ pub(crate) fn plan(plan: &Plan, f: &mut fmt::Formatter<'_>) -> fmt::Result {
     writeln!(
         f,
         "memory: peak {} = inputs and results {} + arena {} ({} if nothing were shared)",
-        Bytes(plan.peak_bytes()),
-        Bytes(plan.peak_bytes() - plan.arena_bytes),
-        Bytes(plan.arena_bytes),
-        Bytes(plan.unshared_bytes),
+        Bytes(plan.peak_bytes() as u64),
+        Bytes((plan.peak_bytes() - plan.arena_bytes) as u64),
+        Bytes(plan.arena_bytes as u64),
+        Bytes(plan.unshared_bytes as u64),
     )?;
-    writeln!(f, "work: {} flops, {} moved", Si(plan.flops()), Bytes(plan.bytes() as usize))?;
+    writeln!(f, "work: {} flops, {} moved", Si(plan.flops()), Bytes(plan.bytes()))?;
     for (i, s) in plan.steps.iter().enumerate() {
         step(i, s, f)?;
         for split in plan.splits.iter().filter(|split| split.consumer == i) {
@@ -60,7 +60,7 @@ fn step(i: usize, step: &Step, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         }
         Work::Call(_) => {}
     }
-    writeln!(f, "  {} flops, {}", Si(step.flops), Bytes(step.bytes as usize))
+    writeln!(f, "  {} flops, {}", Si(step.flops), Bytes(step.bytes))
 }
 
 /// `arena[1024..2048]:f32[4, 64]`
@@ -104,21 +104,21 @@ impl fmt::Display for Space<'_> {
 
 /// A size in the largest unit of 1024s that is not above it.
 #[derive(Clone, Copy, Debug)]
-pub struct Bytes(pub usize);
+pub struct Bytes(pub u64);
 
 impl fmt::Display for Bytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         const UNITS: [&str; 4] = ["KiB", "MiB", "GiB", "TiB"];
         let mut value = self.0 as f64 / 1024.0;
         if value < 1.0 {
-            return write!(f, "{} B", self.0);
+            return f.pad(&format!("{} B", self.0));
         }
         let mut unit = 0;
         while value >= 1024.0 && unit < UNITS.len() - 1 {
             value /= 1024.0;
             unit += 1;
         }
-        write!(f, "{value:.1} {}", UNITS[unit])
+        f.pad(&format!("{value:.1} {}", UNITS[unit]))
     }
 }
 

@@ -24,6 +24,8 @@ pub struct Value {
 }
 
 impl Value {
+    /// `data` in row-major order, each number one that `dtype` holds.
+    ///
     /// # Errors
     /// [`Error::Reshape`] where `data` has not the elements of `dims`.
     pub fn new(dtype: DType, dims: &[usize], data: Vec<f64>) -> Result<Value> {

@@ -23,6 +23,8 @@ impl std::hash::Hash for Shape {
 impl Shape {
     pub const SCALAR: Shape = Shape { rank: 0, dims: [0; MAX_RANK] };
 
+    /// A shape of these extents.
+    ///
     /// # Errors
     /// [`Error::Rank`] beyond [`MAX_RANK`]; [`Error::ShapeOverflow`] if the tensor could not be addressed.
     pub fn new(dims: &[usize]) -> Result<Shape> {

@@ -7,7 +7,8 @@ use std::fmt;
 use std::panic::Location;
 use std::path::PathBuf;
 
-/// An error: its kind, and the line that made the mistake.
+/// An error: its kind, and the line that made the mistake. The message has the line where it is for the caller's code to
+/// be mended, not a file, a setting or a text.
 pub struct Error {
     kind: Box<ErrorKind>,
     location: &'static Location<'static>,
@@ -69,7 +70,7 @@ pub enum ErrorKind {
     NoUpdate { skipped: usize, culprit: String },
     #[error(
         "a step of {} x {} tokens wants {} beside what is loaded, and {device} has {} free: {}", of[0], of[1],
-        Bytes(*wanted_bytes), Bytes(*free_bytes), smaller(*fits)
+        Bytes(*wanted_bytes as u64), Bytes(*free_bytes as u64), smaller(*fits)
     )]
     StepMemory {
         device: Device,
@@ -137,6 +138,25 @@ pub enum ErrorKind {
     CacheSize { dims: Vec<usize> },
 }
 
+impl ErrorKind {
+    /// Whether a line of the caller's made it: with the others a file, a setting or a text is the matter.
+    fn is_of_code(&self) -> bool {
+        matches!(
+            self,
+            ErrorKind::Graph(_)
+                | ErrorKind::Runtime(_)
+                | ErrorKind::Candle(_)
+                | ErrorKind::DeviceMismatch { .. }
+                | ErrorKind::DataLength { .. }
+                | ErrorKind::NotAScalar { .. }
+                | ErrorKind::ArgumentValue { .. }
+                | ErrorKind::PlaceholderValue { .. }
+                | ErrorKind::EvaluatedLoss { .. }
+                | ErrorKind::DonatedArgument { .. }
+        )
+    }
+}
+
 impl Error {
     /// What went wrong.
     pub fn kind(&self) -> &ErrorKind {
@@ -193,12 +213,10 @@ from_kind!(
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &*self.kind {
-            // Files are the matter here, not lines of code.
-            ErrorKind::Io(_)
-            | ErrorKind::FuseFolderToGguf { .. }
-            | ErrorKind::FuseOccupied { .. } => write!(f, "{}", self.kind),
-            kind => write!(f, "{kind} (at {}:{})", self.location.file(), self.location.line()),
+        write!(f, "{}", self.kind)?;
+        match self.kind.is_of_code() {
+            true => write!(f, " (at {}:{})", self.location.file(), self.location.line()),
+            false => Ok(()),
         }
     }
 }
@@ -219,5 +237,20 @@ fn smaller(fits: Option<[usize; 2]>) -> String {
     match fits {
         Some([batch, seq]) => format!("{batch} x {seq} would fit (batch size, length of the rows)"),
         None => "not even one short row fits; take a smaller model, or one in blocks".into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::LazyTensor;
+
+    #[test]
+    fn a_message_has_a_line_where_code_is_to_be_mended() {
+        let x = LazyTensor::zeros(&[2], DType::F32, &Device::Cpu).unwrap();
+        let error = x.reshape(&[3]).unwrap_err();
+        assert!(error.to_string().contains(&format!("{}:", file!())), "{error}");
+        let error = Error::from(ErrorKind::EmptyStop);
+        assert_eq!(error.to_string(), error.kind().to_string());
     }
 }

@@ -8,7 +8,24 @@
 //!                                                   embed ───── vectors of texts
 //! ```
 //!
-//! `ARCHITECTURE.md` in the repository has the whole picture.
+//! Tensors begin with [`LazyTensor`], [`grad`] and [`compile`]:
+//!
+//! ```
+//! use metal_candle::{DType, Device, LazyTensor, grad};
+//!
+//! let x = LazyTensor::randn(&[4, 8], DType::F32, 0, &Device::Cpu)?;
+//! let w = LazyTensor::randn(&[8, 2], DType::F32, 1, &Device::Cpu)?;
+//! let loss = x.matmul(&w)?.sqr()?.mean_all()?;
+//! let gradient = grad(&loss, &[&w])?.remove(0);
+//! assert_eq!(gradient.dims(), w.dims()); // nothing has been computed yet
+//! let values = LazyTensor::eval_all(&[&loss, &gradient])?; // forward and backward as one plan
+//! # assert_eq!(values.len(), 2);
+//! # Ok::<(), metal_candle::Error>(())
+//! ```
+//!
+//! Language models begin with [`models::load`], [`train::Trainer`] and [`generate::Generator`]; vectors of texts with
+//! [`embed::EmbeddingModel`]. `README.md` in the repository fine-tunes a model from Rust, and `ARCHITECTURE.md` has the whole
+//! picture.
 #![warn(missing_docs)]
 
 pub mod embed;

@@ -137,7 +137,7 @@ fn decoding((base, activations, tolerance): (BaseWeights, DType, f64)) -> [Task;
     decoder.apply_adapter(trained).unwrap();
     let tokenizer = Arc::new(tiny::Tiny::new().load().tokenizer);
     let mut cache = KVCache::new(&decoder, 1, 64).unwrap();
-    let generator = Generator::new(Arc::new(decoder), tokenizer).unwrap();
+    let generator = Generator::new(Arc::new(decoder), tokenizer);
     let prompt = [5, 17, 80, 3, 3, 9, 41];
     let task_of = |what: &str, ids: &[u32], cache: &KVCache| {
         let recording = generator.recording(ids, cache).unwrap();

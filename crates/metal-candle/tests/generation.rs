@@ -29,7 +29,7 @@ use tiny::{Tiny, VOCAB};
 
 fn generator() -> Generator {
     let model = Tiny::new().load();
-    Generator::new(Arc::new(model.decoder), Arc::new(model.tokenizer)).unwrap()
+    Generator::new(Arc::new(model.decoder), Arc::new(model.tokenizer))
 }
 
 fn config() -> GeneratorConfig {
@@ -208,7 +208,7 @@ const PROMPTS: [&str; 4] = ["Hello", "A", "A much longer prompt than any other o
 fn a_batch_of_prompts_gives_what_each_gives_alone() {
     for window in [None, Some(6)] {
         let model = Tiny { window, ..Tiny::new() }.load();
-        let g = Generator::new(Arc::new(model.decoder), Arc::new(model.tokenizer)).unwrap();
+        let g = Generator::new(Arc::new(model.decoder), Arc::new(model.tokenizer));
         let greedy = GeneratorConfig { max_tokens: 20, ..GeneratorConfig::default() };
         for config in [greedy.clone(), GeneratorConfig { max_tokens: 20, ..config() }] {
             let mut streamed = vec![String::new(); PROMPTS.len()];
@@ -317,7 +317,7 @@ fn a_session_outgrows_its_cache_and_keeps_what_is_in_it() {
     std::fs::write(folder.path().join("config.json"), json.to_string()).unwrap();
     let decoder = load_decoder(folder.path(), BaseWeights::AsStored, device()).unwrap();
     let tokenizer = Tiny::new().load().tokenizer;
-    let g = Generator::new(Arc::new(decoder), Arc::new(tokenizer)).unwrap();
+    let g = Generator::new(Arc::new(decoder), Arc::new(tokenizer));
     let mut session = Session::default();
     let mut said = "word".repeat(50);
     for turn in 0..3 {
@@ -335,7 +335,7 @@ fn a_cache_in_half_the_bytes_gives_the_logits_within_its_rounding() {
     let logits = |decoder: Decoder| {
         let model = Tiny::new().load();
         let decoder = Arc::new(decoder);
-        let g = Generator::new(Arc::clone(&decoder), Arc::new(model.tokenizer)).unwrap();
+        let g = Generator::new(Arc::clone(&decoder), Arc::new(model.tokenizer));
         let mut cache = KVCache::new(&decoder, 1, 32).unwrap();
         let (prompt, tokens) = ids.split_at(12);
         let mut all = g.logits(prompt, &mut cache).unwrap();
@@ -359,7 +359,7 @@ fn a_cache_in_half_the_bytes_gives_the_logits_within_its_rounding() {
 fn a_cache_in_half_the_bytes_serves_batches_alike() {
     let model = Tiny::new().load();
     let decoder = Arc::new(model.decoder.with_cache(DType::F16));
-    let g = Generator::new(decoder, Arc::new(model.tokenizer)).unwrap();
+    let g = Generator::new(decoder, Arc::new(model.tokenizer));
     let config = GeneratorConfig { sampling: Sampling::default(), ..config() };
     let prompts = ["Hello", "A longer one"];
     let together = g.generate_batch(&prompts, &config, |_, _| {}).unwrap();

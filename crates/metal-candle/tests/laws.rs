@@ -8,7 +8,8 @@ use crate::testbed::device;
 use metal_candle::{
     AsyncGraphExecutor, Attention, CrossEntropy, DType, LazyTensor, Result, compile, grad,
 };
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Memory is the process's: no two of these tests run at once.
 fn alone() -> MutexGuard<'static, ()> {
@@ -58,6 +59,31 @@ fn a_long_chain_is_differentiated_and_compiled() {
         let values: Vec<f64> = results.iter().map(|r| r.to_vec::<f64>().unwrap()[0]).collect();
         assert_eq!(values, [3.0, 1.0, 3.0 * f64::from(n)]);
     });
+}
+
+#[test]
+fn a_compiled_function_forgets_the_shape_that_was_asked_for_longest_ago() {
+    let _alone = alone();
+    let traces = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&traces);
+    let f = compile(move |x: &[LazyTensor]| {
+        counted.fetch_add(1, Ordering::Relaxed);
+        Ok(vec![x[0].sqr()?])
+    });
+    let traces_of = |lens: &[usize]| {
+        let before = traces.load(Ordering::Relaxed);
+        for len in lens {
+            f.call(vec![tensor(vec![1.0; *len])]).unwrap();
+        }
+        traces.load(Ordering::Relaxed) - before
+    };
+    // 32 are kept.
+    let first: Vec<usize> = (1..=32).collect();
+    assert_eq!(traces_of(&first), 32);
+    assert_eq!(traces_of(&[1, 33]), 1, "1 is kept, 33 is new and takes the place of 2");
+    let kept: Vec<usize> = (3..=33).chain([1]).collect();
+    assert_eq!(traces_of(&kept), 0);
+    assert_eq!(traces_of(&[2]), 1);
 }
 
 /// Wide as well as deep: many handles of one node.

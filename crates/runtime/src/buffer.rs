@@ -59,6 +59,8 @@ impl Buffer {
         Buffer::from_data(Data::new(data))
     }
 
+    /// `len` zeros, in host memory.
+    ///
     /// # Errors
     /// [`Error::OutOfMemory`]
     pub fn zeroed(dtype: DType, len: usize) -> Result<Buffer> {

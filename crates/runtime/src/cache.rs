@@ -7,13 +7,12 @@ use std::fmt;
 use std::hash::{Hash, Hasher};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// Scratch memory that cached executables may keep, unless told otherwise.
-const DEFAULT_ARENA_LIMIT: usize = 4 << 30;
+/// Scratch memory that cached executables may keep together; the last one is kept whatever it holds.
+const ARENA_LIMIT_BYTES: usize = 4 << 30;
 
 /// The executables of the graphs that were asked for last: at most so many, keeping at most so much scratch memory.
 pub struct PlanCache {
     capacity: usize,
-    arena_limit_bytes: usize,
     state: Mutex<State>,
 }
 
@@ -47,24 +46,7 @@ impl Entry {
 impl PlanCache {
     /// Keeps the last `capacity` executables (at least one).
     pub fn new(capacity: usize) -> PlanCache {
-        let (capacity, state) = (capacity.max(1), Mutex::default());
-        PlanCache { capacity, arena_limit_bytes: DEFAULT_ARENA_LIMIT, state }
-    }
-
-    /// Keeps only as many as hold `bytes` of scratch memory together; the last one is kept whatever it holds.
-    pub fn with_arena_limit(mut self, bytes: usize) -> PlanCache {
-        self.arena_limit_bytes = bytes;
-        self
-    }
-
-    /// The number of executables that are kept.
-    pub fn len(&self) -> usize {
-        self.lock().len
-    }
-
-    /// Whether none is kept.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
+        PlanCache { capacity: capacity.max(1), state: Mutex::default() }
     }
 
     /// The executable of `graph` for `device`, planned now unless it is kept. `donated[i]` says that input `i` is
@@ -100,16 +82,11 @@ impl PlanCache {
         state.entries.entry(hash).or_default().push(entry);
         state.len += 1;
         while state.len > 1
-            && (state.len > self.capacity || state.arena_bytes() > self.arena_limit_bytes)
+            && (state.len > self.capacity || state.arena_bytes() > ARENA_LIMIT_BYTES)
         {
             state.evict();
         }
         Ok(executable)
-    }
-
-    /// Forgets all of them; those in use live on until they are done.
-    pub fn clear(&self) {
-        *self.lock() = State::default();
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -120,9 +97,8 @@ impl PlanCache {
 impl fmt::Debug for PlanCache {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("PlanCache")
-            .field("len", &self.len())
+            .field("len", &self.lock().len)
             .field("capacity", &self.capacity)
-            .field("arena_limit_bytes", &self.arena_limit_bytes)
             .finish()
     }
 }
@@ -168,5 +144,30 @@ impl State {
                 self.entries.remove(&hash);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use metal_candle_graph::{DType, Shape, TensorType, UnaryOp};
+
+    /// `relu` of so many elements.
+    fn graph(len: usize) -> ComputationGraph {
+        let mut graph = ComputationGraph::new();
+        let x = graph.input(0, TensorType::new(DType::F32, Shape::new(&[len]).unwrap()));
+        graph.outputs = vec![graph.unary(UnaryOp::Relu, x).unwrap()];
+        graph
+    }
+
+    #[test]
+    fn the_executable_that_was_asked_for_longest_ago_is_dropped() {
+        let cache = PlanCache::new(2);
+        let get = |len| cache.get(&graph(len), &[false], &Device::Cpu).unwrap();
+        let (one, two) = (get(1), get(2));
+        assert!(Arc::ptr_eq(&one, &get(1)), "kept, and asked for again");
+        let three = get(3);
+        assert!(Arc::ptr_eq(&one, &get(1)) && Arc::ptr_eq(&three, &get(3)));
+        assert!(!Arc::ptr_eq(&two, &get(2)), "dropped for the third");
     }
 }

@@ -44,10 +44,7 @@ pub enum Error {
     Device { got: String },
     #[error("expected a device (cpu, cuda, cuda:N, metal or metal:N), got {got:?}")]
     DeviceName { got: String },
-    #[error(
-        "{device}: this build has no {}: install it with `cargo install metal-candle-cli --features {}`",
-        device.feature().to_uppercase(), device.feature()
-    )]
+    #[error("{device}: this build lacks the feature `{0}`: build with --features {0}", device.feature())]
     NotInBuild { device: Device },
     #[error("{device}: this machine has {}", gpus(device, names))]
     NotInMachine { device: Device, names: Vec<String> },

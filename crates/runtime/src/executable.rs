@@ -98,6 +98,8 @@ pub(crate) trait Backend: Send + Sync {
 }
 
 impl Executable {
+    /// Checks the plan and makes it ready to run on `device`.
+    ///
     /// # Errors
     /// [`Error::Plan`] if a step would touch memory that is not its own; [`Error::OutOfMemory`] for the arena;
     /// [`Error::NotInBuild`] and [`Error::NotInMachine`], and what its driver says.

@@ -6,6 +6,8 @@ use metal_candle_compiler::kernel::{Access, Affine, Kernel, KernelOp, Level};
 use metal_candle_compiler::{Layout, LibraryCall, Operand, OutputSource, Plan, Slot, Step, Work};
 use metal_candle_graph::{DType, TensorType};
 
+/// Checks every step and every result of a plan.
+///
 /// # Errors
 /// [`Error::Plan`], with the first step that reaches beyond its memory, writes what is not its own, or writes where
 /// it also reads in another order.

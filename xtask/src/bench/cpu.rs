@@ -3,8 +3,8 @@
 use super::rows::{self, Row};
 use super::table::{Figures, Measured, print_head};
 use super::worker::Worker;
-use super::{Options, build, results_folder};
-use crate::command::{output, program, root};
+use super::{Options, build, processor, results_folder};
+use crate::command::{program, root};
 use crate::{model, reference};
 use anyhow::{Context, Result, anyhow};
 use serde_json::{Value, json};
@@ -167,14 +167,4 @@ impl Crew {
     fn dismiss(&mut self) {
         self.workers.retain(|who, _| who == "ceilings");
     }
-}
-
-/// What the system calls it.
-fn processor() -> Option<String> {
-    let info = output(&mut Command::new("lscpu")).ok()?;
-    let named = |key: &str| {
-        let value = info.lines().find_map(|line| line.strip_prefix(key))?;
-        Some(value.trim().to_owned())
-    };
-    Some(format!("{} ({} CPUs)", named("Model name:")?, named("CPU(s):")?))
 }

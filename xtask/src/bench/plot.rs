@@ -132,6 +132,12 @@ fn number(x: f64) -> String {
 mod tests {
     use super::*;
 
+    /// The number in ` name="number"`.
+    fn attribute(element: &str, name: &str) -> f64 {
+        let rest = element.split(&format!(" {name}=\"")).nth(1).expect("the attribute");
+        rest.split('"').next().and_then(|n| n.parse().ok()).expect("a number")
+    }
+
     #[test]
     fn ticks_reach_the_top_and_are_few() {
         for top in [0.003, 0.9, 1.0, 7.0, 64.0, 1536.0, 99_999.0] {
@@ -150,7 +156,13 @@ mod tests {
         let points = vec![(1.0, 10.0), (8.0, 75.0)];
         let lines = ["a < b", "c"].map(|name| Line { name, points: points.clone() });
         let svg = Plot { title: "t", x: "x", y: "y", lines: lines.into() }.svg();
-        assert_eq!(svg.matches("<circle").count(), 4);
+        let circles: Vec<&str> = svg.lines().filter(|line| line.contains("<circle")).collect();
+        assert_eq!(circles.len(), 4);
+        for circle in circles {
+            let (x, y) = (attribute(circle, "cx"), attribute(circle, "cy"));
+            assert!((LEFT..=WIDTH - RIGHT).contains(&x), "{circle}");
+            assert!((TOP..=HEIGHT - BOTTOM).contains(&y), "{circle}");
+        }
         assert!(svg.contains("a &lt; b") && svg.ends_with("</svg>\n"), "{svg}");
     }
 
@@ -158,14 +170,10 @@ mod tests {
     fn names_stand_above_every_line() {
         let lines = ["a", "b"].map(|name| Line { name, points: vec![(0.0, 5.0), (1.0, 5.0)] });
         let svg = Plot { title: "t", x: "x", y: "y", lines: lines.into() }.svg();
-        let number = |text: &str, key: &str| -> f64 {
-            let rest = text.split(key).nth(1).expect("the attribute");
-            rest.split('"').next().and_then(|n| n.parse().ok()).expect("a number")
-        };
-        let highest = svg.lines().filter(|l| l.contains("<circle")).map(|l| number(l, "cy=\""));
+        let highest = svg.lines().filter(|l| l.contains("<circle")).map(|l| attribute(l, "cy"));
         let highest = highest.fold(f64::INFINITY, f64::min);
         let names = svg.lines().filter(|l| l.ends_with(">a</text>") || l.ends_with(">b</text>"));
-        let names: Vec<f64> = names.map(|l| number(l, " y=\"")).collect();
+        let names: Vec<f64> = names.map(|l| attribute(l, "y")).collect();
         assert!(names.len() == 2 && names.iter().all(|y| *y < highest), "{names:?}, {highest}");
     }
 }

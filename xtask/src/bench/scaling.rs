@@ -3,7 +3,7 @@
 
 use super::plot::{Line, Plot};
 use super::worker::Worker;
-use super::{Options, build, results_folder};
+use super::{Options, build, processor, results_folder};
 use crate::command::{execute, root};
 use crate::model;
 use anyhow::{Context, Result, anyhow};
@@ -45,7 +45,8 @@ pub(super) fn run(options: &Options) -> Result<()> {
     if options.wants(WIDTH) {
         sweeps.push(widths(&bench, &folder, options.quick)?);
     }
-    let mut page = head(options);
+    let processor = processor();
+    let mut page = head(options, processor.as_deref());
     let mut figures = Vec::new();
     for sweep in sweeps.iter().filter(|sweep| options.wants(sweep.name)) {
         let mut found = Vec::new();
@@ -62,25 +63,29 @@ pub(super) fn run(options: &Options) -> Result<()> {
     let index = folder.join("scaling.md");
     std::fs::write(&index, page).with_context(|| index.display().to_string())?;
     let file = options.json.clone().unwrap_or_else(|| folder.join("scaling.json"));
+    let figures = json!({
+        "threads": options.threads,
+        "quick": options.quick,
+        "processor": processor,
+        "sweeps": figures,
+    });
     std::fs::write(&file, serde_json::to_string_pretty(&figures)?)
         .with_context(|| file.display().to_string())?;
     println!("\npage: {}\nfigures: {}", index.display(), file.display());
     Ok(())
 }
 
-fn head(options: &Options) -> String {
-    let (threads, flag, end) = match options.quick {
-        true => (
-            options.threads,
-            " --quick",
-            " `--quick` only shows that it works: these are no results.",
-        ),
-        false => (options.threads, "", ""),
+/// What was measured, where and how.
+fn head(options: &Options, processor: Option<&str>) -> String {
+    let (flag, end) = match options.quick {
+        true => (" --quick", " `--quick` only shows that it works: these are no results."),
+        false => ("", ""),
     };
+    let (threads, processor) = (options.threads, processor.unwrap_or("an unnamed processor"));
     format!(
-        "# Scaling\n\nA LoRA step (forward, backward, AdamW) with an f32 base on {threads} threads. \
-         Made by `cargo xtask bench scaling{flag}`: times are medians, and memory is what the plan \
-         says beside the peak of the process, which begins with loading the model.{end}\n"
+        "# Scaling\n\nA LoRA training step (forward, backward, AdamW) with an f32 base, on {threads} \
+         threads of {processor}. Made by `cargo xtask bench scaling{flag}`. Times are medians. Memory \
+         is what the plan says, and the peak of the process, which includes the loaded model.{end}\n"
     )
 }
 
@@ -104,9 +109,9 @@ fn smollm(model: &Path, quick: bool) -> Vec<Sweep> {
     let lengths = short(&[64, 128, 256, 512, 1024, 2048]).into_iter().map(|t| point(t, [1, t, 8]));
     let ranks = short(&[4, 8, 16, 32, 64]).into_iter().map(|r| point(r, [1, 256, r]));
     vec![
-        sweep("batch", "rows of 256 tokens", "rank 8", batches.collect()),
-        sweep("sequence", "tokens of one row", "rank 8", lengths.collect()),
-        sweep("rank", "rank", "one row of 256 tokens", ranks.collect()),
+        sweep("batch", "batch size (rows of 256 tokens)", "rank 8", batches.collect()),
+        sweep("sequence", "sequence length (tokens)", "one row, rank 8", lengths.collect()),
+        sweep("rank", "LoRA rank", "one row of 256 tokens", ranks.collect()),
     ]
 }
 
@@ -129,7 +134,7 @@ fn widths(bench: &Path, folder: &Path, quick: bool) -> Result<Sweep> {
         points.push(Point { x: *width, work });
     }
     let held = format!("random model of {LAYERS} layers, one row of 256 tokens, rank 8");
-    Ok(Sweep { name: WIDTH, axis: "width of the residual stream", held, points })
+    Ok(Sweep { name: WIDTH, axis: "hidden size", held, points })
 }
 
 /// In a process of its own, whose peak of memory is the point's.
@@ -159,17 +164,18 @@ fn write_sweep(sweep: &Sweep, found: &[Found], folder: &Path, page: &mut String)
         found.iter().filter_map(|p| Some((p.x as f64, f(p)?))).collect::<Vec<_>>()
     };
     let lines = vec![Line { name: "a step", points: points(&|p| Some(p.seconds * 1e3)) }];
-    let time = Plot { title: &format!("time {title}"), x: sweep.axis, y: "ms", lines };
+    let time = Plot { title: &format!("time of a step {title}"), x: sweep.axis, y: "ms", lines };
     let lines = vec![
         Line { name: "planned", points: points(&|p| Some(mib(p.planned_bytes))) },
         Line { name: "peak of the process", points: points(&|p| p.peak_bytes.map(mib)) },
     ];
-    let memory = Plot { title: &format!("memory {title}"), x: sweep.axis, y: "MiB", lines };
+    let memory =
+        Plot { title: &format!("memory of a step {title}"), x: sweep.axis, y: "MiB", lines };
     writeln!(page, "\n## {}: {}\n", sweep.name, sweep.held)?;
     for (what, plot) in [("time", time), ("memory", memory)] {
         let file = format!("{}-{what}.svg", sweep.name);
         std::fs::write(folder.join(&file), plot.svg()).with_context(|| file.clone())?;
-        writeln!(page, "![{} {title}]({file})", what)?;
+        writeln!(page, "![{what} of a step {title}]({file})")?;
     }
     writeln!(page, "\n| {} | ms | planned MiB | peak MiB |\n|--:|--:|--:|--:|", sweep.axis)?;
     for p in found {

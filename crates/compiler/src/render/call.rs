@@ -91,6 +91,8 @@ impl Status {
         }
     }
 
+    /// Sees whether a kernel met a bad index.
+    ///
     /// # Errors
     /// [`metal_candle_graph::Error::IndexOutOfRange`]
     pub fn check(&self) -> metal_candle_graph::Result<()> {

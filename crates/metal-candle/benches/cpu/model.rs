@@ -115,7 +115,7 @@ pub(crate) fn prompted(row: &Value) -> Result<(Arc<Decoder>, Generator, Vec<u32>
         Some("f16") => model.decoder.with_cache(DType::F16),
         _ => model.decoder,
     });
-    let generator = Generator::new(Arc::clone(&decoder), Arc::new(model.tokenizer))?;
+    let generator = Generator::new(Arc::clone(&decoder), Arc::new(model.tokenizer));
     Ok((decoder, generator, ids.to_vec()))
 }
 
@@ -128,7 +128,7 @@ fn generation(
     let ids = packed_text(model.decoder.config.vocab_size)?;
     let ids = ids.get(..wanted).ok_or_else(|| format!("{wanted} tokens: the text has fewer"))?;
     let prompt = model.tokenizer.decode(ids, false)?;
-    let generator = Generator::new(Arc::new(model.decoder), Arc::new(model.tokenizer))?;
+    let generator = Generator::new(Arc::new(model.decoder), Arc::new(model.tokenizer));
     let config =
         GeneratorConfig { max_tokens: tokens, min_tokens: tokens, ..GeneratorConfig::default() };
     Ok(move || {

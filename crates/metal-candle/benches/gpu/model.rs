@@ -274,7 +274,7 @@ fn decode(context: &Context, ceilings: &Ceilings, model: Model) -> Result<Value,
     let bytes = weights as f64 * of_weight + 2.0 * (size.vocabulary * size.hidden) as f64;
     let decoder = Arc::new(decoder);
     let mut cache = KVCache::new(&decoder, 1, CAPACITY)?;
-    let generator = Generator::new(decoder, Arc::new(no_words()?))?;
+    let generator = Generator::new(decoder, Arc::new(no_words()?));
     let prompt: Vec<u32> = (0..PROMPT as u32).map(|i| (i * 7919) % 1000).collect();
     let mut next = generator.best(&prompt, &mut cache)?;
     let mut times = Vec::new();

@@ -39,6 +39,8 @@ impl Default for GeneratorConfig {
 }
 
 impl GeneratorConfig {
+    /// Sees whether the settings have a meaning.
+    ///
     /// # Errors
     /// As [`Sampling::check`]; [`ErrorKind::EmptyStop`].
     pub fn check(&self) -> Result<()> {

@@ -49,11 +49,10 @@ impl Steps {
 pub(super) const CACHE_BUCKET: usize = 256;
 
 impl Generator {
-    /// # Errors
-    /// Never; a step is traced when it first runs.
-    pub fn new(decoder: Arc<Decoder>, tokenizer: Arc<Tokenizer>) -> Result<Generator> {
+    /// From its parts. Nothing is traced before a step first runs.
+    pub fn new(decoder: Arc<Decoder>, tokenizer: Arc<Tokenizer>) -> Generator {
         let steps = Steps::new(&decoder);
-        Ok(Generator { decoder, tokenizer, steps })
+        Generator { decoder, tokenizer, steps }
     }
 
     /// What a step of this shape would run, and on what; nothing is allocated, and the decoder's
@@ -63,15 +62,6 @@ impl Generator {
     /// Where the adapter on it does not fit, or there are more tokens than positions.
     pub fn outline(decoder: Arc<Decoder>, shape: DecodeShape) -> Result<Outline> {
         step::outline(decoder, shape)
-    }
-
-    /// The same base, without a copy, with what `change` does to its adapter.
-    fn change<T>(&mut self, change: impl FnOnce(&mut Decoder) -> Result<T>) -> Result<T> {
-        let mut decoder = Decoder::clone(&self.decoder);
-        let changed = change(&mut decoder)?;
-        self.decoder = Arc::new(decoder);
-        self.steps = Steps::new(&self.decoder);
-        Ok(changed)
     }
 
     /// Generates from a prompt, to which nothing is added: the caller applies the chat template.
@@ -277,15 +267,20 @@ impl Generator {
     }
 }
 
-/// Swaps adapters between generations; the base stays where it is.
+/// Swaps adapters between generations. A clone of the decoder shares its weights, so the base stays where it is.
 impl ApplyAdapter for Generator {
     fn apply_adapter(&mut self, adapter: LoRAAdapter) -> Result<Option<LoRAAdapter>> {
-        self.change(|decoder| decoder.apply_adapter(adapter))
+        let mut decoder = Decoder::clone(&self.decoder);
+        let replaced = decoder.apply_adapter(adapter)?;
+        *self = Generator::new(Arc::new(decoder), Arc::clone(&self.tokenizer));
+        Ok(replaced)
     }
 
     fn remove_adapter(&mut self) -> Option<LoRAAdapter> {
-        let removed = self.change(|decoder| Ok(decoder.remove_adapter()));
-        removed.expect("metal-candle bug: an adapter cannot be taken off")
+        let mut decoder = Decoder::clone(&self.decoder);
+        let removed = decoder.remove_adapter();
+        *self = Generator::new(Arc::new(decoder), Arc::clone(&self.tokenizer));
+        removed
     }
 
     fn adapter(&self) -> Option<&LoRAAdapter> {

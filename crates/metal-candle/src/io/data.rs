@@ -67,6 +67,10 @@ pub enum RowProblem {
 #[non_exhaustive]
 #[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum Problem {
+    #[error(
+        "no such file or folder: expected a folder with train.jsonl (or .csv), or one such file"
+    )]
+    Missing,
     #[error("no rows")]
     Empty,
     #[error("the folder has no {split}.jsonl or {split}.csv")]
@@ -136,7 +140,7 @@ impl Dataset {
     /// single file, which is then all for training.
     ///
     /// # Errors
-    /// As [`Rows::read`]; [`Problem::NoFile`], [`Problem::TwoFiles`].
+    /// As [`Rows::read`]; [`Problem::Missing`], [`Problem::NoFile`], [`Problem::TwoFiles`].
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         Dataset::open_with(path, &Columns::default())
     }
@@ -180,7 +184,7 @@ impl Rows {
     /// Every row of a file: CSV with a header where it is called `.csv`, else JSON lines.
     ///
     /// # Errors
-    /// [`Error::File`]; [`Error::Row`] at the first line that is no row; [`Problem::Empty`].
+    /// [`Problem::Missing`]; [`Error::File`]; [`Error::Row`] at the first line that is no row; [`Problem::Empty`].
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
         Rows::read_with(path, &Columns::default())
     }
@@ -191,6 +195,9 @@ impl Rows {
     /// As [`Rows::read`].
     pub fn read_with(path: impl AsRef<Path>, columns: &Columns) -> Result<Self> {
         let path = path.as_ref();
+        if !path.exists() {
+            return Err(Error::Data { path: path.to_owned(), problem: Problem::Missing });
+        }
         let is_csv = path.extension().is_some_and(|e| e.eq_ignore_ascii_case("csv"));
         let rows = if is_csv { csv_rows(path, columns)? } else { json_rows(path, columns)? };
         if rows.is_empty() {

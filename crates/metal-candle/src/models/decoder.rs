@@ -131,7 +131,8 @@ impl Decoder {
         &self.norm.weight
     }
 
-    /// The hidden states after the last norm.
+    /// The hidden states after the last norm, with the branches of `adapter`. One that [`ApplyAdapter`] put on the model counts
+    /// only if it is passed: [`ApplyAdapter::adapter`] gives it.
     ///
     /// # Shapes
     /// `ids: u32 [b, t]` gives `[b, t, hidden]`.
@@ -305,7 +306,10 @@ impl Decoder {
 }
 
 fn norm_heads(norm: Option<&RmsNorm>, x: LazyTensor) -> Result<LazyTensor> {
-    norm.map_or(Ok(x.clone()), |norm| norm.forward(&x))
+    match norm {
+        Some(norm) => norm.forward(&x),
+        None => Ok(x),
+    }
 }
 
 impl ApplyAdapter for Decoder {

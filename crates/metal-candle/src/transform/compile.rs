@@ -223,9 +223,9 @@ impl Compiled {
         {
             let mut traced = self.traced.lock().unwrap_or_else(PoisonError::into_inner);
             if let Some(at) = traced.iter().rposition(|t| t.takes(args)) {
-                let last = traced.len() - 1;
-                traced.swap(at, last);
-                return Ok(Arc::clone(&traced[last]));
+                let found = traced.remove(at);
+                traced.push(Arc::clone(&found));
+                return Ok(found);
             }
         }
         one_device("a call of a compiled function", args)?;

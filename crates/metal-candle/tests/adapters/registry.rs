@@ -41,7 +41,7 @@ fn a_generator_swaps_adapters_without_loading_its_base_again() {
     let model = load(&base, BaseWeights::F32, device()).unwrap();
     let config = model.decoder.config.clone();
     let (decoder, tokenizer) = (Arc::new(model.decoder), Arc::new(model.tokenizer));
-    let mut generator = Generator::new(decoder.clone(), tokenizer.clone()).unwrap();
+    let mut generator = Generator::new(decoder.clone(), tokenizer.clone());
     let mut registry = AdapterRegistry::default();
     for (name, path) in [("peft", "adapters/peft"), ("mlx", "adapters/mlx")] {
         let adapter = LoRAAdapter::load(data(path), &config, device()).unwrap();
@@ -56,7 +56,7 @@ fn a_generator_swaps_adapters_without_loading_its_base_again() {
         // What a generator that never had another adapter says.
         let mut fresh = decoder.as_ref().clone();
         fresh.apply_adapter(generator.adapter().unwrap().clone()).unwrap();
-        let fresh = Generator::new(Arc::new(fresh), tokenizer.clone()).unwrap();
+        let fresh = Generator::new(Arc::new(fresh), tokenizer.clone());
         assert_eq!(generate(&fresh).ids, ids, "{name}");
         ids
     };

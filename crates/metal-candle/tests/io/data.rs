@@ -138,7 +138,8 @@ fn a_folder_has_its_splits_and_a_file_is_for_training() {
     let error = Dataset::open(folder.path()).unwrap_err();
     assert!(matches!(error, Error::Data { problem: Problem::Empty, .. }), "{error}");
     assert!(error.to_string().contains("valid.jsonl"), "{error}");
-    assert!(matches!(Dataset::open("/no/such/data"), Err(Error::File { .. })));
+    let error = Dataset::open("/no/such/data").unwrap_err();
+    assert!(matches!(error, Error::Data { problem: Problem::Missing, .. }), "{error}");
 }
 
 #[test]

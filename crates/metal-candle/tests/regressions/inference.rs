@@ -133,7 +133,7 @@ fn tied_embeddings_load_and_an_output_layer_is_used_where_there_is_one() {
 
 fn generator(tiny: &Tiny) -> Generator {
     let model = tiny.load();
-    Generator::new(Arc::new(model.decoder), Arc::new(model.tokenizer)).unwrap()
+    Generator::new(Arc::new(model.decoder), Arc::new(model.tokenizer))
 }
 
 fn config(sampling: SamplingStrategy, seed: u64) -> GeneratorConfig {
@@ -185,7 +185,7 @@ fn generation_uses_the_adapter_that_is_on() {
     let mut decoder = model.decoder;
     decoder.apply_adapter(adapter(&["self_attn.o_proj", "mlp.down_proj"])).unwrap();
     let want = greedy(&decoder, "Hello", 12);
-    let g = Generator::new(Arc::new(decoder), Arc::new(model.tokenizer)).unwrap();
+    let g = Generator::new(Arc::new(decoder), Arc::new(model.tokenizer));
     assert_eq!(generate(&g, "Hello", SamplingStrategy::Greedy, 0).ids, want);
     assert_ne!(want, greedy(&Tiny::new().decoder(), "Hello", 12));
 }

@@ -43,17 +43,16 @@ FN void start_scaled_rows(
     EACH(i, K::ELEMENTS) start_row<K>(labels[K::label(i)], scale[K::scale(i)], i, rows[i], status);
 }
 
-// What a thread of a row's block has of it at once: WIDE times N neighbours, each of them a block's worth from the last.
-constexpr i32 WIDE = 8;
-
+// The first of the N neighbours that are a thread's i-th access. It makes WIDE of them at once, each a block's worth from
+// the last.
 template <typename K, i32 N> FN typename K::I column(typename K::I first, i32 i, Thread t) {
     return first + (i * K::BLOCK + t.tid) * N;
 }
 
 // Nothing is more than a logit beyond the row.
 template <typename K, i32 N, typename A>
-FN void load_logits(THREAD A (&x)[WIDE][N], DEVICE const A* logits, typename K::I first, Thread t) {
-    for (i32 i = 0; i < WIDE; ++i) {
+FN void load_logits(THREAD A (&x)[K::WIDE][N], DEVICE const A* logits, typename K::I first, Thread t) {
+    for (i32 i = 0; i < K::WIDE; ++i) {
         const typename K::I c = column<K, N>(first, i, t);
         if (c < K::COLS) {
             load(x[i], logits + c);
@@ -70,15 +69,15 @@ FN void add_row(DEVICE const A* logits, DEVICE Row<A>& row, Thread t, SHARED u64
     const i32 groups = K::BLOCK / 32;
     const i64 label = row.label[0];
     A max = -INF, sum = 0, total = 0;
-    for (I first = 0; first < K::COLS; first += WIDE * K::BLOCK * N) {
-        A x[WIDE][N];
+    for (I first = 0; first < K::COLS; first += K::WIDE * K::BLOCK * N) {
+        A x[K::WIDE][N];
         load_logits<K>(x, logits, first, t);
         A larger = max;
-        for (i32 i = 0; i < WIDE; ++i) {
+        for (i32 i = 0; i < K::WIDE; ++i) {
             for (i32 j = 0; j < N; ++j) larger = Max::of(larger, x[i][j]);
         }
         sum *= rescale(max, larger);
-        for (i32 i = 0; i < WIDE; ++i) {
+        for (i32 i = 0; i < K::WIDE; ++i) {
             const bool within = column<K, N>(first, i, t) < K::COLS;
             for (i32 j = 0; j < N; ++j) sum += rescale(x[i][j], larger);
             for (i32 j = 0; j < N; ++j) total += K::SMOOTH && within ? x[i][j] : A(0);
@@ -126,16 +125,16 @@ template <typename K, typename A> FN void losses(DEVICE const Row<A>* rows, DEVI
 template <typename K, i32 N, typename A, typename D>
 FN void grad_row(DEVICE const A* logits, DEVICE Row<A>& row, DEVICE D* out, Thread t) {
     typedef typename K::I I;
-    const I step = WIDE * K::BLOCK * N;
+    const I step = K::WIDE * K::BLOCK * N;
     const A miss = K::SMOOTH ? K::epsilon() / A(K::CLASSES) : A(0), hit = A(1) - K::epsilon();
     const i64 label = row.label[1];
     const bool own = counts(label);
     const A all = own ? log_sum_exp(row) : A(0), scale = row.scale;
     for (I first = (K::COLS - 1) / step * step; first >= 0; first -= step) {
-        A x[WIDE][N];
+        A x[K::WIDE][N];
         load_logits<K>(x, logits, first, t);
         barrier();
-        for (i32 i = 0; i < WIDE; ++i) {
+        for (i32 i = 0; i < K::WIDE; ++i) {
             const I c = column<K, N>(first, i, t);
             if (c >= K::COLS) continue;
             for (i32 j = 0; j < N; ++j) {

@@ -21,7 +21,7 @@ use std::ops::Range;
 
 /// Threads that work on a row of logits.
 const ROW_BLOCK: usize = 2 * BLOCK;
-/// Accesses that each of them makes at once, as the header says.
+/// Accesses that each of them makes at once.
 const WIDE: usize = 8;
 
 /// What the losses and the gradients share.
@@ -158,6 +158,7 @@ impl<'a> Linear<'a> {
             .constant("COLS", cols as i64)
             .constant("STRIDE", stride(logits) as i64)
             .constant("CLASSES", self.classes as i64)
+            .constant("WIDE", WIDE as i64)
             .constant("SMOOTH", i64::from(epsilon != 0.0))
             .function(acc_name(self.acc), "epsilon", &format!("{epsilon:?}"))
             .walk(&Walk::over(&[rows]), 2 * rows * stride(logits) + WIDE * ROW_BLOCK * n);

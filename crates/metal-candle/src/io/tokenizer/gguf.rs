@@ -16,7 +16,7 @@ use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::processors::template::{SpecialToken, TemplateProcessing};
 use tokenizers::{AddedToken, PreTokenizerWrapper, SplitDelimiterBehavior, Tokenizer};
 
-use super::{Problem, SpecialIds, check_merges, split_merge};
+use super::{Problem, SpecialIds, check};
 use crate::io::gguf::GgufFile;
 use crate::io::{Error, Result};
 
@@ -122,10 +122,10 @@ fn bpe(gguf: &GgufFile, family: &Family, tokens: &[&str]) -> Result<BPE> {
     let merges: Vec<(&str, &str)> = merges
         .iter()
         .enumerate()
-        .map(|(index, merge)| split_merge(index, merge))
+        .map(|(index, merge)| check::split_merge(index, merge))
         .collect::<std::result::Result<_, _>>()
         .map_err(|problem| error(gguf, problem))?;
-    check_merges(&ids, &merges, "").map_err(|problem| error(gguf, problem))?;
+    check::merges(&ids, &merges, "").map_err(|problem| error(gguf, problem))?;
     let vocab: Vocab =
         tokens.iter().zip(0..).map(|(token, id)| ((*token).to_owned(), id)).collect();
     let merges = merges.into_iter().map(|(a, b)| (a.to_owned(), b.to_owned())).collect();

@@ -74,6 +74,8 @@ impl CrossEntropy {
         CrossEntropyAttrs { ignore_index: self.ignore_index, label_smoothing, blocks: None }
     }
 
+    /// Looks at labels that are known already, so that a wrong one is an error at the caller's line.
+    ///
     /// # Errors
     /// Where one of these labels is no class and not ignored.
     #[track_caller]
