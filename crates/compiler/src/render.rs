@@ -104,8 +104,9 @@ pub struct Source {
     pub align_bytes: usize,
     /// Whether it uses a template of a library call.
     pub is_call: bool,
-    /// Whether it asks for what it can before it waits, by itself, for the kernel before it.
-    pub asks_first: bool,
+    /// What it asks for before it waits, by itself, for the kernel before it. No kernel of the run may write that; where one does,
+    /// [`Dialect::waiting`].
+    pub asks_first: Option<Binding>,
 }
 
 /// Renders `kernel`, to be launched within `limits`, as the function `name`.
@@ -134,7 +135,7 @@ pub fn render(
         launch,
         align_bytes,
         is_call: false,
-        asks_first: false,
+        asks_first: None,
     })
 }
 

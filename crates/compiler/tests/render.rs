@@ -6,10 +6,12 @@ mod support;
 
 use expect_test::{Expect, expect};
 use metal_candle_compiler::kernel::Kernel;
-use metal_candle_compiler::render::{Dialect, Launch, Limits, RenderError, Team, launch, render};
+use metal_candle_compiler::render::{
+    Binding, Dialect, Launch, Limits, Part, RenderError, Source, Team, call, launch, render,
+};
 use metal_candle_compiler::{Target, Work};
 use metal_candle_graph::{
-    BinaryOp, ComputationGraph, DType, Dims, NodeId, Shape, TensorType, UnaryOp,
+    BinaryOp, ComputationGraph, DType, Dims, NodeId, Operation, Shape, TensorType, UnaryOp,
 };
 
 /// An H100, and an M2 Pro.
@@ -274,4 +276,32 @@ fn a_scalar_is_read_once_a_vector() {
     let text = render(&kernels(&g, &[]).remove(0), Dialect::CUDA, &CUDA, "k").unwrap().text;
     let at = |part: &str| text.find(part).unwrap_or_else(|| panic!("{part} in\n{text}"));
     assert!(at("= in1[0];") < at("for (i32 j"), "{text}");
+}
+
+/// The kernel of one row times a matrix whose columns lie side by side.
+fn product_of_one_row() -> Source {
+    let mut g = ComputationGraph::new();
+    let (x, w) = (input(&mut g, 0, DType::F32, &[1, 64]), input(&mut g, 1, DType::F32, &[32, 64]));
+    let columns = g.permute(w, &[1, 0]).unwrap();
+    g.outputs = vec![g.add(Operation::Dot, &[x, columns]).unwrap()];
+    let step = metal_candle_compiler::plan(&g, &Target::CUDA, &[]).unwrap().steps.remove(0);
+    let Work::Call(product) = &step.work else { panic!("{} is no call", step.label) };
+    let mut parts = call(product, &step.args, &step.outs, Dialect::CUDA, &CUDA).unwrap().parts;
+    let Part::Kernel(source) = parts.remove(0) else { panic!("{product:?} is the library's") };
+    source
+}
+
+#[test]
+fn a_product_of_one_row_asks_for_its_weight_first_unless_it_is_told_to_wait() {
+    let first = product_of_one_row();
+    assert_eq!(first.asks_first, Some(Binding::Arg(1)));
+    assert!(!first.text.contains("after_predecessor();"), "{}", first.text);
+    let waiting = Dialect::CUDA.waiting(&first);
+    assert_eq!(waiting.asks_first, None);
+    assert_ne!(waiting.name, first.name);
+    let at =
+        |part: &str| waiting.text.find(part).unwrap_or_else(|| panic!("{part} in\n{waiting:?}"));
+    assert!(at(&waiting.name) < at("after_predecessor();"));
+    assert!(at("after_predecessor();") < at("Waited before"));
+    assert!(at("Waited before") < at("times_columns<K"));
 }

@@ -58,7 +58,7 @@ pub fn beside(members: &[&Source], ahead: Option<&Ahead<'_>>, dialect: &Dialect)
         launch,
         align_bytes: every.iter().map(|member| member.align_bytes).max().unwrap_or(1),
         is_call: every.iter().any(|member| member.is_call),
-        asks_first: false,
+        asks_first: None,
     })
 }
 
@@ -153,7 +153,7 @@ impl Joined<'_> {
         body.open(format!("if (block >= {} && block < {})", blocks.start, blocks.end));
         body.line(format!("const u32 own = block - {};", blocks.start));
         let mut arguments = vec![format!("own % {grid}"), grid.to_string()];
-        match (kind.source.asks_first, self.ahead) {
+        match (kind.source.asks_first.is_some(), self.ahead) {
             (true, Some(_)) => arguments.insert(0, "ahead".into()),
             (true, None) => arguments.insert(0, "Predecessor{}".into()),
             (false, Some(_)) => body.line("ahead();"),

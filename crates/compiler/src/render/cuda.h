@@ -53,6 +53,10 @@ struct Predecessor {
     __device__ __forceinline__ void operator()() const { after_predecessor(); }
 };
 
+struct Waited {
+    __device__ __forceinline__ void operator()() const {}
+};
+
 // An operand of any type, for a kernel that calls others.
 struct Any {
     void* at;

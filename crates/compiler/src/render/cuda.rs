@@ -24,6 +24,7 @@ pub(super) const DIALECT: Dialect = Dialect {
     first_lines: &["const u32 tid = threadIdx.x, block = blockIdx.x, blocks = gridDim.x;"],
     wait: &["after_predecessor();"],
     before: "const Predecessor before = {};",
+    waited: "const Waited before = {};",
     function: Some([
         "FN void {name}(const u32 block, const u32 blocks,",
         "const u32 tid = threadIdx.x;",

@@ -28,6 +28,8 @@ pub struct Dialect {
     pub(super) wait: &'static [&'static str],
     /// The line in its place in a kernel that asks for something first: what it is to call.
     pub(super) before: &'static str,
+    /// The same where it has waited already.
+    pub(super) waited: &'static str,
     /// A kernel as a function of `{name}` that is told its block, up to its first operand; and its first line. None where
     /// a kernel's parameters are no function's.
     pub(super) function: Option<[&'static str; 2]>,
@@ -84,7 +86,7 @@ impl Dialect {
         let own = own.replace("{name}", &kernel.name) + "(";
         let mut head = head.replace("{name}", name);
         let mut text = kernel.text.clone();
-        if kernel.asks_first {
+        if kernel.asks_first.is_some() {
             head = format!("template <typename Before> {head}").replacen(
                 '(',
                 "(const Before& before, ",
@@ -96,6 +98,14 @@ impl Dialect {
         let function = text.replacen(self.first_lines[0], line, 1);
         assert!(text != kernel.text && function != text, "metal-candle bug: no kernel\n{text}");
         function
+    }
+
+    /// The same kernel, but that it asks for nothing before it has waited.
+    pub fn waiting(&self, kernel: &Source) -> Source {
+        let name = format!("{}_waiting", kernel.name);
+        let waited = format!("{} {}", self.wait.concat(), self.waited);
+        let text = kernel.text.replacen(self.before, &waited, 1).replace(&kernel.name, &name);
+        Source { name, text, asks_first: None, ..kernel.clone() }
     }
 
     /// What comes before this kernel alone: a fused one needs no templates of library calls, which take their time to

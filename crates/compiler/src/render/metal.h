@@ -28,6 +28,7 @@ FN void after_predecessor() {}
 struct Predecessor {
     void operator()() const {}
 };
+typedef Predecessor Waited;
 
 FN void barrier() { threadgroup_barrier(mem_flags::mem_threadgroup | mem_flags::mem_device); }
 // Whether this thread is the first one to put `mark` in the place of 0.

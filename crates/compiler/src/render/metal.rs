@@ -19,6 +19,7 @@ pub(super) const DIALECT: Dialect = Dialect {
     first_lines: &[],
     wait: &[],
     before: "const Predecessor before = {};",
+    waited: "const Waited before = {};",
     function: None,
     shared: Shared::Parameter("threadgroup u64* shared [[threadgroup(0)]]"),
 };

@@ -34,7 +34,7 @@ pub fn product(
         launch,
         align_bytes: places.iter().map(|place| place.dtype.size_bytes()).max().unwrap_or(1),
         is_call: false,
-        asks_first: false,
+        asks_first: None,
     }
 }
 

@@ -2,7 +2,7 @@
 //! block of theirs makes its results for itself.
 
 use super::command::{Draft, Wish, Work};
-use crate::hazards::{Room, Touched, side_by_side};
+use crate::hazards::{Room, Span, Touched, side_by_side};
 use crate::places::{Place, operand};
 use crate::verify::writes_all;
 use metal_candle_compiler::render::{self, Ahead, Binding, Dialect, Limits, Source};
@@ -20,7 +20,9 @@ const AHEAD_IN_ALL_BYTES: usize = 16 << 20;
 const KEPT_BYTES: usize = 16 << 10;
 
 /// What the steps of a plan ask for, with some of it joined, in an order that its hazards allow.
-pub(super) fn join(wishes: Vec<Wish>, plan: &Plan, limits: &Limits) -> Vec<Draft> {
+pub(super) fn join(mut wishes: Vec<Wish>, plan: &Plan, limits: &Limits) -> Vec<Draft> {
+    let written: Vec<Span> = wishes.iter().flat_map(|w| w.touched.writes.clone()).collect();
+    wishes.iter_mut().for_each(|wish| wait_for_writers(wish, plan, &written));
     let room = |wish: &Wish| (wish.touched.clone(), room(&wish.work));
     let rooms: Vec<(Touched, Option<Room>)> = wishes.iter().map(room).collect();
     let most_threads = FULL * limits.resident_threads;
@@ -49,6 +51,16 @@ pub(super) fn join(wishes: Vec<Wish>, plan: &Plan, limits: &Limits) -> Vec<Draft
         }
     }
     joined
+}
+
+/// A kernel that asks for something first, before others have ended, waits for them if the run writes that.
+fn wait_for_writers(wish: &mut Wish, plan: &Plan, written: &[Span]) {
+    let Work::Kernel(source) = &mut wish.work else { return };
+    let Some(first) = source.asks_first else { return };
+    let asked = Touched::new(plan, &plan.steps[wish.step], &[first]).reads;
+    if written.iter().any(|span| asked.iter().any(|asked| asked.meets(span))) {
+        *source = Dialect::CUDA.waiting(source);
+    }
 }
 
 /// What a kernel wants of a launch that it shares; none where it must be alone.

@@ -67,7 +67,7 @@ pub(super) struct Draft<'a> {
     constants: Vec<String>,
     functions: Vec<String>,
     align_bytes: usize,
-    asks_first: bool,
+    asks_first: Option<Binding>,
 }
 
 struct Operand {
@@ -90,7 +90,7 @@ impl<'a> Draft<'a> {
             constants: Vec::new(),
             functions: Vec::new(),
             align_bytes: 1,
-            asks_first: false,
+            asks_first: None,
         }
     }
 
@@ -136,9 +136,9 @@ impl<'a> Draft<'a> {
         self
     }
 
-    /// The template's last argument is a function, which it calls before it touches what earlier kernels write.
-    pub(super) fn asks_first(self) -> Draft<'a> {
-        Draft { asks_first: true, ..self }
+    /// The template's last argument is a function, which it calls before it touches anything but `first`.
+    pub(super) fn asks_first(self, first: Binding) -> Draft<'a> {
+        Draft { asks_first: Some(first), ..self }
     }
 
     pub(super) fn typedef(mut self, name: &str, is: &str) -> Draft<'a> {
@@ -205,7 +205,7 @@ impl<'a> Draft<'a> {
         };
         let mut parameters: Vec<String> = self.operands.iter().enumerate().map(parameter).collect();
         parameters.extend(dialect.ids.iter().map(|id| (*id).to_owned()));
-        let wait = if self.asks_first { &[dialect.before] } else { dialect.wait };
+        let wait = if self.asks_first.is_some() { &[dialect.before] } else { dialect.wait };
         let mut lines: Vec<&str> = [dialect.first_lines, wait].concat();
         match dialect.shared {
             _ if launch.shared_bytes == 0 => {}
@@ -227,7 +227,7 @@ impl<'a> Draft<'a> {
         if launch.shared_bytes > 0 {
             operands.push("shared");
         }
-        if self.asks_first {
+        if self.asks_first.is_some() {
             operands.push("before");
         }
         let more: String = self.arguments.iter().map(|n| format!(", {n}")).collect();

@@ -70,7 +70,7 @@ fn few_rows(
     let vector = vector(&x, step, a.dtype);
     let beyond = weight.reach().max(k * step.unsigned_abs()) + k + n + 2 * BLOCK * RUN;
     let draft = Draft::new(gpu, "gemm", template)
-        .asks_first()
+        .asks_first(Binding::Arg(1))
         .template(rows)
         .reads(Binding::Arg(0), "x", a.dtype)
         .reads(Binding::Arg(1), "w", b.dtype)

@@ -65,7 +65,7 @@ impl Kernel<'_> {
             launch: self.launch,
             align_bytes: 16,
             is_call: true,
-            asks_first: false,
+            asks_first: None,
         }
     }
 

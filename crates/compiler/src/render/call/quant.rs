@@ -75,12 +75,17 @@ impl Blocks {
         word
     }
 
+    /// Where they begin.
+    fn place(&self) -> Binding {
+        self.binding.further(self.offset_bytes)
+    }
+
     /// A kernel that reads the blocks.
     fn reads<'a>(&self, draft: Draft<'a>) -> Draft<'a> {
         let word = self.word();
         let format = format!("{:?}<u{}>", self.format, 8 * word);
         draft
-            .operand(self.binding.further(self.offset_bytes), "weight", "u8", false)
+            .operand(self.place(), "weight", "u8", false)
             .aligned(word)
             .typedef("FORMAT", &format)
             .type_argument("K::FORMAT")
@@ -156,7 +161,7 @@ fn few(gpu: Gpu<'_>, x: &Operand, blocks: &Blocks, out: &Operand, m: usize) -> P
     // As many as sums fit into registers, where there are enough for the whole device.
     let plenty = blocks.rows * SIMD >= gpu.limits.resident_threads;
     let at_once = if m <= 4 && plenty { 2 } else { 1 };
-    let draft = Draft::new(gpu, "quant_gemm", "quant_rows").asks_first().reads(
+    let draft = Draft::new(gpu, "quant_gemm", "quant_rows").asks_first(blocks.place()).reads(
         Binding::Arg(0),
         "x",
         x.dtype,
