@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 /// So long a helper looks for more before it sleeps: longer than the steps between two that are work for several, as waking
 /// it takes as long as such a step. Where processors are wanted by others, looking is what it is first sent away for, in
 /// the middle of a later task.
-const LOOKS: Duration = Duration::from_micros(60);
+const LOOKS: Duration = Duration::from_micros(100);
 /// So long a caller looks for the end of tasks that others have taken before it sleeps: about one task. Its processor
 /// may be the one that they are waiting for.
 const WAITS: Duration = Duration::from_micros(20);
