@@ -40,8 +40,10 @@ use unpack::UnpackFn;
 
 /// Rows of activations that are multiplied with the blocks as they are, at most.
 const FEW_ROWS: usize = 4;
-/// Weights of one task of such a product.
+/// Weights of one task of such a product, about.
 const TASK: usize = 1 << 16;
+/// The tasks are a multiple of so many, so that two or four threads have equal parts.
+const EVENLY: usize = 4;
 /// Rows of the weight that are multiplied with one row of activations before the next.
 const AT_A_TIME: usize = 32;
 
@@ -143,7 +145,8 @@ fn times_rows<'x, T: Float, X: Sync + 'x, R: Iterator<Item = &'x [X]>>(
     parallel: bool,
 ) {
     let row_bytes = w.bytes.len() / w.rows;
-    let len = (TASK / w.cols.max(1)).clamp(4, 256);
+    let tasks = (w.rows * w.cols).div_ceil(TASK).max(1).next_multiple_of(EVENLY);
+    let len = w.rows.div_ceil(tasks).next_multiple_of(4);
     let out = Parts::new(out);
     parallel::for_each(parallel, w.rows.div_ceil(len), |task| {
         let end = ((task + 1) * len).min(w.rows);
