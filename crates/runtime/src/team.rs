@@ -2,10 +2,13 @@
 //!
 //! A decoded token is hundreds of steps of some microseconds. So a walk stays on its caller's thread, which shares out the
 //! tasks of a step and works on them itself. Helpers that have just finished a step look for the next one for a moment
-//! before they sleep. Tasks are taken one by one, and a caller waits for tasks that were taken, never for a helper: one
-//! that has not come, or was sent away from its processor in between, delays nobody. One step at a time is helped: where
-//! several walks run, they keep the processors busy by themselves.
+//! before they sleep. Every thread has a range of the tasks to begin with (`ranges`), but a caller waits for tasks that
+//! were taken, never for a helper: one that has not come, or was sent away from its processor in between, delays nobody.
+//! One step at a time is helped: where several walks run, they keep the processors busy by themselves.
 
+mod ranges;
+
+use ranges::{Apart, MOST, NUMBERS, Ranges};
 use std::any::Any;
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -14,9 +17,10 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
-/// So long a helper looks for more before it sleeps: longer than most steps that are no work for two. Where processors are
-/// wanted by others, looking is what it is first sent away for, in the middle of a later task.
-const LOOKS: Duration = Duration::from_micros(20);
+/// So long a helper looks for more before it sleeps: longer than the steps between two that are work for several, as waking
+/// it takes as long as such a step. Where processors are wanted by others, looking is what it is first sent away for, in
+/// the middle of a later task.
+const LOOKS: Duration = Duration::from_micros(100);
 /// So long a caller looks for the end of tasks that others have taken before it sleeps: about one task. Its processor
 /// may be the one that they are waiting for.
 const WAITS: Duration = Duration::from_micros(20);
@@ -34,26 +38,37 @@ pub(crate) struct Team {
 type Task<'a> = &'a (dyn Fn(usize) + Sync);
 
 struct Shared {
-    /// The number of the work in the upper half, and in the lower one how many of its tasks nobody has taken: who takes
-    /// one by compare and exchange knows which work it is of, and that everything about it is there until it is done.
-    open: AtomicU64,
-    /// What is to be done. Written by the owner of `taken`, while no task is open or being worked on.
-    task: AtomicPtr<Task<'static>>,
-    tasks: AtomicUsize,
-    /// Helpers that may take part.
-    seats: AtomicUsize,
+    /// Written once a work.
+    open: Apart<Open>,
+    ranges: Ranges,
     /// Tasks that are not done.
-    left: AtomicUsize,
+    left: Apart<AtomicUsize>,
     /// Whether a caller owns the work.
     taken: AtomicBool,
     closed: AtomicBool,
     /// Runs that are being walked.
     walks: AtomicUsize,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
-    helpers: Vec<Helper>,
+    helpers: Vec<Apart<Helper>>,
     /// The caller, while it sleeps.
     waiting: Mutex<Option<Thread>>,
     is_waiting: AtomicBool,
+}
+
+/// The last work that was opened.
+#[derive(Default)]
+struct Open {
+    /// Its number in the upper half, and in the lower one how many threads may take part.
+    work: AtomicU64,
+    /// What is to be done. Written by the owner of `taken`, while no task is free or being worked on.
+    task: AtomicPtr<Task<'static>>,
+}
+
+/// A work, as who takes part in it knows it.
+#[derive(Clone, Copy, PartialEq)]
+struct Work {
+    number: u64,
+    threads: usize,
 }
 
 /// A helper as others see it.
@@ -63,8 +78,6 @@ struct Helper {
     /// Whether it sleeps, or is about to.
     asleep: AtomicBool,
 }
-
-const LOWER: u64 = u32::MAX as u64;
 
 thread_local! {
     /// Who helps this thread.
@@ -78,16 +91,14 @@ impl Team {
     /// If the system starts no more threads.
     pub(crate) fn new(threads: usize) -> Team {
         let shared = Arc::new(Shared {
-            open: AtomicU64::new(0),
-            task: AtomicPtr::new(std::ptr::null_mut()),
-            tasks: AtomicUsize::new(0),
-            seats: AtomicUsize::new(0),
-            left: AtomicUsize::new(0),
+            open: Apart::default(),
+            ranges: Ranges::new(threads.max(1)),
+            left: Apart::default(),
             taken: AtomicBool::new(false),
             closed: AtomicBool::new(false),
             walks: AtomicUsize::new(0),
             panic: Mutex::new(None),
-            helpers: (1..threads).map(|_| Helper::default()).collect(),
+            helpers: (1..threads).map(|_| Apart::default()).collect(),
             waiting: Mutex::new(None),
             is_waiting: AtomicBool::new(false),
         });
@@ -96,7 +107,7 @@ impl Team {
         for i in 0..team.shared.helpers.len() {
             let shared = Arc::clone(&team.shared);
             let builder = thread::Builder::new().name(format!("metal-candle-kernel-{}", i + 1));
-            let started = builder.spawn(move || shared.help(i));
+            let started = builder.spawn(move || shared.help(i + 1));
             started.expect("the system starts no more threads");
         }
         team
@@ -123,7 +134,7 @@ impl Drop for Team {
         self.shared
             .helpers
             .iter()
-            .filter_map(|helper| helper.thread.get())
+            .filter_map(|helper| helper.0.thread.get())
             .for_each(Thread::unpark);
     }
 }
@@ -139,6 +150,10 @@ pub(crate) fn threads() -> usize {
 /// # Panics
 /// If a task does, once none is being worked on.
 pub(crate) fn for_each(n: usize, f: Task<'_>) {
+    if n > MOST {
+        let each = n.div_ceil(MOST);
+        return for_each(n.div_ceil(each), &|i| (i * each..n.min((i + 1) * each)).for_each(f));
+    }
     // SAFETY: as above.
     let helped = unsafe { CURRENT.get().as_ref() }.is_some_and(|shared| shared.share(n, f));
     if !helped {
@@ -155,18 +170,17 @@ impl Shared {
     fn share(&self, n: usize, f: Task<'_>) -> bool {
         let idle = (self.helpers.len() + 1).saturating_sub(self.walks.load(Ordering::Relaxed));
         let seats = idle.min(n.saturating_sub(1));
-        if seats == 0 || n as u64 > LOWER || self.taken.swap(true, Ordering::Acquire) {
+        if seats == 0 || self.taken.swap(true, Ordering::Acquire) {
             return false;
         }
         // Whoever takes a task reads this while it is not done, and before it is, this function does not return.
-        self.task.store((&raw const f).cast_mut().cast(), Ordering::Relaxed);
-        self.tasks.store(n, Ordering::Relaxed);
-        self.seats.store(seats, Ordering::Relaxed);
-        self.left.store(n, Ordering::Relaxed);
-        let work = (self.open.load(Ordering::Relaxed) & !LOWER).wrapping_add(LOWER + 1);
-        self.open.store(work | n as u64, Ordering::SeqCst);
-        self.wake(0, seats);
-        self.work();
+        self.open.0.task.store((&raw const f).cast_mut().cast(), Ordering::Relaxed);
+        self.left.0.store(n, Ordering::Relaxed);
+        let work = Work { number: (self.opened().number + 1) % NUMBERS, threads: seats + 1 };
+        self.ranges.open(work.number, n, work.threads);
+        self.open.0.work.store(work.number << 32 | work.threads as u64, Ordering::SeqCst);
+        self.wake(0, work);
+        self.work(0, work);
         self.wait();
         let panic = lock(&self.panic).take();
         self.taken.store(false, Ordering::Release);
@@ -176,10 +190,16 @@ impl Shared {
         true
     }
 
+    /// The work that was opened last.
+    fn opened(&self) -> Work {
+        let work = self.open.0.work.load(Ordering::SeqCst);
+        Work { number: work >> 32, threads: work as u32 as usize }
+    }
+
     /// Wakes those helpers who are for this thread to wake: the caller is 0, and its helpers follow.
-    fn wake(&self, thread: usize, seats: usize) {
-        let all = self.helpers.get(WAKES * thread..seats).unwrap_or_default();
-        for helper in all.iter().take(WAKES) {
+    fn wake(&self, me: usize, work: Work) {
+        let all = self.helpers.get(WAKES * me..work.threads - 1).unwrap_or_default();
+        for Apart(helper) in all.iter().take(WAKES) {
             if helper.asleep.load(Ordering::SeqCst)
                 && helper.asleep.swap(false, Ordering::SeqCst)
                 && let Some(thread) = helper.thread.get()
@@ -189,47 +209,24 @@ impl Shared {
         }
     }
 
-    /// Takes a task of the work that is open, if one is, and all of its tasks with it if `all`.
-    fn take(&self, all: bool) -> Option<Taken> {
-        let mut open = self.open.load(Ordering::SeqCst);
-        loop {
-            let free = open & LOWER;
-            if free == 0 {
-                return None;
-            }
-            // They may be of a later work already, but then the exchange fails.
-            let (task, n) = (self.task.load(Ordering::Relaxed), self.tasks.load(Ordering::Relaxed));
-            let taken = if all { free } else { 1 };
-            match self.open.compare_exchange_weak(
-                open,
-                open - taken,
-                Ordering::Acquire,
-                Ordering::Acquire,
-            ) {
-                Ok(_) => {
-                    return Some(Taken { task, number: n - free as usize, count: taken as usize });
-                }
-                Err(now) => open = now,
-            }
-        }
-    }
-
-    /// Takes tasks until there are none. All are of one work: the next one comes when those that were taken are done.
-    fn work(&self) {
+    /// Takes tasks of a work until none is free.
+    fn work(&self, me: usize, Work { number, threads }: Work) {
         let mut done = 0;
+        // It may be of a later work already, but then there is no task to take.
+        let task = self.open.0.task.load(Ordering::Relaxed);
         let outcome = catch_unwind(AssertUnwindSafe(|| {
-            while let Some(Taken { task, number, .. }) = self.take(false) {
+            while let Some(i) = self.ranges.take(number, me, threads) {
                 done += 1;
                 // SAFETY: who has opened the work keeps the function until this task is done.
-                unsafe { (*task)(number) };
+                unsafe { (*task)(i) };
             }
         }));
         if let Err(panic) = outcome {
-            done += self.take(true).map_or(0, |rest| rest.count);
+            done += self.ranges.take_all(number, threads);
             lock(&self.panic).get_or_insert(panic);
         }
         if done > 0
-            && self.left.fetch_sub(done, Ordering::SeqCst) == done
+            && self.left.0.fetch_sub(done, Ordering::SeqCst) == done
             && self.is_waiting.load(Ordering::SeqCst)
             && let Some(caller) = lock(&self.waiting).take()
         {
@@ -239,7 +236,7 @@ impl Shared {
 
     /// Until every task is done, of which all are taken.
     fn wait(&self) {
-        let is_done = || self.left.load(Ordering::SeqCst) == 0;
+        let is_done = || self.left.0.load(Ordering::SeqCst) == 0;
         if spin(WAITS, is_done) {
             return;
         }
@@ -256,37 +253,32 @@ impl Shared {
         lock(&self.waiting).take();
     }
 
-    fn is_open_for(&self, helper: usize) -> bool {
-        self.open.load(Ordering::SeqCst) & LOWER > 0 && helper < self.seats.load(Ordering::Relaxed)
-    }
-
     /// The life of a helper.
     fn help(&self, me: usize) {
-        self.helpers[me].thread.get_or_init(thread::current);
-        let has_news = || self.is_open_for(me) || self.closed.load(Ordering::SeqCst);
+        let Apart(helper) = &self.helpers[me - 1];
+        helper.thread.get_or_init(thread::current);
+        // None has this number and no threads.
+        let mut last = Work { number: 0, threads: 0 };
         while !self.closed.load(Ordering::Relaxed) {
-            if self.is_open_for(me) {
-                self.wake(me + 1, self.seats.load(Ordering::Relaxed));
-                self.work();
+            let is_new = |work: Work| work != last && me < work.threads;
+            let work = self.opened();
+            if is_new(work) {
+                self.wake(me, work);
+                self.work(me, work);
+                last = work;
+                continue;
             }
+            let has_news = || is_new(self.opened()) || self.closed.load(Ordering::SeqCst);
             if spin(LOOKS, has_news) {
                 continue;
             }
-            self.helpers[me].asleep.store(true, Ordering::SeqCst);
+            helper.asleep.store(true, Ordering::SeqCst);
             if !has_news() {
                 thread::park();
             }
-            self.helpers[me].asleep.store(false, Ordering::SeqCst);
+            helper.asleep.store(false, Ordering::SeqCst);
         }
     }
-}
-
-/// Tasks that are to be done by who has them.
-struct Taken {
-    task: *const Task<'static>,
-    /// Of the first.
-    number: usize,
-    count: usize,
 }
 
 /// Looks for so long whether something is the case.
@@ -328,6 +320,17 @@ mod tests {
                 }
             });
         }
+    }
+
+    #[test]
+    fn more_tasks_than_are_counted_are_done_several_at_once() {
+        let (n, sum) = (3 * MOST + 7, AtomicUsize::new(0));
+        Team::new(2).walk(|| {
+            for_each(n, &|i| {
+                sum.fetch_add(i, Ordering::Relaxed);
+            })
+        });
+        assert_eq!(sum.into_inner(), n * (n - 1) / 2);
     }
 
     #[test]

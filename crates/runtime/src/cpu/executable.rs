@@ -27,8 +27,9 @@ const IDLE_MEMORIES: usize = 4;
 /// thread, some 50 us.
 const PARALLEL_KERNEL_WORK: u64 = 1 << 19;
 
-/// The same for a library call, whose operations are dearer, and which seldom comes alone.
-const PARALLEL_CALL_WORK: u64 = 1 << 16;
+/// The same for a library call, whose operations are dearer, and which seldom comes alone: whoever helps is then looking
+/// for the next one, and has it within a microsecond.
+const PARALLEL_CALL_WORK: u64 = 1 << 14;
 
 /// A plan is helped from this much work on, in the same measure: whoever helps is asleep as it begins.
 const SHARED_WORK: u64 = 1 << 18;

@@ -40,8 +40,12 @@ use unpack::UnpackFn;
 
 /// Rows of activations that are multiplied with the blocks as they are, at most.
 const FEW_ROWS: usize = 4;
-/// Weights of one task of such a product.
+/// Weights of one task of such a product, about.
 const TASK: usize = 1 << 16;
+/// The tasks are a multiple of so many, so that two or four threads have equal parts.
+const EVENLY: usize = 4;
+/// Rows of the weight that are multiplied with one row of activations before the next.
+const AT_A_TIME: usize = 32;
 
 /// A weight of `rows x cols`, row-major in blocks along the columns.
 #[derive(Clone, Copy)]
@@ -136,24 +140,26 @@ fn times_few<T: Float>(x: &[f32], w: &Blocks, dot: Dot, out: &mut [T], parallel:
 fn times_rows<'x, T: Float, X: Sync + 'x, R: Iterator<Item = &'x [X]>>(
     x: impl Fn() -> R + Sync,
     w: &Blocks,
-    dot: unsafe fn(&[u8], &[X], &mut f32),
+    dot: unsafe fn(&[u8], &[X], &mut [f32]),
     out: &mut [T],
     parallel: bool,
 ) {
     let row_bytes = w.bytes.len() / w.rows;
-    let len = (TASK / w.cols.max(1)).clamp(4, 256);
+    let tasks = (w.rows * w.cols).div_ceil(TASK).max(1).next_multiple_of(EVENLY);
+    let len = w.rows.div_ceil(tasks).next_multiple_of(4);
     let out = Parts::new(out);
     parallel::for_each(parallel, w.rows.div_ceil(len), |task| {
-        for row in task * len..((task + 1) * len).min(w.rows) {
-            let blocks = &w.bytes[row * row_bytes..(row + 1) * row_bytes];
+        let end = ((task + 1) * len).min(w.rows);
+        for first in (task * len..end).step_by(AT_A_TIME) {
+            let rows = AT_A_TIME.min(end - first);
+            let blocks = &w.bytes[first * row_bytes..(first + rows) * row_bytes];
             for (i, x) in x().enumerate() {
-                let mut y = 0.0;
+                let (mut y, mut wide) = ([0.0; AT_A_TIME], [T::Acc::ZERO; AT_A_TIME]);
                 // SAFETY: this processor has what the loop was compiled for.
-                unsafe { dot(blocks, x, &mut y) };
-                let mut wide = [T::Acc::ZERO];
-                T::Acc::from_f32_all(&[y], &mut wide);
+                unsafe { dot(blocks, x, &mut y[..rows]) };
+                T::Acc::from_f32_all(&y, &mut wide);
                 // SAFETY: the results of a row of the weight belong to its task.
-                unsafe { out.part(i * w.rows + row, 1)[0] = T::narrow(wide[0]) };
+                T::narrow_all(&wide[..rows], unsafe { out.part(i * w.rows + first, rows) });
             }
         }
     });

@@ -152,6 +152,16 @@ pub(crate) fn prefetch<T>(at: *const T) {
     let _ = at;
 }
 
+/// [`prefetch`], in the first-level cache.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+pub(crate) fn prefetch_near<T>(at: *const T) {
+    // SAFETY: as above.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(at.cast());
+    }
+}
+
 pub(crate) use {multiversion, widest};
 
 #[cfg(test)]

@@ -13,6 +13,7 @@ use crate::cpu::number::Float;
 use crate::cpu::parallel::{self, Parts};
 use crate::cpu::scratch;
 use crate::cpu::simd::prefetch;
+use crate::cpu::view::Strided;
 use smallvec::SmallVec;
 use std::ops::Range;
 
@@ -20,10 +21,9 @@ use std::ops::Range;
 const FEW_ROWS: usize = 16;
 /// Keys of one task.
 const RANGE: usize = 64;
-/// Keys that are read for one key head before those of the next, which lie between them.
-const STEP: usize = 4;
-/// Bytes between what is read and what is asked for: processors foresee one long row, not many short ones.
-const AHEAD_BYTES: usize = 8 << 10;
+/// Keys that are read for one key head before those of the next, which lie between them; meanwhile its next ones are asked
+/// for: processors foresee one long row, not many short ones.
+const STEP: usize = 16;
 const LINE_BYTES: usize = 64;
 /// Multiplications from which on another thread is worth waking.
 const PARALLEL_WORK: usize = 1 << 17;
@@ -43,12 +43,19 @@ impl<T: Float + InRows> Attention<'_, T> {
         let len = rows * (self.dv + 2);
         let work = self.b * self.hk * rows * whole.keys.len() * (self.d + self.dv);
         let parallel = parallel && work >= PARALLEL_WORK;
-        scratch::with(self.b * ranges * self.hk * len, |partial: &mut [f32]| {
+        let lens = [self.b * self.hk * rows * self.d, self.b * ranges * self.hk * len];
+        scratch::split(lens, |[q, partial]: [&mut [f32]; 2]| {
+            let of_q = (rows * self.d).max(1);
+            for (i, q) in q.chunks_exact_mut(of_q).enumerate() {
+                self.pack_query(i / self.hk, i % self.hk, &whole, q);
+                math::scale_all_f32(q, self.scale());
+            }
+            let heads = Heads { q, k: self.of_heads(&self.k), v: self.of_heads(&self.v) };
             parallel::for_each_chunk(parallel, partial, self.hk * len, |task, to| {
                 let start = whole.keys.start + task % ranges * RANGE;
                 let keys = start..(start + RANGE).min(whole.keys.end);
                 let block = Block { rows: whole.rows.clone(), keys };
-                self.range(task / ranges, &block, to, len);
+                self.range(task / ranges, &block, &heads, to, len);
             });
             let out = Parts::new(out);
             for (b, partial) in partial.chunks_exact_mut(ranges * self.hk * len).enumerate() {
@@ -66,21 +73,23 @@ impl<T: Float + InRows> Attention<'_, T> {
         });
     }
 
+    /// `[tk, d]` of each key head of each batch entry.
+    fn of_heads<'x>(&self, of: &Strided<'x, T>) -> SmallVec<[Mat<'x, T>; 8]> {
+        let all = (0..self.b).flat_map(|b| (0..self.hk).map(move |head| (b, head)));
+        all.map(|(b, head)| of.index(2, head).index(0, b).matrix()).collect()
+    }
+
     /// `to`, of `len` for each key head: of the block's keys, `exp(score - max) v`, `[rows, dv]`, the sums of the
     /// exponentials, and the maxima.
-    fn range(&self, b: usize, block: &Block, to: &mut [f32], len: usize) {
+    fn range(&self, b: usize, block: &Block, heads: &Heads<T>, to: &mut [f32], len: usize) {
         let (rows, keys, loops) = (block.rows.len(), block.keys.len(), T::loops());
         let (of_q, of_scores) = (rows * self.d, rows * keys);
-        scratch::split([self.hk * of_q, self.hk * of_scores], |[q, scores]| {
-            for head in 0..self.hk {
-                let q = &mut q[head * of_q..][..of_q];
-                self.pack_query(b, head, block, q);
-                math::scale_all_f32(q, self.scale());
-            }
-            let k: SmallVec<[Mat<T>; 16]> =
-                (0..self.hk).map(|head| self.k.index(2, head).index(0, b).matrix()).collect();
+        let own = b * self.hk..(b + 1) * self.hk;
+        let (k, v) = (&heads.k[own.clone()], &heads.v[own.clone()]);
+        let q = &heads.q[own.start * of_q..own.end * of_q];
+        scratch::with(self.hk * of_scores, |scores: &mut [f32]| {
             each_step(block, self.hk, |head, at, step| {
-                ask_for_later(&k[head], step.clone());
+                ask_for_next(&k[head], step.clone());
                 let k = k[head].row_range(step.start, step.len());
                 let (q, scores) = (&q[head * of_q..], &mut scores[head * of_scores + at..]);
                 // SAFETY: this processor has what the loops were compiled for.
@@ -94,10 +103,8 @@ impl<T: Float + InRows> Attention<'_, T> {
                 self.exponentials(block, scores, sums, maxima);
                 y.fill(0.0);
             }
-            let v: SmallVec<[Mat<T>; 16]> =
-                (0..self.hk).map(|head| self.v.index(2, head).index(0, b).matrix()).collect();
             each_step(block, self.hk, |head, at, step| {
-                ask_for_later(&v[head], step.clone());
+                ask_for_next(&v[head], step.clone());
                 let v = v[head].row_range(step.start, step.len());
                 let p = &scores[head * of_scores + at..(head + 1) * of_scores];
                 // SAFETY: as above.
@@ -105,6 +112,14 @@ impl<T: Float + InRows> Attention<'_, T> {
             });
         });
     }
+}
+
+/// What is read, by batch entry and key head.
+struct Heads<'x, T> {
+    /// Scaled: `[b, hk, rows, d]`
+    q: &'x [f32],
+    k: SmallVec<[Mat<'x, T>; 8]>,
+    v: SmallVec<[Mat<'x, T>; 8]>,
 }
 
 /// A few keys of every key head, a few later ones of every key head, and so on: `f(head, first of the block's, keys)`.
@@ -117,14 +132,13 @@ fn each_step(block: &Block, heads: usize, mut f: impl FnMut(usize, usize, Range<
     }
 }
 
-/// Prefetches the rows that are read some way after `rows`.
+/// Prefetches the rows of the step after that of `rows`.
 #[inline(always)]
-fn ask_for_later<T: Float>(of: &Mat<'_, T>, rows: Range<usize>) {
-    let ahead = (AHEAD_BYTES / size_of::<T>()) as isize;
+fn ask_for_next<T: Float>(of: &Mat<'_, T>, rows: Range<usize>) {
     for row in rows {
-        let row = of.as_ptr().wrapping_offset(row as isize * of.row_stride() + ahead);
+        let next = (row + STEP) as isize * of.row_stride();
         for at in (0..of.cols()).step_by(LINE_BYTES / size_of::<T>()) {
-            prefetch(row.wrapping_add(at));
+            prefetch(of.as_ptr().wrapping_offset(next + at as isize));
         }
     }
 }

@@ -26,25 +26,16 @@ pub(super) struct RoundedPart {
     sums: [f32; 2],
 }
 
-/// `*y = Σ row · x`
-pub(super) type DotFn = unsafe fn(&[u8], &[RoundedPart], &mut f32);
+/// `y[i] = Σ row i · x`, of as many rows as there are results.
+pub(super) type DotFn = unsafe fn(&[u8], &[RoundedPart], &mut [f32]);
 
 thread_local! {
     static KEPT: Cell<Rounded> = Cell::default();
 }
 
 multiversion! {
-    /// The largest magnitude, NaN if an element is.
-    fn magnitude(x: &[f32; LEN]) -> f32 {
-        x.iter().fold(0.0, |max, x| if x.abs() > max || x.is_nan() { x.abs() } else { max })
-    }
-
-    fn round(x: &[f32; LEN], by: f32, to: &mut [i8; LEN]) {
-        // Adding and subtracting this rounds to an integer, half to even.
-        const ROUND: f32 = 12_582_912.0;
-        for i in 0..LEN {
-            to[i] = ((x[i] * by + ROUND) - ROUND) as i8;
-        }
+    fn round(x: &[[f32; LEN]], to: &mut [RoundedPart]) {
+        x.iter().zip(to).for_each(|(x, to)| to.set(x));
     }
 }
 
@@ -53,8 +44,9 @@ impl Rounded {
     pub(super) fn with<R>(x: &[f32], cols: usize, f: impl FnOnce(&Rounded) -> R) -> R {
         let mut rounded = KEPT.take();
         rounded.len = cols / LEN;
-        rounded.parts.clear();
-        rounded.parts.extend(x.as_chunks::<LEN>().0.iter().map(RoundedPart::new));
+        let (x, _) = x.as_chunks();
+        rounded.parts.resize(x.len(), RoundedPart::ZERO);
+        round(x, &mut rounded.parts);
         let result = f(&rounded);
         KEPT.set(rounded);
         result
@@ -66,15 +58,34 @@ impl Rounded {
 }
 
 impl RoundedPart {
-    fn new(x: &[f32; LEN]) -> RoundedPart {
-        let scale = magnitude(x) / 127.0;
+    const ZERO: RoundedPart = RoundedPart { q: [0; LEN], scale_and_sum: [0.0; 2], sums: [0.0; 2] };
+
+    #[inline(always)]
+    fn set(&mut self, x: &[f32; LEN]) {
+        // As integers, magnitudes are in order, and a NaN is the largest.
+        let most = x.iter().fold(0, |most: u32, x| most.max(x.to_bits() & 0x7fff_ffff));
+        let scale = f32::from_bits(most) / 127.0;
         let by = if scale == 0.0 { 0.0 } else { 1.0 / scale };
-        let mut q = [0; LEN];
-        round(x, by, &mut q);
-        let sum = |q: &[i8]| q.iter().map(|q| i32::from(*q)).sum::<i32>() as f32 * scale;
-        let sums = [sum(&q[..LEN / 2]), sum(&q[LEN / 2..])];
-        RoundedPart { q, scale_and_sum: [scale, sum(&q)], sums }
+        let q: [i32; LEN] = std::array::from_fn(|i| nearest(x[i] * by));
+        self.q = q.map(|q| q as i8);
+        let sums = [&q[..LEN / 2], &q[LEN / 2..]].map(|q| q.iter().sum::<i32>());
+        self.sums = sums.map(|sum| sum as f32 * scale);
+        self.scale_and_sum = [scale, (sums[0] + sums[1]) as f32 * scale];
     }
+}
+
+/// The nearest integer of eight bits, half to even; 0 of NaN. In steps that vectors have, unlike a cast.
+#[inline(always)]
+fn nearest(x: f32) -> i32 {
+    // Where f32 are a unit apart, and their last bits the integer.
+    const UNITS: f32 = 12_582_912.0;
+    const LEAST: f32 = UNITS - 128.0;
+    const MOST: f32 = UNITS + 127.0;
+    let sum = x + UNITS;
+    let sum = if sum.is_nan() { UNITS } else { sum };
+    let sum = if sum < LEAST { LEAST } else { sum };
+    let sum = if sum > MOST { MOST } else { sum };
+    sum.to_bits().wrapping_sub(UNITS.to_bits()).cast_signed()
 }
 
 /// Running sums. They are kept in lanes, the same number on every machine: their order is part of the value.
@@ -134,6 +145,15 @@ unsafe fn dot_body<F: Format, I: Isa>(row: &[u8], x: &[RoundedPart], y: &mut f32
     *y = sums[0] + (even.shifts + odd.shifts);
 }
 
+#[inline(always)]
+unsafe fn dots_body<F: Format, I: Isa>(rows: &[u8], x: &[RoundedPart], y: &mut [f32]) {
+    let len = rows.len() / y.len().max(1);
+    for (i, y) in y.iter_mut().enumerate() {
+        // SAFETY: the caller's promise.
+        unsafe { dot_body::<F, I>(&rows[i * len..(i + 1) * len], x, y) };
+    }
+}
+
 /// The loop for `Q4_1`.
 pub(super) fn dot_q4_1() -> DotFn {
     #[cfg(target_arch = "x86_64")]
@@ -144,7 +164,7 @@ pub(super) fn dot_q4_1() -> DotFn {
 }
 
 pub(super) fn dot<F: Format>() -> DotFn {
-    for_isa!(F, dot_body(row: &[u8], x: &[RoundedPart], y: &mut f32))
+    for_isa!(F, dots_body(rows: &[u8], x: &[RoundedPart], y: &mut [f32]))
 }
 
 #[cfg(test)]
@@ -177,12 +197,42 @@ mod tests {
                     // SAFETY: the first needs no instruction set; the second was chosen for this processor.
                     unsafe {
                         dot_body::<F, Portable>(&row, x, &mut expected);
-                        dot::<F>()(&row, x, &mut got);
+                        dot::<F>()(&row, x, std::slice::from_mut(&mut got));
                     }
                     assert_eq!(got.to_bits(), expected.to_bits(), "{name}, {blocks} blocks");
                 }
             });
         }
+    }
+
+    #[test]
+    fn rounding_is_that_of_a_cast() {
+        let extremes = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, f32::MAX, 1e-45, 1e-40, 0.0];
+        let part = |i: usize, j: usize| match extremes.get(i) {
+            Some(extreme) if j.is_multiple_of(3) => *extreme,
+            _ => (i * 131 + j * 37) as f32 % 61.0 / 7.0 - 4.0,
+        };
+        let mut x: Vec<f32> = (0..12 * LEN).map(|i| part(i / LEN, i % LEN)).collect();
+        // Halves, which go to the even neighbour.
+        x.extend((0..LEN).map(|i| if i == 0 { 127.0 } else { i as f32 - 16.5 }));
+        x.extend([-1e-40; LEN]);
+        Rounded::with(&x, x.len(), |rounded| {
+            for (x, part) in x.as_chunks::<LEN>().0.iter().zip(&rounded.parts) {
+                let magnitude = x.iter().fold(0.0f32, |most, x| {
+                    if x.abs() > most || x.is_nan() { x.abs() } else { most }
+                });
+                let scale = magnitude / 127.0;
+                let by = if scale == 0.0 { 0.0 } else { 1.0 / scale };
+                let q = x.map(|x| ((x * by + 12_582_912.0) - 12_582_912.0) as i8);
+                assert_eq!(part.q, q, "{x:?}");
+                let sum = |q: &[i8]| q.iter().map(|q| i32::from(*q)).sum::<i32>() as f32 * scale;
+                let expected = [scale, sum(&q), sum(&q[..LEN / 2]), sum(&q[LEN / 2..])];
+                let [[scale, all], [first, second]] = [part.scale_and_sum, part.sums];
+                for (got, expected) in [scale, all, first, second].into_iter().zip(expected) {
+                    assert!(got == expected || got.is_nan() && expected.is_nan(), "{x:?}");
+                }
+            }
+        });
     }
 
     #[test]

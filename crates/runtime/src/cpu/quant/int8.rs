@@ -309,7 +309,7 @@ mod tests {
                     let (mut y, mut wide) = (0.0f32, vec![0.0f32; w.cols]);
                     // SAFETY: both were chosen for this processor.
                     unsafe {
-                        dot(row, rounded, &mut y);
+                        dot(row, rounded, std::slice::from_mut(&mut y));
                         unpack(row, 0, &mut wide);
                     }
                     results.push([y, x.iter().zip(&wide).map(|(x, w)| (x * w).abs()).sum()]);

@@ -8,7 +8,7 @@ use super::unpack::UnpackFn;
 use metal_candle_graph::BlockFormat;
 
 /// `*y = Σ row · x`
-pub(super) type DotFn = unsafe fn(&[u8], &[f32], &mut f32);
+pub(super) type DotFn = unsafe fn(&[u8], &[f32], &mut [f32]);
 
 static TABLE: [f32; LANES] = BlockFormat::NF4_VALUES;
 const BYTES: usize = BlockFormat::NF4.block_bytes();
@@ -56,6 +56,16 @@ unsafe fn dot_body<V: Lanes>(row: &[u8], x: &[f32], y: &mut f32) {
         half /= 2;
     }
     *y = all[0];
+}
+
+/// `y[i] = Σ row i · x`, of as many rows as there are results.
+#[inline(always)]
+unsafe fn dots_body<V: Lanes>(rows: &[u8], x: &[f32], y: &mut [f32]) {
+    let len = rows.len() / y.len().max(1);
+    for (i, y) in y.iter_mut().enumerate() {
+        // SAFETY: the caller's promise.
+        unsafe { dot_body::<V>(&rows[i * len..(i + 1) * len], x, y) };
+    }
 }
 
 /// `to = blocks`, from part `first` on, which counts 32 weights.
@@ -227,12 +237,12 @@ mod x86 {
     macro_rules! versions {
         ($($name:ident: $lanes:ident, $features:literal;)*) => {$(
             pub(super) mod $name {
-                use super::super::{dot_body, unpack_body};
+                use super::super::{dots_body, unpack_body};
 
                 #[target_feature(enable = $features)]
-                pub(in super::super) unsafe fn dot(row: &[u8], x: &[f32], y: &mut f32) {
+                pub(in super::super) unsafe fn dots(rows: &[u8], x: &[f32], y: &mut [f32]) {
                     // SAFETY: the caller's promise is the body's.
-                    unsafe { dot_body::<super::$lanes>(row, x, y) }
+                    unsafe { dots_body::<super::$lanes>(rows, x, y) }
                 }
                 #[target_feature(enable = $features)]
                 pub(in super::super) unsafe fn unpack(row: &[u8], first: usize, to: &mut [f32]) {
@@ -254,12 +264,12 @@ pub(super) fn loops() -> (UnpackFn, DotFn) {
     {
         use crate::cpu::simd::{Level, level};
         match level() {
-            Level::Avx512 => return (x86::avx512::unpack, x86::avx512::dot),
-            Level::Avx2 => return (x86::avx2::unpack, x86::avx2::dot),
+            Level::Avx512 => return (x86::avx512::unpack, x86::avx512::dots),
+            Level::Avx2 => return (x86::avx2::unpack, x86::avx2::dots),
             Level::Baseline => {}
         }
     }
-    (unpack_body::<Plain>, dot_body::<Plain>)
+    (unpack_body::<Plain>, dots_body::<Plain>)
 }
 
 #[cfg(test)]
@@ -272,7 +282,7 @@ mod tests {
         let mut all: Vec<(UnpackFn, DotFn)> = vec![loops()];
         #[cfg(target_arch = "x86_64")]
         if std::arch::is_x86_feature_detected!("avx2") {
-            all.push((x86::avx2::unpack, x86::avx2::dot));
+            all.push((x86::avx2::unpack, x86::avx2::dots));
         }
         all
     }
@@ -295,7 +305,7 @@ mod tests {
                 // SAFETY: this processor has what they were compiled for.
                 unsafe {
                     dot_body::<Plain>(&row, &x, &mut expected);
-                    dot(&row, &x, &mut got);
+                    dot(&row, &x, std::slice::from_mut(&mut got));
                 }
                 assert_eq!(got.to_bits(), expected.to_bits(), "{blocks} blocks");
                 for first in 0..2 * blocks {
