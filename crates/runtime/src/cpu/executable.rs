@@ -23,16 +23,16 @@ use std::time::Instant;
 /// Memories of runs that are kept while nothing runs.
 const IDLE_MEMORIES: usize = 4;
 
-/// A fused kernel is spread over threads from this many element operations on: what it takes to wake a sleeping
-/// thread, some 50 us.
-const PARALLEL_KERNEL_WORK: u64 = 1 << 19;
+/// A fused kernel is spread over threads from this many element operations on: some microseconds of one, many times what
+/// it takes to give a part to a thread that looks for work.
+const PARALLEL_KERNEL_WORK: u64 = 1 << 16;
 
-/// The same for a library call, whose operations are dearer, and which seldom comes alone: whoever helps is then looking
-/// for the next one, and has it within a microsecond.
+/// The same for a library call, whose operations are dearer.
 const PARALLEL_CALL_WORK: u64 = 1 << 14;
 
-/// A plan is helped from this much work on, in the same measure: whoever helps is asleep as it begins.
-const SHARED_WORK: u64 = 1 << 18;
+/// A plan is helped from this much work on, in the same measure: whoever helps may be asleep as it begins, which costs some
+/// microseconds, and looks for the next one after it has ended.
+const SHARED_WORK: u64 = 1 << 17;
 
 /// What the CPU keeps of a plan: its kernels compiled, its memory from run to run.
 pub(crate) struct CpuExecutable {
