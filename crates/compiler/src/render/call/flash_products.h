@@ -4,8 +4,8 @@
 // is turned by the row's, so that eight rows are read without a conflict. Places of tiles are multiples of 1024 bytes.
 //
 // SIMD groups multiply by themselves (mma.h), or, if S::WGMMA, the four of a block together (wgmma.h): then each has one tile of 16
-// rows, and products run on until `finish`. Both factors of scores are read from shared memory then: left ones that are kept in
-// registers were no faster on an H100, and ptxas 12.9 and 13 lost some of them.
+// rows, and products run on until `finish`. Both factors of scores are read from shared memory then: left ones that are loaded into
+// registers at each turn were no faster on an H100, and ptxas 12.9 and 13 lost some of those that were kept from turn to turn.
 //
 // Of a tile of 16 x 8 sums, lane l holds rows l / 4 and l / 4 + 8, columns 2 (l % 4) and the next.
 
