@@ -6,7 +6,7 @@ use crate::{Error, Result};
 use cudarc::driver::sys::CUfunction_attribute as Attribute;
 use cudarc::driver::{result, sys};
 use cudarc::nvrtc;
-use metal_candle_compiler::render::{Dialect, Source};
+use metal_candle_compiler::render::{Dialect, Source, TensorCores};
 use rayon::prelude::*;
 use rustc_hash::{FxHashMap, FxHashSet, FxHasher};
 use std::ffi::{CStr, CString, c_char};
@@ -83,7 +83,8 @@ fn load(gpu: &Gpu, source: &Source, code: &[u8]) -> Result<Function> {
 
 /// What machine code depends on beside the text.
 struct Toolchain {
-    architecture: i32,
+    /// As NVRTC calls it, with what it alone has where kernels are written for that.
+    architecture: String,
     /// The compiler's and the driver's version.
     versions: String,
     folder: Option<PathBuf>,
@@ -100,12 +101,14 @@ impl Toolchain {
         unsafe { sys::cuDriverGetVersion(&raw mut driver).result() }
             .said(|| "asking the driver's version".into())?;
         let versions = format!("nvrtc {major}.{minor}, driver {driver}");
-        Ok(Toolchain { architecture: gpu.architecture, versions, folder: folder() })
+        let alone = gpu.limits.tensor_cores == Some(TensorCores::Wgmma);
+        let architecture = format!("sm_{}{}", gpu.architecture, if alone { "a" } else { "" });
+        Ok(Toolchain { architecture, versions, folder: folder() })
     }
 
     fn machine_code(&self, source: &Source) -> Result<Vec<u8>> {
         let text = format!("{}\n{}", Dialect::CUDA.header_of(source), source.text);
-        let key = format!("// sm_{}, {}\n{text}", self.architecture, self.versions);
+        let key = format!("// {}, {}\n{text}", self.architecture, self.versions);
         let path = self.folder.as_ref().map(|folder| folder.join(file_name(&key)));
         if let Some(code) = path.as_deref().and_then(|path| read(path, &key)) {
             return Ok(code);
@@ -123,9 +126,7 @@ impl Toolchain {
         let text = CString::new(text).map_err(|e| failed(e.to_string()))?;
         let program =
             nvrtc::result::create_program(&text, None).map_err(|e| failed(format!("{e:?}")))?;
-        // With what this architecture alone has: what no other one will run.
-        let alone = if self.architecture == 90 { "a" } else { "" };
-        let architecture = format!("--gpu-architecture=sm_{}{alone}", self.architecture);
+        let architecture = format!("--gpu-architecture={}", self.architecture);
         let options = Dialect::CUDA.options.iter().map(|o| (*o).to_owned());
         let options: Vec<String> = options.chain([architecture]).collect();
         // SAFETY: a program that was just made, and is destroyed below.

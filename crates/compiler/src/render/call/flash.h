@@ -100,10 +100,7 @@ template <typename S, i32 M, i32 N> FN void take(Running<M>& all, f32 (&s)[M][N]
     }
 }
 
-// In a part of shared memory that is a SIMD group's own: rows of WIDTH features, pieces turned as those of tiles.
-template <i32 WIDTH> FN u32 own_piece(i32 row, i32 number) { return row * (2 * WIDTH) + ((number ^ (row & 7)) << 4); }
-
-// M tiles of 16 rows of sums there, each row times its factor.
+// M tiles of 16 rows of sums, each row times its factor, as a tile in a part of shared memory that is the SIMD group's own.
 template <typename S, i32 M, i32 F>
 FN void settle(u8* to, const f32 (&sums)[M][F][4], const f32 (&factor)[M][2], i32 lane) {
 #pragma unroll
@@ -112,7 +109,7 @@ FN void settle(u8* to, const f32 (&sums)[M][F][4], const f32 (&factor)[M][2], i3
         for (i32 i = 0; i < 2 * F; ++i) {
             const i32 half = i % 2, f = i / 2;
             const f32 x = sums[m][f][2 * half] * factor[m][half], y = sums[m][f][2 * half + 1] * factor[m][half];
-            const u32 place = own_piece<8 * F>(16 * m + 8 * half + lane / 4, f);
+            const u32 place = piece<16 * M>(16 * m + 8 * half + lane / 4, f);
             *(u32*)(to + place + lane % 4 * 4) = pair_of(x, y, typename S::T());
         }
     }
@@ -127,7 +124,7 @@ FN void write_rows(typename S::T* to, const u8* from, i32 b, i32 head, i32 first
         const i32 at = i * 32 + lane, y = at / PIECES, x = at % PIECES, row = first + y;
         if (row >= S::LEN) continue;
         typename S::T* const place = to + X::at(b, row / S::GROUP, head * S::GROUP + row % S::GROUP, 8 * x);
-        *(Pack<u32, 4>*)place = *(const Pack<u32, 4>*)(from + own_piece<S::D>(y, x));
+        *(Pack<u32, 4>*)place = *(const Pack<u32, 4>*)(from + piece<N>(y, x));
     }
 }
 
@@ -137,7 +134,7 @@ FN void write_keys(typename S::T* to, const u8* from, i32 b, i32 head, i32 first
 #pragma unroll
     for (i32 i = 0; i < N * PIECES / 32; ++i) {
         const i32 at = i * 32 + lane, y = at / PIECES, x = at % PIECES, key = first + y;
-        if (key < S::TK) *(Pack<u32, 4>*)(to + X::at(b, key, head, 8 * x)) = *(const Pack<u32, 4>*)(from + own_piece<S::D>(y, x));
+        if (key < S::TK) *(Pack<u32, 4>*)(to + X::at(b, key, head, 8 * x)) = *(const Pack<u32, 4>*)(from + piece<N>(y, x));
     }
 }
 

@@ -7,7 +7,7 @@
 use super::unpack::UnpackFn;
 use metal_candle_graph::BlockFormat;
 
-/// `*y = Σ row · x`
+/// `y[i] = Σ row i · x`, of as many rows as there are results.
 pub(super) type DotFn = unsafe fn(&[u8], &[f32], &mut [f32]);
 
 static TABLE: [f32; LANES] = BlockFormat::NF4_VALUES;
@@ -58,7 +58,6 @@ unsafe fn dot_body<V: Lanes>(row: &[u8], x: &[f32], y: &mut f32) {
     *y = all[0];
 }
 
-/// `y[i] = Σ row i · x`, of as many rows as there are results.
 #[inline(always)]
 unsafe fn dots_body<V: Lanes>(rows: &[u8], x: &[f32], y: &mut [f32]) {
     let len = rows.len() / y.len().max(1);
