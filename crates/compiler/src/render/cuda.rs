@@ -3,8 +3,9 @@
 use super::dialect::{Dialect, Shared};
 
 /// What has a dialect of its own.
-const TENSOR_CORES: [&str; 5] = [
+const TENSOR_CORES: [&str; 6] = [
     include_str!("call/mma.h"),
+    include_str!("call/thin.h"),
     include_str!("call/wgmma.h"),
     include_str!("call/flash_products.h"),
     include_str!("call/flash.h"),

@@ -13,7 +13,7 @@ pub struct Dialect {
     /// What to tell the compiler.
     pub options: &'static [&'static str],
     /// What the kernels rely on, once before all of them: the dialect's own words, then what all dialects share.
-    pub(super) headers: [&'static str; 18],
+    pub(super) headers: [&'static str; 19],
     /// The beginning of a kernel's definition, up to its first parameter.
     pub(super) kernel: &'static str,
     /// A parameter that is read.
@@ -49,9 +49,9 @@ impl Dialect {
 
     pub(super) const fn headers(
         own: &'static str,
-        tensor_cores: [&'static str; 5],
-    ) -> [&'static str; 18] {
-        let [mma, wgmma, flash_products, flash, flash_grad] = tensor_cores;
+        tensor_cores: [&'static str; 6],
+    ) -> [&'static str; 19] {
+        let [mma, thin, wgmma, flash_products, flash, flash_grad] = tensor_cores;
         [
             own,
             include_str!("common.h"),
@@ -67,6 +67,7 @@ impl Dialect {
             include_str!("call/attention_few.h"),
             include_str!("call/attention_grad.h"),
             mma,
+            thin,
             wgmma,
             flash_products,
             flash,

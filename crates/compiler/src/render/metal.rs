@@ -7,7 +7,7 @@ pub(super) const DIALECT: Dialect = Dialect {
     has_f64: false,
     // bfloat came with 3.1. No fast math: NaN and infinities mean something.
     options: &["-std=metal3.1", "-fno-fast-math"],
-    headers: Dialect::headers(include_str!("metal.h"), [""; 5]),
+    headers: Dialect::headers(include_str!("metal.h"), [""; 6]),
     kernel: "[[kernel, max_total_threads_per_threadgroup({block})]] void {name}",
     argument: "device const {type}* {name} [[buffer({n})]]",
     output: "device {type}* {name} [[buffer({n})]]",

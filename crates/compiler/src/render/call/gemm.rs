@@ -1,7 +1,8 @@
-//! Products: the library's, but for those of few rows.
+//! Products: the library's, but for those of few rows, and [thin](super::thin) ones.
 
 use super::draft::{BLOCK, Draft, Gpu};
 use super::quant::vector;
+use super::thin::Thin;
 use super::walk::Walk;
 use super::{Call, Part, Place};
 use crate::render::{Binding, Launch};
@@ -20,11 +21,12 @@ pub(super) fn gemm(
     alpha: f64,
     accumulate: bool,
 ) -> Call {
-    let part = few_rows(gpu, args, out, alpha, accumulate).unwrap_or_else(|| {
-        let place = |binding, o: &Operand| Place { binding, dtype: o.dtype, layout: o.layout };
-        let [a, b] = [0, 1].map(|i| place(Binding::Arg(i), &args[i as usize]));
-        Part::Product { alpha, accumulate, a, b, out: place(Binding::Out(0), out) }
-    });
+    let place = |binding, o: &Operand| Place { binding, dtype: o.dtype, layout: o.layout };
+    let [a, b] = [0, 1].map(|i| place(Binding::Arg(i), &args[i as usize]));
+    let result = place(Binding::Out(0), out);
+    let part = few_rows(gpu, args, out, alpha, accumulate)
+        .or_else(|| Thin::new(gpu, [&a, &b, &result], alpha, accumulate)?.part(gpu))
+        .unwrap_or(Part::Product { alpha, accumulate, a, b, out: result });
     Call { parts: vec![part], workspace_bytes: 0 }
 }
 

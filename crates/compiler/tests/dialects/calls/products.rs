@@ -215,6 +215,80 @@ fn products_equal_the_oracle() {
     check_all("products", &FLOATS.map(products));
 }
 
+/// Rows of a batch, what is summed over, and columns, one of these thin: whole tiles and parts of some, more and fewer
+/// pieces of the sum than are taken at once.
+const THIN: [[usize; 4]; 8] = [
+    [1, 256, 64, 8],
+    [3, 100, 192, 16],
+    [1, 300, 448, 24],
+    [1, 530, 576, 48],
+    [2, 150, 320, 64],
+    [1, 261, 8, 192],
+    [2, 150, 48, 128],
+    [1, 330, 24, 640],
+];
+
+/// `x w`, `x w` onto what another product gave, and `x w` of a part of each row of a wider x.
+fn thin_products(dtype: DType) -> Vec<Task> {
+    let task = |[batch, rows, k, n]: [usize; 4]| {
+        let mut b = Build::new();
+        let mut outputs = Vec::new();
+        let by_rows = b.input(dtype, &[k, n]);
+        let by_columns = b.input(dtype, &[n, k]);
+        let by_columns = b.g.transpose(by_columns).unwrap();
+        let wider = b.input(dtype, &[batch, rows, k + 24]);
+        let part = b.op(Operation::Slice { dim: 2, start: 16, len: k, step: 1 }, &[wider]);
+        let x = b.input(dtype, &[batch, rows, k]);
+        for w in [by_rows, by_columns] {
+            let every = b.g.broadcast_to(w, Shape::new(&[batch, k, n]).unwrap()).unwrap();
+            for x in [x, part] {
+                let y = b.op(Operation::Dot, &[x, every]);
+                outputs.push(b.g.binary_scalar(BinaryOp::Mul, y, 1.0 / 64.0).unwrap());
+            }
+            let (z, v) = (b.input(dtype, &[batch, rows, 40]), b.input(dtype, &[batch, 40, n]));
+            let z = b.op(Operation::Dot, &[z, v]);
+            let y = b.op(Operation::Dot, &[x, every]);
+            let y = b.g.binary_scalar(BinaryOp::Mul, y, 0.25).unwrap();
+            let sum = b.g.binary(BinaryOp::Add, z, y).unwrap();
+            outputs.push(b.g.binary_scalar(BinaryOp::Mul, sum, 1.0 / 64.0).unwrap());
+        }
+        b.task(format!("{batch} x {rows} x {k} x {n} of {dtype}"), outputs, 4.0 * tolerance(dtype))
+    };
+    THIN.map(task).to_vec()
+}
+
+fn all_thin() -> Vec<Task> {
+    [DType::BF16, DType::F16].into_iter().flat_map(thin_products).collect()
+}
+
+#[test]
+fn thin_products_equal_the_oracle() {
+    check_all("thin", &all_thin());
+}
+
+/// What [`thin_products`] is to try is what is rendered for it: a kernel, where there are tensor cores.
+#[test]
+fn thin_products_of_many_rows_are_a_kernel_on_tensor_cores() {
+    use metal_candle_compiler::render::{Dialect, Limits, Part, call};
+    use metal_candle_compiler::{Target, Work, plan};
+    let limits = Limits::cuda(8, 2048);
+    let kernels = |limits: &Limits, task: &Task| -> usize {
+        let plan = plan(&task.graph, &Target::CUDA, &[]).unwrap();
+        let calls = plan.steps.iter().filter_map(|step| match &step.work {
+            Work::Call(work) => call(work, &step.args, &step.outs, Dialect::CUDA, limits).ok(),
+            Work::Kernel(_) => None,
+        });
+        let is_thin =
+            |part: &Part| matches!(part, Part::Kernel(source) if source.text.contains("thin::few"));
+        calls.flat_map(|call| call.parts).filter(is_thin).count()
+    };
+    for task in all_thin() {
+        assert_eq!(kernels(&limits, &task), 0, "{}", task.name);
+        // All six; where three are one product for what they share, that is one of them.
+        assert!(kernels(&limits.of_capability(9, 0), &task) >= 4, "{}", task.name);
+    }
+}
+
 pub(super) fn all() -> Vec<Task> {
-    [all_losses(), all_quantised(), FLOATS.map(products).to_vec()].concat()
+    [all_losses(), all_quantised(), FLOATS.map(products).to_vec(), all_thin()].concat()
 }
