@@ -1,10 +1,9 @@
-//! Products: the library's, but for those of few rows, and [thin](super::thin) ones.
+//! Products: the library's, but for those of few rows, and those that [sum over few](super::thin).
 
 use super::draft::{BLOCK, Draft, Gpu};
 use super::quant::vector;
-use super::thin::Thin;
 use super::walk::Walk;
-use super::{Call, Part, Place};
+use super::{Call, Part, Place, thin};
 use crate::render::{Binding, Launch};
 use crate::{Layout, Operand};
 use metal_candle_graph::DType;
@@ -25,7 +24,7 @@ pub(super) fn gemm(
     let [a, b] = [0, 1].map(|i| place(Binding::Arg(i), &args[i as usize]));
     let result = place(Binding::Out(0), out);
     let part = few_rows(gpu, args, out, alpha, accumulate)
-        .or_else(|| Thin::new(gpu, [&a, &b, &result], alpha, accumulate)?.part(gpu))
+        .or_else(|| thin::product(gpu, [&a, &b, &result], alpha, accumulate))
         .unwrap_or(Part::Product { alpha, accumulate, a, b, out: result });
     Call { parts: vec![part], workspace_bytes: 0 }
 }
