@@ -23,11 +23,11 @@ template <typename T> FN void ask(DEVICE const T* from, THREAD Run<T>& run) {
     }
 }
 
-// What a lane has of a column to begin with: AHEAD runs, 32 lanes' worth apart.
-template <typename K, i32 AHEAD, typename T> FN void ask_first(DEVICE const T* column, i32 lane, THREAD Run<T> (&runs)[AHEAD]) {
+// What a lane has of a column to begin with: AHEAD runs, APART apart.
+template <typename K, i32 AHEAD, i32 APART, typename T> FN void ask_first(DEVICE const T* column, i32 first, THREAD Run<T> (&runs)[AHEAD]) {
 #pragma unroll
     for (i32 i = 0; i < AHEAD; ++i) {
-        const i32 k = (i * 32 + lane) * 8;
+        const i32 k = (i * APART + first) * 8;
         if (k < K::INNER) ask(column + k, runs[i]);
     }
 }
@@ -41,43 +41,60 @@ FN void add_run(DEVICE const T* x, typename K::I k, THREAD const A (&b)[8], THRE
     }
 }
 
-// W lies column after column: a SIMD group for each. The weight is the same whatever the kernel before this one writes: the
-// first runs of a lane are asked for before that has ended, and those of its next column before the sums of this one are
-// added up.
+// W lies column after column: a SIMD group for each, or SPLIT of them for a part each where there are few. The weight is the
+// same whatever the kernel before this one writes: the first runs of a lane are asked for before that has ended, and those of
+// its next column before the sums of this one are added up.
 template <typename K, i32 M, typename T, typename Before>
-FN void times_columns(DEVICE const T* x, DEVICE const T* w, DEVICE T* out, Thread t, THREAD const Before& before) {
+FN void times_columns(DEVICE const T* x, DEVICE const T* w, DEVICE T* out, Thread t, SHARED u64* shared, THREAD const Before& before) {
     typedef typename K::I I;
     typedef typename K::A A;
-    enum : i32 { GROUPS = K::BLOCK / 32, RUNS = (K::INNER + 255) / 256, MOST = 16 / sizeof(T), AHEAD = RUNS < MOST ? RUNS : MOST };
-    const i32 lane = t.tid % 32;
-    I col = I(t.block) * GROUPS + t.tid / 32;
+    // A short column is asked for as a whole. Of a longer one little: the more registers a lane has, the fewer groups run.
+    enum : i32 {
+        GROUPS = K::BLOCK / 32,
+        COLUMNS = GROUPS / K::SPLIT,
+        APART = 32 * K::SPLIT,
+        RUNS = (K::INNER / 8 + APART - 1) / APART,
+        SHORT = 12 / sizeof(T),
+        AHEAD = RUNS <= SHORT ? RUNS : 8 / sizeof(T),
+    };
+    const i32 group = t.tid / 32, lane = t.tid % 32, own = group % K::SPLIT * 32 + lane;
+    I first = I(t.block) * COLUMNS, col = first + group / K::SPLIT;
     Run<T> runs[AHEAD];
-    if (col < K::COLS) ask_first<K, AHEAD>(w + K::weight(col), lane, runs);
+    if (col < K::COLS) ask_first<K, AHEAD, APART>(w + K::weight(col), own, runs);
     before();
-    while (col < K::COLS) {
+    for (; first < K::COLS; first += I(t.blocks) * COLUMNS) {
         A sum[M];
         for (i32 m = 0; m < M; ++m) sum[m] = 0;
+        if (col < K::COLS) {
 #pragma unroll
-        for (i32 i = 0; i < AHEAD; ++i) {
-            const I k = (i * 32 + lane) * 8;
-            if (k >= K::INNER) continue;
-            A b[8];
-            widen(runs[i], b);
-            add_run<K>(x, k, b, sum);
+            for (i32 i = 0; i < AHEAD; ++i) {
+                const I k = (i * APART + own) * 8;
+                if (k >= K::INNER) continue;
+                A b[8];
+                widen(runs[i], b);
+                add_run<K>(x, k, b, sum);
+            }
+#pragma unroll (16 / sizeof(T))
+            for (I k = (AHEAD * APART + own) * 8; k < K::INNER; k += APART * 8) {
+                A b[8];
+                load_run<16 / sizeof(T), 1>(w + (K::weight(col) + k), b);
+                add_run<K>(x, k, b, sum);
+            }
         }
-#pragma unroll 4
-        for (I k = (AHEAD * 32 + lane) * 8; k < K::INNER; k += 32 * 8) {
-            A b[8];
-            load_run<16 / sizeof(T), 1>(w + (K::weight(col) + k), b);
-            add_run<K>(x, k, b, sum);
-        }
-        const I next = col + I(t.blocks) * GROUPS;
-        if (next < K::COLS) ask_first<K, AHEAD>(w + K::weight(next), lane, runs);
+        const I now = col;
+        col += I(t.blocks) * COLUMNS;
+        if (col < K::COLS) ask_first<K, AHEAD, APART>(w + K::weight(col), own, runs);
         for (i32 m = 0; m < M; ++m) {
-            const A all = simd_reduce<Sum>(sum[m]);
-            if (lane == 0) put_product<K>(out + (K::to(m) + col), all);
+            A all = simd_reduce<Sum>(sum[m]);
+            if (K::SPLIT > 1) {
+                SHARED A* const part = (SHARED A*)shared;
+                if (lane == 0) part[group] = all;
+                barrier();
+                if (lane == 0 && group % K::SPLIT == 0) all = fold<Sum, K::SPLIT>(part + group, 1);
+                barrier();
+            }
+            if (lane == 0 && group % K::SPLIT == 0 && now < K::COLS) put_product<K>(out + (K::to(m) + now), all);
         }
-        col = next;
     }
 }
 

@@ -4,7 +4,8 @@ use super::draft::{BLOCK, Draft, Gpu};
 use super::quant::vector;
 use super::walk::Walk;
 use super::{Call, Part, Place, thin};
-use crate::render::{Binding, Launch};
+use crate::render::launch::SIMD;
+use crate::render::{Binding, Launch, scalar};
 use crate::{Layout, Operand};
 use metal_candle_graph::DType;
 
@@ -80,13 +81,14 @@ fn few_rows(
         .aligned(ACCESS)
         .constant("COLS", n as i64)
         .constant("INNER", k as i64)
+        .constant("SPLIT", split(gpu, reads, k, n) as i64)
         .constant("STEP", step as i64)
         .constant("VECTOR", vector as i64)
         .constant("ACCUMULATE", i64::from(accumulate))
         .function("A", "alpha", &format!("{alpha:?}"))
         .walk(&x, beyond)
         .places(&weight);
-    Some(draft.finish(launch(gpu, reads, n, b.dtype)))
+    Some(draft.finish(launch(gpu, reads, [k, n], b.dtype)))
 }
 
 /// Whether accesses of `wide` elements cover the weight, and along what.
@@ -104,9 +106,24 @@ fn reads(b: &Layout, rank: usize, wide: usize) -> Option<Reads> {
     }
 }
 
-fn launch(gpu: Gpu<'_>, reads: Reads, n: usize, dtype: DType) -> Launch {
+/// How many SIMD groups share a column: more than one where that leaves half of the device idle, and its runs are enough for
+/// all of their lanes.
+fn split(gpu: Gpu<'_>, reads: Reads, k: usize, n: usize) -> usize {
+    let groups = gpu.limits.resident_threads / SIMD;
+    let fits = |split: &usize| k >= 2 * split * SIMD * RUN && n * split <= groups / 2;
     match reads {
-        Reads::Columns => gpu.simd_rows(n),
+        Reads::Columns => [4, 2].into_iter().find(fits).unwrap_or(1),
+        Reads::Rows => 1,
+    }
+}
+
+fn launch(gpu: Gpu<'_>, reads: Reads, [k, n]: [usize; 2], dtype: DType) -> Launch {
+    match reads {
+        Reads::Columns => {
+            let groups = BLOCK / SIMD;
+            let columns = groups / split(gpu, reads, k, n);
+            gpu.block_rows(n.div_ceil(columns), BLOCK, groups * scalar::register_bytes(dtype))
+        }
         Reads::Rows => {
             let (block, width) = (2 * BLOCK, 8 * ACCESS / dtype.size_bytes());
             gpu.block_rows(n.div_ceil(width), block, block / 32 * width * size_of::<f32>())

@@ -203,6 +203,13 @@ fn products(dtype: DType) -> Task {
             outputs.push(scaled(&mut b, sum));
         }
     }
+    // Few long columns, each for several groups.
+    for [k, n, m] in [[1064, 3, 1], [1024, 4, 4], [2184, 2, 3]] {
+        let (x, w) = (b.input(dtype, &[m, k]), b.input(dtype, &[n, k]));
+        let w = b.g.transpose(w).unwrap();
+        let y = b.op(Operation::Dot, &[x, w]);
+        outputs.push(scaled(&mut b, y));
+    }
     let x = b.input(dtype, &[2, 1, k]);
     outputs.push(b.op(Operation::Dot, &[x, of_batch]));
     let every = b.g.broadcast_to(by_columns, Shape::new(&[2, k, n]).unwrap()).unwrap();
