@@ -167,7 +167,7 @@ fn launches_are_within_the_limits() {
     for (name, graph, donated) in graphs::all() {
         for kernel in kernels(&graph, &donated) {
             for limits in [CUDA, METAL] {
-                let Launch { team, vector, grid, block, shared_bytes } =
+                let Launch { team, vector, grid, block, shared_bytes, .. } =
                     launch(&kernel, &limits).unwrap();
                 assert!((1..=limits.max_grid).contains(&grid), "{name}: {grid}");
                 assert!(block <= limits.max_block && block.is_multiple_of(32), "{name}: {block}");

@@ -44,6 +44,7 @@ pub fn beside(members: &[&Source], ahead: Option<&Ahead<'_>>, dialect: &Dialect)
         vector: 1,
         grid: members.iter().map(|member| member.launch.grid).sum(),
         block,
+        resident: every.iter().map(|member| member.launch.resident).max().unwrap_or(1),
         shared_bytes: if kept > 0 { own + kept } else { own },
     };
     let joined = Joined { members, ahead, dialect, own_shared_bytes: own };
@@ -104,7 +105,7 @@ impl Joined<'_> {
         let count: usize = self.members.iter().map(|member| member.bindings.len()).sum();
         let any = |n: usize| dialect.output.replace("{type}", "u8").replace("{name}", &operand(n));
         let operands: Vec<String> = (0..self.first_operand() + count).map(any).collect();
-        let head = dialect.kernel.replace("{block}", &launch.block.to_string());
+        let head = dialect.head(launch);
         let mut body = Text::default();
         body.open(format!("{head}({})", operands.join(", ")));
         body.line(dialect.first_lines[0]);

@@ -18,7 +18,7 @@ pub(super) const DIALECT: Dialect = Dialect {
     // No fast math: NaN and infinities mean something. Rounding once in a * b + c is welcome.
     options: &["--std=c++17"],
     headers: Dialect::headers(include_str!("cuda.h"), TENSOR_CORES),
-    kernel: "extern \"C\" __global__ void __launch_bounds__({block}) {name}",
+    kernel: "extern \"C\" __global__ void __launch_bounds__({block}{resident}) {name}",
     argument: "const {type}* {name}",
     output: "{type}* {name}",
     ids: &[],

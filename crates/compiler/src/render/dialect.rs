@@ -1,10 +1,10 @@
 //! What a language calls things.
 
-use super::Source;
+use super::{Launch, Source};
 
 /// A GPU language, as data.
 ///
-/// In the texts, `{name}`, `{type}`, `{block}` (threads) and `{n}` (the number of an operand) are filled in.
+/// In the texts, `{name}`, `{type}`, `{block}` (threads), `{resident}` (blocks) and `{n}` (the number of an operand) are filled in.
 #[derive(Debug)]
 pub struct Dialect {
     /// For people.
@@ -80,10 +80,20 @@ impl Dialect {
         self.headers.join("\n")
     }
 
+    /// The beginning of a kernel's definition, but for its name.
+    pub(super) fn head(&self, launch: &Launch) -> String {
+        let resident = match launch.resident {
+            1 => String::new(),
+            blocks => format!(", {blocks}"),
+        };
+        let head = self.kernel.replace("{block}", &launch.block.to_string());
+        head.replace("{resident}", &resident)
+    }
+
     /// `kernel` as a function of this name that other kernels call; one that asks first is given what to call `before`.
     pub(super) fn as_function(&self, kernel: &Source, name: &str) -> String {
         let [head, line] = self.function.expect("metal-candle bug: kernels that are no functions");
-        let own = self.kernel.replace("{block}", &kernel.launch.block.to_string());
+        let own = self.head(&kernel.launch);
         let own = own.replace("{name}", &kernel.name) + "(";
         let mut head = head.replace("{name}", name);
         let mut text = kernel.text.clone();

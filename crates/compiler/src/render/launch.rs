@@ -134,6 +134,8 @@ pub struct Launch {
     pub grid: usize,
     /// Threads of a block (a threadgroup).
     pub block: usize,
+    /// Blocks that a multiprocessor is to have room for at once, which limits a thread's registers; 1 leaves them to the compiler.
+    pub resident: usize,
     /// Memory that a block shares; a multiple of 16, as Metal wants.
     pub shared_bytes: usize,
 }
@@ -165,7 +167,7 @@ pub fn launch(kernel: &Kernel, limits: &Limits) -> Result<Launch, RenderError> {
     let most = (WAVES * limits.resident_threads / block).clamp(1, limits.max_grid);
     let shared_bytes = shared_bytes(kernel, team, block);
     assert!(shared_bytes <= limits.max_shared_bytes, "metal-candle bug: {shared_bytes} bytes");
-    Ok(Launch { team, vector, grid: blocks.min(most), block, shared_bytes })
+    Ok(Launch { team, vector, grid: blocks.min(most), block, resident: 1, shared_bytes })
 }
 
 impl Launch {

@@ -66,7 +66,14 @@ impl Product<'_> {
         let shared_bytes = 2 * TILE * PITCH * register_bytes(self.out.dtype);
         let fits = BLOCK <= limits.max_block && shared_bytes <= limits.max_shared_bytes;
         assert!(fits, "metal-candle bug: {shared_bytes} bytes");
-        Launch { team: Team::Block, vector: 1, grid: tiles.min(most), block: BLOCK, shared_bytes }
+        Launch {
+            team: Team::Block,
+            vector: 1,
+            grid: tiles.min(most),
+            block: BLOCK,
+            resident: 1,
+            shared_bytes,
+        }
     }
 
     fn text(&self, dialect: &Dialect, launch: &Launch, name: &str) -> String {
@@ -128,7 +135,7 @@ impl Product<'_> {
             Shared::Parameter(shared) => parameters.push(shared.to_owned()),
             Shared::Line(shared) => lines.push(shared),
         }
-        let head = dialect.kernel.replace("{block}", &launch.block.to_string());
+        let head = dialect.head(launch);
         let head = head.replace("{name}", name);
         text.open(format!("{head}(\n    {}\n)", parameters.join(",\n    ")));
         lines.iter().for_each(|line| text.line(line));

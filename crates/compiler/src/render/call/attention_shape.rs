@@ -235,7 +235,14 @@ impl Tile {
 
     pub(super) fn launch(&self, shape: &Shape, tiles: usize) -> Launch {
         let Tile { threads: block, shared_bytes, .. } = *self;
-        Launch { team: Team::Block, vector: 1, grid: shape.pairs() * tiles, block, shared_bytes }
+        Launch {
+            team: Team::Block,
+            vector: 1,
+            grid: shape.pairs() * tiles,
+            block,
+            resident: 1,
+            shared_bytes,
+        }
     }
 }
 

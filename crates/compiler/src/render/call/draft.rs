@@ -50,7 +50,7 @@ impl Gpu<'_> {
         let shared_bytes = shared_bytes.next_multiple_of(16);
         let fits = block <= self.limits.max_block && shared_bytes <= self.limits.max_shared_bytes;
         assert!(fits, "metal-candle bug: a block of {block} with {shared_bytes} bytes");
-        Launch { team, vector: 1, grid, block, shared_bytes }
+        Launch { team, vector: 1, grid, block, resident: 1, shared_bytes }
     }
 }
 
@@ -212,7 +212,7 @@ impl<'a> Draft<'a> {
             Shared::Parameter(text) => parameters.push(text.to_owned()),
             Shared::Line(text) => lines.push(text),
         }
-        let head = dialect.kernel.replace("{block}", &launch.block.to_string());
+        let head = dialect.head(launch);
         let mut text = Text::default();
         text.line(format!("// Of {}: {} blocks of {}.", self.call, launch.grid, launch.block));
         text.open(format!("{head}(\n    {}\n)", parameters.join(",\n    ")));

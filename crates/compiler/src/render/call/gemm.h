@@ -74,7 +74,7 @@ FN void times_columns(DEVICE const T* x, DEVICE const T* w, DEVICE T* out, Threa
                 widen(runs[i], b);
                 add_run<K>(x, k, b, sum);
             }
-#pragma unroll (16 / sizeof(T))
+#pragma unroll (8 / sizeof(T))
             for (I k = (AHEAD * APART + own) * 8; k < K::INNER; k += APART * 8) {
                 A b[8];
                 load_run<16 / sizeof(T), 1>(w + (K::weight(col) + k), b);
@@ -85,15 +85,17 @@ FN void times_columns(DEVICE const T* x, DEVICE const T* w, DEVICE T* out, Threa
         col += I(t.blocks) * COLUMNS;
         if (col < K::COLS) ask_first<K, AHEAD, APART>(w + K::weight(col), own, runs);
         for (i32 m = 0; m < M; ++m) {
-            A all = simd_reduce<Sum>(sum[m]);
-            if (K::SPLIT > 1) {
-                SHARED A* const part = (SHARED A*)shared;
-                if (lane == 0) part[group] = all;
-                barrier();
-                if (lane == 0 && group % K::SPLIT == 0) all = fold<Sum, K::SPLIT>(part + group, 1);
-                barrier();
+            const A all = simd_reduce<Sum>(sum[m]);
+            const bool puts = lane == 0 && group % K::SPLIT == 0 && now < K::COLS;
+            if (K::SPLIT == 1) {
+                if (puts) put_product<K>(out + (K::to(m) + now), all);
+                continue;
             }
-            if (lane == 0 && group % K::SPLIT == 0 && now < K::COLS) put_product<K>(out + (K::to(m) + now), all);
+            SHARED A* const part = (SHARED A*)shared + group;
+            if (lane == 0) *part = all;
+            barrier();
+            if (puts) put_product<K>(out + (K::to(m) + now), fold<Sum, K::SPLIT>(part, 1));
+            barrier();
         }
     }
 }

@@ -12,6 +12,8 @@ use metal_candle_graph::DType;
 /// Elements that a thread multiplies together.
 const RUN: usize = 8;
 const ACCESS: usize = 16;
+/// Blocks of a multiprocessor: enough of them have enough on its way from memory.
+const RESIDENT: usize = 4;
 
 /// `args = [a: [.., m, k], b: [.., k, n]]`
 pub(super) fn gemm(
@@ -122,7 +124,11 @@ fn launch(gpu: Gpu<'_>, reads: Reads, [k, n]: [usize; 2], dtype: DType) -> Launc
         Reads::Columns => {
             let groups = BLOCK / SIMD;
             let columns = groups / split(gpu, reads, k, n);
-            gpu.block_rows(n.div_ceil(columns), BLOCK, groups * scalar::register_bytes(dtype))
+            let shared_bytes = groups * scalar::register_bytes(dtype);
+            Launch {
+                resident: RESIDENT,
+                ..gpu.block_rows(n.div_ceil(columns), BLOCK, shared_bytes)
+            }
         }
         Reads::Rows => {
             let (block, width) = (2 * BLOCK, 8 * ACCESS / dtype.size_bytes());

@@ -86,7 +86,7 @@ impl Kernel<'_> {
         // Every block has one piece of work.
         lines.push("(void)blocks;");
         lines.extend(self.body.iter().map(String::as_str));
-        let head = dialect.kernel.replace("{block}", &self.launch.block.to_string());
+        let head = dialect.head(&self.launch);
         format!(
             "struct {{shape}} {{\n{}}};\n{head}(\n    {}\n) {{\n    {}\n}}\n",
             self.constants,

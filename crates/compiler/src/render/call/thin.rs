@@ -75,6 +75,7 @@ pub(super) fn product(
         vector: 1,
         grid: (strips * slices).div_ceil(BLOCK / SIMD),
         block: BLOCK,
+        resident: 1,
         shared_bytes: 0,
     };
     Some(draft.finish(launch))
