@@ -7,6 +7,7 @@ mod pairs;
 
 use super::Product;
 use super::few_rows::InRows;
+#[cfg(target_arch = "x86_64")]
 use super::pack::Source;
 use crate::cpu::matrix::{Mat, MatMut};
 use crate::cpu::{parallel, scratch};
@@ -78,6 +79,7 @@ pub(super) trait Thick: InRows {
     }
 
     /// The factors themselves, where that is so.
+    #[cfg(target_arch = "x86_64")]
     fn as_pairs<'m>(_factors: [Mat<'m, Self>; 2]) -> Option<[Mat<'m, bf16>; 2]> {
         None
     }
@@ -90,6 +92,7 @@ impl Thick for bf16 {
         cfg!(target_arch = "x86_64") && super::micro::for_bf16_pairs().is_some()
     }
 
+    #[cfg(target_arch = "x86_64")]
     fn as_pairs<'m>(factors: [Mat<'m, bf16>; 2]) -> Option<[Mat<'m, bf16>; 2]> {
         Self::has_pairs().then_some(factors)
     }
