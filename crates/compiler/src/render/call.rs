@@ -152,8 +152,8 @@ pub fn call(
         LibraryCall::Gemm { alpha, accumulate } => {
             gemm::gemm(gpu, args, &outs[0], alpha, accumulate)
         }
-        LibraryCall::GemmSum { .. } => {
-            panic!("metal-candle bug: no target of a GPU has sums of products")
+        LibraryCall::GemmSum { ref alphas, accumulate } => {
+            gemm::sum(args, &outs[0], alphas, accumulate)
         }
         LibraryCall::LowRank { low_scale, scale } => {
             low_rank::low_rank(gpu, args, outs, [low_scale, scale])
