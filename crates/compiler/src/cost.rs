@@ -40,6 +40,10 @@ fn call_flops(call: &LibraryCall, args: &[Operand], outs: &[Operand]) -> u64 {
     let out = outs.first().map_or(0, len);
     match call {
         LibraryCall::Gemm { .. } => 2 * out * args[0].layout.shape.last().unwrap_or(0) as u64,
+        LibraryCall::GemmSum { .. } => {
+            let depths = args.iter().step_by(2).map(|a| a.layout.shape.last().unwrap_or(0) as u64);
+            2 * out * depths.sum::<u64>()
+        }
         LibraryCall::LowRank { .. } => {
             let rank = args[1].layout.shape.last().unwrap_or(0) as u64;
             2 * rank * (len(&args[0]) + out)

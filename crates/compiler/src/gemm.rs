@@ -1,20 +1,22 @@
-//! Which products run as one GEMM with its scale and its addend: `out = addend + alpha · a b`.
+//! Which products run as one call with their scales and their addend: `out = addend + alpha · a b + ..`.
 //!
-//! This is how LoRA is lowered: `x W + s (x A) B` is a product, a thin product, and a thin product that
-//! accumulates onto the first one's result. No operation of the graph knows about it. Targets may have a call for the thin two
-//! ([`crate::low_rank`]).
+//! This is how LoRA is lowered: `x W + s (x A) B` is the thin product `x A`, and the sum of two products, as the gradient of x is;
+//! or, where a target has no call for such sums, a product that accumulates onto the other one's result. No operation of
+//! the graph knows about it. Targets may have a call for the thin two ([`crate::low_rank`]).
 
 use crate::Target;
 use crate::analysis::{Analysis, Kind, Located};
 use metal_candle_graph::{BinaryOp, NodeId, Operation};
 use rustc_hash::FxHashMap;
 
-/// A product as it will be called.
+/// A product, or a sum of some, as it will be called.
 #[derive(Clone, Debug)]
 pub(crate) struct Gemm {
     pub(crate) a: Located,
     pub(crate) b: Located,
     pub(crate) alpha: f64,
+    /// What is added to it by the same call.
+    pub(crate) more: Vec<Term>,
     /// The stored result onto which this one accumulates, in place.
     pub(crate) addend: Option<NodeId>,
     /// The product that gives `a`, where one call computes both.
@@ -23,14 +25,57 @@ pub(crate) struct Gemm {
     pub(crate) is_low: bool,
 }
 
+/// `alpha · a b`
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Term {
+    a: Located,
+    b: Located,
+    alpha: f64,
+}
+
+impl Gemm {
+    fn of(a: Located, b: Located, alpha: f64) -> Gemm {
+        Gemm { a, b, alpha, more: Vec::new(), addend: None, low: None, is_low: false }
+    }
+
+    fn terms(&self) -> impl Iterator<Item = Term> + '_ {
+        let first = Term { a: self.a, b: self.b, alpha: self.alpha };
+        std::iter::once(first).chain(self.more.iter().copied())
+    }
+
+    /// a and b of the first product, of the second ...
+    pub(crate) fn factors(&self) -> impl Iterator<Item = Located> + '_ {
+        self.terms().flat_map(|term| [term.a, term.b])
+    }
+
+    pub(crate) fn alphas(&self) -> impl Iterator<Item = f64> + '_ {
+        self.terms().map(|term| term.alpha)
+    }
+
+    fn scale(&mut self, by: f64) {
+        self.alpha *= by;
+        self.more.iter_mut().for_each(|term| term.alpha *= by);
+    }
+
+    /// Whether both give results of one shape, and so few that one call adds them up.
+    fn adds_up_with(&self, other: &Gemm, target: &Target) -> bool {
+        let shape = |gemm: &Gemm| {
+            let (a, b) = (gemm.a.layout.shape, gemm.b.layout.shape);
+            a.with(a.rank() - 1, b[b.rank() - 1])
+        };
+        let products = 2 + self.more.len() + other.more.len();
+        products <= target.max_products && shape(self) == shape(other)
+    }
+}
+
 /// The products, by the node that holds their final result.
 pub(crate) type Gemms = FxHashMap<NodeId, Gemm>;
 
 /// A product that sums over at least so many takes longer to compute than its result to be read and written.
 const DEEP: usize = 1024;
 
-/// Finds the products. Their results become calls; the nodes that they absorb are dead afterwards. Of two that are
-/// added, the one of [`goes_last`] accumulates onto the other.
+/// Finds the products. Their results become calls; the nodes that they absorb are dead afterwards. Two that are added are one
+/// call, or the one of [`goes_last`] accumulates onto the other.
 pub(crate) fn find(a: &mut Analysis, target: &Target) -> Gemms {
     let mut gemms = Gemms::default();
     for id in a.g.ids() {
@@ -41,9 +86,7 @@ pub(crate) fn find(a: &mut Analysis, target: &Target) -> Gemms {
             Operation::Dot => {
                 let (lhs, l) = unscaled(a, a.operand(id, 0));
                 let (rhs, r) = unscaled(a, a.operand(id, 1));
-                let alpha = l * r;
-                let gemm = Gemm { a: lhs, b: rhs, alpha, addend: None, low: None, is_low: false };
-                gemms.insert(id, gemm);
+                gemms.insert(id, Gemm::of(lhs, rhs, l * r));
             }
             Operation::Binary(BinaryOp::Mul) => absorb_scale(a, id, &mut gemms),
             Operation::Binary(BinaryOp::Add) => absorb_addend(a, id, &mut gemms, target),
@@ -98,7 +141,7 @@ fn absorb_scale(a: &mut Analysis, id: NodeId, gemms: &mut Gemms) {
     let Some((x, scale)) = scaled_by(a, id) else { return };
     let Some(base) = sole_product(a, gemms, x, id) else { return };
     if starts_from_nothing(gemms, base) {
-        move_result(a, gemms, base, id, |gemm| gemm.alpha *= scale);
+        move_result(a, gemms, base, id, |gemm| gemm.scale(scale));
     }
 }
 
@@ -118,7 +161,12 @@ fn absorb_addend(a: &mut Analysis, id: NodeId, gemms: &mut Gemms, target: &Targe
         [true, false] => (right, left),
         [false, false] => return,
     };
-    move_result(a, gemms, product, id, |gemm| gemm.addend = Some(onto));
+    let adds_up = gemms.get(&onto).is_some_and(|base| base.adds_up_with(&gemms[&product], target));
+    if !adds_up {
+        return move_result(a, gemms, product, id, |gemm| gemm.addend = Some(onto));
+    }
+    let product = take(a, gemms, product);
+    move_result(a, gemms, onto, id, |gemm| gemm.more.extend(product.terms()));
 }
 
 /// Whether `left` is to accumulate onto `right`, where each could onto the other.
@@ -147,9 +195,14 @@ fn move_result(
     to: NodeId,
     change: impl FnOnce(&mut Gemm),
 ) {
-    let mut gemm = gemms.remove(&from).expect("metal-candle bug: no gemm to absorb");
+    let mut gemm = take(a, gemms, from);
     change(&mut gemm);
-    a.kinds[from.index()] = Kind::Dead;
     a.kinds[to.index()] = Kind::Call;
     gemms.insert(to, gemm);
+}
+
+/// The product whose result is not that of `from` any more.
+fn take(a: &mut Analysis, gemms: &mut Gemms, from: NodeId) -> Gemm {
+    a.kinds[from.index()] = Kind::Dead;
+    gemms.remove(&from).expect("metal-candle bug: no gemm to absorb")
 }

@@ -12,6 +12,10 @@ pub enum LibraryCall {
     /// `out = alpha · a b`, or `out += alpha · a b` if `accumulate`. `args = [a: [.., m, k], b: [.., k, n]]`,
     /// equal leading dims; accumulates in f32 (f64 for F64).
     Gemm { alpha: f64, accumulate: bool },
+    /// `out = Σ alphas[i] · a_i b_i`, or added to what is there if `accumulate`: a product with its LoRA branch, or the gradient
+    /// of what several products read. `args = [a_0, b_0, a_1, b_1, ..]`, each pair as [`LibraryCall::Gemm`] takes it. A
+    /// backend may round a result of 16 bits after any of the products.
+    GemmSum { alphas: Vec<f64>, accumulate: bool },
     /// `low = low_scale · x a; out += scale · low b`: a LoRA branch, in place on the output, which holds the base.
     /// `args = [x: [.., m, k], a: [.., k, r], b: [.., r, n]]`, one a and one b, repeated over leading dims; a second output
     /// is low, where anything else reads it.
@@ -58,6 +62,7 @@ impl LibraryCall {
     pub const fn name(&self) -> &'static str {
         match self {
             LibraryCall::Gemm { .. } => "gemm",
+            LibraryCall::GemmSum { .. } => "gemm_sum",
             LibraryCall::LowRank { .. } => "low_rank",
             LibraryCall::QuantGemm { .. } => "quant_gemm",
             LibraryCall::Dequantize { .. } => "dequantize",

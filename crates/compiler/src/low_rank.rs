@@ -73,7 +73,7 @@ fn waits_for(
                 waiting.extend(a.operands(*id).map(|operand| operand.base));
             }
         } else if let Some(product) = gemms.get(&id) {
-            waiting.extend([product.a.base, product.b.base]);
+            waiting.extend(product.factors().map(|factor| factor.base));
             waiting.extend(product.addend);
             // Where x a is kept, it is there when the whole step is.
             waiting.extend(joined.get(&id));

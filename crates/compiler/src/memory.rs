@@ -135,7 +135,9 @@ fn drop_copies(lowered: &mut Lowered, uses: &Uses) -> FxHashMap<usize, NodeId> {
     lowered.bases.retain(|step, base| {
         let draft = &lowered.drafts[*step];
         let adds = match draft.work {
-            Work::Call(LibraryCall::Gemm { accumulate, .. }) => accumulate,
+            Work::Call(
+                LibraryCall::Gemm { accumulate, .. } | LibraryCall::GemmSum { accumulate, .. },
+            ) => accumulate,
             Work::Call(LibraryCall::LowRank { .. }) => true,
             _ => false,
         };

@@ -55,6 +55,15 @@ fn step(i: usize, step: &Step, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 write!(f, "  in place")?;
             }
         }
+        Work::Call(LibraryCall::GemmSum { alphas, accumulate }) => {
+            if alphas.iter().any(|alpha| *alpha != 1.0) {
+                let alphas: Vec<String> = alphas.iter().map(f64::to_string).collect();
+                write!(f, "  alpha={}", alphas.join(", "))?;
+            }
+            if *accumulate {
+                write!(f, "  in place")?;
+            }
+        }
         Work::Call(LibraryCall::LowRank { low_scale, scale }) => {
             write!(f, "  alpha={low_scale}, {scale}  in place")?;
         }

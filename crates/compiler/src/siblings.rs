@@ -9,7 +9,7 @@ use crate::kernel::{Access, Inst, Kernel, KernelOp, Reg, Store};
 use crate::lower::{Lowered, Output};
 use crate::memory::{remove, replaces};
 use crate::{Target, Work};
-use metal_candle_graph::NodeId;
+use metal_candle_graph::{BinaryOp, NodeId, UnaryOp};
 use rustc_hash::{FxHashMap, FxHashSet};
 use smallvec::SmallVec;
 
@@ -185,17 +185,55 @@ fn joined(a: &Kernel, b: &Kernel, arg_of: &[u32], first_out: u32) -> Kernel {
         if let KernelOp::Load(access) = &mut op {
             access.arg = arg_of[access.arg as usize];
         }
-        let inst = Inst { op, ..*inst };
-        let known = kernel.tape.iter().position(|i| *i == inst);
-        let at = known.unwrap_or_else(|| {
-            kernel.tape.push(inst);
-            kernel.tape.len() - 1
-        });
-        reg_of.push(Reg(at as u32));
+        reg_of.push(push(&mut kernel.tape, Inst { op, ..*inst }));
     }
     kernel.stores.extend(b.stores.iter().map(|store| Store {
         reg: reg_of[store.reg.index()],
         to: Access { arg: first_out + store.to.arg, ..store.to.clone() },
     }));
-    kernel
+    share_sigmoids(kernel)
+}
+
+/// `silu(x)` as `x · sigmoid(x)`, where the kernel computes that sigmoid for another value: SwiGLU's gradients.
+fn share_sigmoids(kernel: Kernel) -> Kernel {
+    let sigmoid_of = |silu: &Inst| match silu.op {
+        KernelOp::Unary(UnaryOp::Silu, x) => {
+            let sigmoid = Inst { op: KernelOp::Unary(UnaryOp::Sigmoid, x), ..silu.clone() };
+            kernel.tape.contains(&sigmoid).then_some((x, sigmoid))
+        }
+        _ => None,
+    };
+    if !kernel.tape.iter().any(|inst| sigmoid_of(inst).is_some()) {
+        return kernel;
+    }
+    let mut tape: Vec<Inst> = Vec::with_capacity(kernel.tape.len() + 1);
+    let mut reg_of: Vec<Reg> = Vec::with_capacity(kernel.tape.len());
+    for inst in &kernel.tape {
+        let moved = |inst: &Inst| {
+            let op = inst.op.with_operands(|reg| reg_of[reg.index()]);
+            Inst { op, ..inst.clone() }
+        };
+        let inst = match sigmoid_of(inst) {
+            Some((x, sigmoid)) => {
+                let sigmoid = push(&mut tape, moved(&sigmoid));
+                let op = KernelOp::Binary(BinaryOp::Mul, reg_of[x.index()], sigmoid);
+                Inst { op, ..inst.clone() }
+            }
+            None => moved(inst),
+        };
+        reg_of.push(push(&mut tape, inst));
+    }
+    let moved = |store: Store| Store { reg: reg_of[store.reg.index()], ..store };
+    let stores = kernel.stores.iter().cloned().map(moved).collect();
+    Kernel { tape, stores, ..kernel.clone() }
+}
+
+/// Appends the instruction, or finds it.
+fn push(tape: &mut Vec<Inst>, inst: Inst) -> Reg {
+    let known = tape.iter().position(|i| *i == inst);
+    let at = known.unwrap_or_else(|| {
+        tape.push(inst);
+        tape.len() - 1
+    });
+    Reg(at as u32)
 }

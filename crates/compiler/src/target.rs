@@ -15,6 +15,9 @@ pub struct Target {
     pub max_reduce: usize,
     /// Fused kernels read and write at most so many buffers.
     pub max_operands: usize,
+    /// So many products whose results are added up are one call at most,
+    /// [`LibraryCall::GemmSum`](crate::LibraryCall::GemmSum); 1 where there is none.
+    pub max_products: usize,
     /// A LoRA branch of at most this rank is one call, [`LibraryCall::LowRank`](crate::LibraryCall::LowRank); 0 for none.
     pub max_low_rank: usize,
     /// A result of at least so many bytes has left the caches when the next step reads it.
@@ -35,6 +38,7 @@ impl Target {
         align_bytes: 64,
         max_reduce: 1 << 14,
         max_operands: usize::MAX,
+        max_products: 8,
         max_low_rank: 0,
         cache_bytes: usize::MAX,
         apart_bytes: 0,
@@ -47,6 +51,7 @@ impl Target {
         align_bytes: 256,
         max_reduce: 1 << 14,
         max_operands: 512,
+        max_products: 1,
         max_low_rank: 0,
         cache_bytes: 32 << 20,
         apart_bytes: FEW_VALUES,
@@ -59,6 +64,7 @@ impl Target {
         align_bytes: 256,
         max_reduce: 1 << 14,
         max_operands: 31,
+        max_products: 1,
         max_low_rank: 64,
         cache_bytes: usize::MAX,
         apart_bytes: FEW_VALUES,

@@ -7,7 +7,7 @@ use metal_candle_compiler::kernel::KernelOp;
 use metal_candle_compiler::{
     LibraryCall, Operand, OutputSource, Plan, Slot, Step, Target, Work, plan,
 };
-use metal_candle_graph::{BinaryOp, ComputationGraph, Operation};
+use metal_candle_graph::{BinaryOp, ComputationGraph, Operation, UnaryOp};
 use support::*;
 
 fn planned(g: &ComputationGraph, donated: &[bool]) -> Plan {
@@ -77,16 +77,32 @@ fn rms_norm_and_its_gradient_share_a_pass_and_one_number_per_row() {
 }
 
 #[test]
-fn lora_accumulates_onto_the_base_product() {
+fn lora_and_the_base_product_are_one_sum() {
     let plan = check(
         &lora_forward(),
         &[],
         expect![[r#"
         matmul
-        matmul
-        matmul+add
+        matmul+matmul
     "#]],
     );
+    let step = &plan.steps[1];
+    let Work::Call(LibraryCall::GemmSum { alphas, accumulate }) = &step.work else {
+        panic!("{plan}")
+    };
+    assert_eq!((&alphas[..], *accumulate), (&[1.0, 2.0][..], false));
+    let depth = |arg: &Operand| arg.layout.shape.last().unwrap();
+    assert_eq!([&step.args[0], &step.args[2]].map(depth), [512, 8]);
+    assert!(plan.to_string().contains("alpha=1, 2"), "{plan}");
+}
+
+#[test]
+fn lora_accumulates_onto_the_base_product_where_a_call_makes_one() {
+    let target = Target { max_products: 1, ..Target::CPU };
+    let plan = plan(&lora_forward(), &target, &[]).unwrap();
+    check_memory(&plan);
+    let labels: Vec<&str> = plan.steps.iter().map(|step| &*step.label).collect();
+    assert_eq!(labels, ["matmul", "matmul", "matmul+add"]);
     let Work::Call(LibraryCall::Gemm { alpha, accumulate }) = plan.steps[2].work else {
         panic!("{plan}")
     };
@@ -151,15 +167,19 @@ fn cross_entropy_and_its_gradient_are_one_kernel() {
     let plan = planned(&swiglu_with_loss(), &[]);
     // SwiGLU, loss with gradient, the mean, SwiGLU's two gradients.
     assert!(kernels(&plan) <= 5, "{plan}");
-    // gate and up are kept, silu(gate) is computed again.
+    // gate and up are kept, silu(gate) is computed again: of the sigmoid that its gradient needs.
     let exps = plan.steps.iter().filter_map(|s| match &s.work {
         Work::Kernel(k) => Some(k),
         Work::Call(_) => None,
     });
-    let silu = |k: &&metal_candle_compiler::kernel::Kernel| {
-        k.tape.iter().any(|i| matches!(i.op, KernelOp::Unary(metal_candle_graph::UnaryOp::Silu, _)))
-    };
-    assert_eq!(exps.filter(silu).count(), 2, "{plan}");
+    let exps: Vec<UnaryOp> = exps
+        .flat_map(|k| &k.tape)
+        .filter_map(|i| match i.op {
+            KernelOp::Unary(op @ (UnaryOp::Silu | UnaryOp::Sigmoid), _) => Some(op),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(exps, [UnaryOp::Silu, UnaryOp::Sigmoid], "{plan}");
 }
 
 #[test]

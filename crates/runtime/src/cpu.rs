@@ -45,6 +45,9 @@ fn call(call: &LibraryCall, args: &[Arg], outs: &mut [Out], parallel: bool) -> R
         LibraryCall::Gemm { alpha, accumulate } => {
             gemm::call(args, outs, alpha, accumulate, parallel);
         }
+        LibraryCall::GemmSum { ref alphas, accumulate } => {
+            gemm::sum::call(args, outs, alphas, accumulate, parallel);
+        }
         LibraryCall::LowRank { low_scale, scale } => {
             low_rank::call(args, outs, [low_scale, scale], parallel);
         }

@@ -42,9 +42,10 @@ pub(crate) fn is_written_whole(plan: &Plan, index: usize) -> bool {
     let (Some((at, out)), None) = (outs.next(), outs.next()) else { return false };
     match &step.work {
         Work::Kernel(kernel) => writes_all(kernel, at, len),
-        Work::Call(LibraryCall::Gemm { accumulate: false, .. }) => {
-            matches!(out.dtype, DType::F32 | DType::F64) && out.layout.shape.len() == len
-        }
+        Work::Call(
+            LibraryCall::Gemm { accumulate: false, .. }
+            | LibraryCall::GemmSum { accumulate: false, .. },
+        ) => matches!(out.dtype, DType::F32 | DType::F64) && out.layout.shape.len() == len,
         Work::Call(_) => false,
     }
 }

@@ -86,6 +86,61 @@ fn gemm_with_a_thin_side_equals_three_loops() {
                 check(&mut rng, dtype, &[], extents, false);
             }
         }
+        // Ranks that fill no vector, sums of odd length, and rows that end within a block.
+        for rank in 1..=33 {
+            let (rows, k) = (34 + rng.below(160), 17 + rng.below(200));
+            check(&mut rng, dtype, &[], [rows, k, rank], false);
+            check(&mut rng, dtype, &[], [rank, k, rows], false);
+        }
+    }
+}
+
+/// Sums of products of these depths, by one call and by three loops each.
+fn check_sum(rng: &mut Rng, dtype: DType, batch: &[usize], [m, n]: [usize; 2], depths: &[usize]) {
+    let dims = |tail: [usize; 2]| [batch, &tail[..]].concat();
+    let alphas: Vec<f64> = depths.iter().map(|_| [1.0, 2.0, -0.5, 0.3][rng.below(4)]).collect();
+    let accumulate = rng.flip();
+    let base_values = rng.units(shape(&dims([m, n])).len());
+    let base = Tensor::dense(dtype, &dims([m, n]), &base_values);
+    let mut expected = if accumulate { base.values.clone() } else { vec![0.0; base.values.len()] };
+    let mut factors = Vec::new();
+    for (k, alpha) in depths.iter().zip(&alphas) {
+        let mut factor = |tail| {
+            let values = rng.units(shape(&dims(tail)).len());
+            Tensor::strided(rng, dtype, &dims(tail), &values)
+        };
+        let (a, b) = (factor([m, *k]), factor([*k, n]));
+        for (sum, product) in expected.iter_mut().zip(product(&a, &b, *alpha, None)) {
+            *sum += product;
+        }
+        factors.extend([a, b]);
+    }
+    let what = format!("{dtype} {batch:?} {m}x{depths:?}x{n} alphas {alphas:?} + {accumulate}");
+    let call = LibraryCall::GemmSum { alphas, accumulate };
+    let args: Vec<&Tensor> = factors.iter().collect();
+    let out = (dtype, shape(&dims([m, n])));
+    let got = run(call, &args, &[out], accumulate.then_some(&base)).unwrap();
+    let k: usize = depths.iter().sum();
+    close(&got[0], &expected, tolerance(dtype) * (1.0 + k as f64).sqrt(), &what);
+}
+
+#[test]
+fn a_sum_of_products_equals_three_loops_for_each() {
+    let mut rng = Rng::new(6);
+    for dtype in FLOATS {
+        for rank in 1..=33 {
+            let sides = [96 + rng.below(60), 33 + rng.below(60)];
+            let depths = [64 + rng.below(70), rank];
+            check_sum(&mut rng, dtype, &[], sides, &depths);
+        }
+        // Slices that end within a factor, as many factors as there may be, and what is made product by product.
+        check_sum(&mut rng, dtype, &[], [100, 70], &[700, 9, 1100, 513]);
+        check_sum(&mut rng, dtype, &[], [120, 33], &[5, 65, 1, 2, 3, 64, 31, 8]);
+        check_sum(&mut rng, dtype, &[], [90, 70], &[100, 8]);
+        check_sum(&mut rng, dtype, &[], [100, 40], &[8, 16]);
+        check_sum(&mut rng, dtype, &[], [100, 40], &[300]);
+        check_sum(&mut rng, dtype, &[3], [100, 50], &[70, 4]);
+        check_sum(&mut rng, dtype, &[25, 4], [1, 50], &[70, 4]);
     }
 }
 

@@ -57,15 +57,20 @@ fn draft_gemm(a: &Analysis, gemms: &Gemms, id: NodeId) -> Drafts {
                 outs.push(result(low, product));
             }
             let call = LibraryCall::LowRank { low_scale: product.alpha, scale: gemm.alpha };
-            (call, "low_rank", vec![product.a, product.b, gemm.b])
+            (call, "low_rank".to_owned(), vec![product.a, product.b, gemm.b])
         }
         (None, base) => {
-            let call = LibraryCall::Gemm { alpha: gemm.alpha, accumulate: base.is_some() };
-            let label = if base.is_some() { "matmul+add" } else { "matmul" };
-            (call, label, vec![gemm.a, gemm.b])
+            let accumulate = base.is_some();
+            let label = format!("matmul{}", if accumulate { "+add" } else { "" });
+            let label = "matmul+".repeat(gemm.more.len()) + &label;
+            let call = match gemm.more[..] {
+                [] => LibraryCall::Gemm { alpha: gemm.alpha, accumulate },
+                _ => LibraryCall::GemmSum { alphas: gemm.alphas().collect(), accumulate },
+            };
+            (call, label, gemm.factors().collect())
         }
     };
-    let draft = Draft { work: Work::Call(call), args, outs, label: label.into() };
+    let draft = Draft { work: Work::Call(call), args, outs, label };
     Drafts { steps: vec![draft], base }
 }
 

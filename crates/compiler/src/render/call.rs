@@ -153,6 +153,9 @@ pub fn call(
         LibraryCall::Gemm { alpha, accumulate } => {
             gemm::gemm(gpu, args, &outs[0], alpha, accumulate)
         }
+        LibraryCall::GemmSum { ref alphas, accumulate } => {
+            gemm::sum(args, &outs[0], alphas, accumulate)
+        }
         LibraryCall::LowRank { low_scale, scale } => {
             low_rank::low_rank(gpu, args, outs, [low_scale, scale])
         }

@@ -184,7 +184,7 @@ fn lora_costs_three_products_and_no_more() {
     let (x, w) = (randn(&[64, 512], 0), randn(&[512, 512], 1));
     let (a, b) = (randn(&[512, 8], 2), randn(&[8, 512], 3));
     let plan = plan(&x.lora(&x.matmul(&w).unwrap(), &a, &b, 2.0).unwrap());
-    assert_eq!(plan.steps.len(), 3, "{plan}");
+    assert!(plan.steps.len() <= 3, "{plan}");
     let flops = 2 * 64 * (512 * 512 + 512 * 8 + 8 * 512);
     assert!(plan.flops() <= flops + 64 * 512 * 2, "{plan}");
 }

@@ -4,7 +4,7 @@
 //! multiply ─ which kernels a dtype goes to         blocked ─ all tiles, on all threads
 //! pack ───── operands laid out for the kernels     micro ─── one tile, whose sums stay in registers
 //! few_rows ─ a few rows times a matrix as it lies  thin ──── what is made of it
-//! lanes ──── vectors of every instruction set
+//! lanes ──── vectors of every instruction set      sum ───── products that are added up as they are made
 //! ```
 //!
 //! The rows and columns of the result are split among threads, never the sums: any number of them gives the same bits.
@@ -16,6 +16,7 @@ mod lanes;
 mod micro;
 mod multiply;
 mod pack;
+pub(crate) mod sum;
 mod thin;
 
 use crate::cpu::matrix::{Mat, MatMut};

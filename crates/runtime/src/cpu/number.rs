@@ -29,21 +29,6 @@ pub(crate) trait Number: Element + PartialOrd {
         }
     }
 
-    /// The row itself, if its elements are their own accumulators.
-    fn as_acc(_row: &[Self]) -> Option<&[Self::Acc]> {
-        None
-    }
-
-    /// Lets `f` write accumulators, and rounds them: into `elements` at once, or by way of `wide`, as long.
-    fn accumulate_into(
-        elements: &mut [Self],
-        wide: &mut [Self::Acc],
-        f: impl FnOnce(&mut [Self::Acc]),
-    ) {
-        f(wide);
-        Self::narrow_all(wide, elements);
-    }
-
     /// Lets `f` change `elements` as accumulators; they are rounded once, when it is done.
     fn accumulate(elements: &mut [Self], f: impl FnOnce(&mut [Self::Acc])) {
         scratch::with(elements.len(), |acc: &mut [Self::Acc]| {
@@ -178,12 +163,6 @@ macro_rules! real {
             }
             fn narrow_all(from: &[$ty], to: &mut [$ty]) {
                 to.copy_from_slice(from);
-            }
-            fn as_acc(row: &[$ty]) -> Option<&[$ty]> {
-                Some(row)
-            }
-            fn accumulate_into(elements: &mut [$ty], _: &mut [$ty], f: impl FnOnce(&mut [$ty])) {
-                f(elements);
             }
             fn accumulate(elements: &mut [$ty], f: impl FnOnce(&mut [$ty])) {
                 f(elements);

@@ -1,14 +1,17 @@
 //! Rotary position embedding: `(a cos - b sin, b cos + a sin)` of every pair.
 
+use crate::cpu::halves::{bf16_to_f32, f16_to_f32, round_to_bf16, round_to_f16};
 use crate::cpu::index::checked_start;
+use crate::cpu::matrix::Mat;
 use crate::cpu::number::{Float, Number, Real, for_float};
 use crate::cpu::parallel::{self, Parts};
 use crate::cpu::scratch;
-use crate::cpu::simd::multiversion;
-use crate::cpu::view::{Arg, Out, Row, leading, offset_of};
+use crate::cpu::simd::widest;
+use crate::cpu::view::{Arg, Out, Strided, leading, offset_of};
 use half::{bf16, f16};
 use metal_candle_graph::composite::RopeLayout;
 use metal_candle_graph::{DType, Result};
+use std::ops::Range;
 
 /// `args = [x: [.., d], cos: [.., d/2], sin: [.., d/2]]`
 pub(crate) fn call(args: &[Arg], outs: &mut [Out], layout: RopeLayout, parallel: bool) {
@@ -101,62 +104,118 @@ impl<P: Fn(usize) -> usize + Send + Sync> Rotation<'_, P> {
         });
     }
 
-    /// What most models have: rows are read where they lie, if their elements do so side by side.
-    fn in_f32<T: Float + Number<Acc = f32>>(&self, out: &mut Out) {
+    /// What most models have.
+    fn in_f32<T: InF32>(&self, out: &mut Out) {
         let (x, tables) = (self.x.read::<T>(), self.tables.map(|t| t.read::<f32>()));
-        let (out, d) = (Parts::new(out.slice::<T>()), x.cols());
+        let (layout, out) = (self.layout, Parts::new(out.slice::<T>()));
+        let f = widest!([T: InF32, P: Fn(usize) -> usize] turn_rows<T, P>(
+            rows: Range<usize>, x: Strided<'_, T>, tables: [Strided<'_, f32>; 2], layout: RopeLayout, out: Parts<T>, place: &P));
         self.for_each_rows(|first, n| {
-            let lens = [d, d / 2, d / 2, d];
-            scratch::split(lens, |[wide, of_cos, of_sin, turned]: [&mut [f32]; 4]| {
-                let tables = tables[0].rows_from(first).zip(tables[1].rows_from(first));
-                let rows = (first..first + n).zip(x.rows_from(first)).zip(tables);
-                for ((row, x), (cos, sin)) in rows {
-                    let (x, cos, sin) = (row_in(x, wide), row_in(cos, of_cos), row_in(sin, of_sin));
-                    // SAFETY: every row has a place of its own.
-                    let out = unsafe { out.part((self.place)(row), d) };
-                    T::accumulate_into(out, turned, |to| match self.layout {
-                        RopeLayout::Half => turn_halves(x, cos, sin, to),
-                        RopeLayout::Interleaved => turn(x, cos, sin, self.layout, to),
-                    });
-                }
-            });
+            // SAFETY: this processor has what the function was compiled for; every row has a place of its own.
+            unsafe { f(first..first + n, x, tables, layout, out, &self.place) };
         });
+    }
+}
+
+/// Elements that are widened as they are read, and rounded as they are written.
+trait InF32: Float + Number<Acc = f32> {
+    fn wide(self) -> f32;
+    fn rounded(x: f32) -> Self;
+}
+
+macro_rules! in_f32 {
+    ($($ty:ty: $wide:path, $rounded:path;)*) => {$(
+        impl InF32 for $ty {
+            #[inline(always)]
+            fn wide(self) -> f32 {
+                $wide(self)
+            }
+            #[inline(always)]
+            fn rounded(x: f32) -> $ty {
+                $rounded(x)
+            }
+        }
+    )*};
+}
+in_f32! {
+    f32: f32::from, f32::from;
+    bf16: bf16_to_f32, round_to_bf16;
+    f16: f16_to_f32, round_to_f16;
+}
+
+/// Rows are read where they lie.
+///
+/// # Safety
+/// Each of the rows has a place of its own in `out`, which nobody else touches.
+#[inline(always)]
+unsafe fn turn_rows<T: InF32, P: Fn(usize) -> usize>(
+    rows: Range<usize>,
+    x: Strided<'_, T>,
+    [cos, sin]: [Strided<'_, f32>; 2],
+    layout: RopeLayout,
+    out: Parts<T>,
+    place: &P,
+) {
+    let mut next = rows.start;
+    while next < rows.end {
+        let (x, cos, sin) = (x.run(next), cos.run(next), sin.run(next));
+        let run = next..rows.end.min(next + x.rows());
+        next = run.end;
+        for (i, row) in run.enumerate() {
+            // SAFETY: the caller's promise.
+            let out = unsafe { out.part(place(row), x.cols()) };
+            let tables = [cos.row_range(i, 1), sin.row_range(i, 1)];
+            turn_row(x.row_range(i, 1), tables, layout, out);
+        }
+    }
+}
+
+/// One row, in place of what `out` held.
+#[inline(always)]
+fn turn_row<T: InF32>(
+    x: Mat<'_, T>,
+    [cos, sin]: [Mat<'_, f32>; 2],
+    layout: RopeLayout,
+    out: &mut [T],
+) {
+    let half = cos.cols();
+    let turned = |a: T, b: T, cos: f32, sin: f32| {
+        let (a, b) = (a.wide(), b.wide());
+        (T::rounded(a * cos - b * sin), T::rounded(b * cos + a * sin))
+    };
+    match (layout, x.row_slice(0), cos.row_slice(0), sin.row_slice(0)) {
+        (RopeLayout::Half, Some(x), Some(cos), Some(sin)) => {
+            let ((a, b), (first, second)) = (x.split_at(half), out.split_at_mut(half));
+            let tables = cos.iter().zip(sin);
+            let outs = first.iter_mut().zip(second);
+            for (((a, b), (cos, sin)), (first, second)) in a.iter().zip(b).zip(tables).zip(outs) {
+                (*first, *second) = turned(*a, *b, *cos, *sin);
+            }
+        }
+        _ => {
+            for i in 0..half {
+                let (first, second) = pair(layout, i, half);
+                (out[first], out[second]) =
+                    turned(x.get(0, first), x.get(0, second), cos.get(0, i), sin.get(0, i));
+            }
+        }
+    }
+}
+
+/// The elements that are turned together.
+fn pair(layout: RopeLayout, i: usize, half: usize) -> (usize, usize) {
+    match layout {
+        RopeLayout::Half => (i, i + half),
+        RopeLayout::Interleaved => (2 * i, 2 * i + 1),
     }
 }
 
 fn turn<A: Real>(x: &[A], cos: &[A], sin: &[A], layout: RopeLayout, turned: &mut [A]) {
     for i in 0..cos.len() {
-        let (first, second) = match layout {
-            RopeLayout::Half => (i, i + cos.len()),
-            RopeLayout::Interleaved => (2 * i, 2 * i + 1),
-        };
+        let (first, second) = pair(layout, i, cos.len());
         let (a, b) = (x[first], x[second]);
         turned[first] = a * cos[i] - b * sin[i];
         turned[second] = b * cos[i] + a * sin[i];
-    }
-}
-
-/// The row in f32: in place if it is, or in `wide`.
-fn row_in<'a, T: Number<Acc = f32>>(row: Row<'a, T>, wide: &'a mut [f32]) -> &'a [f32] {
-    match row.as_slice().and_then(T::as_acc) {
-        Some(row) => row,
-        None => {
-            row.widen_to(wide);
-            wide
-        }
-    }
-}
-
-multiversion! {
-    fn turn_halves(x: &[f32], cos: &[f32], sin: &[f32], out: &mut [f32]) {
-        let half = cos.len();
-        let ((a, b), (first, second)) = (x.split_at(half), out.split_at_mut(half));
-        let tables = cos.iter().zip(sin);
-        let outs = first.iter_mut().zip(second);
-        for (((a, b), (cos, sin)), (first, second)) in a.iter().zip(b).zip(tables).zip(outs) {
-            *first = a * cos - b * sin;
-            *second = b * cos + a * sin;
-        }
     }
 }
 

@@ -154,17 +154,17 @@ impl<'a, T: Element> Strided<'a, T> {
         Row { data: self.data.wrapping_offset(at), len: self.cols(), stride, _lives: PhantomData }
     }
 
-    /// The rows from `first` on, in row-major order, found without a division for each.
-    pub(crate) fn rows_from(&self, first: usize) -> Rows<'a, T> {
-        assert!(first <= self.rows(), "metal-candle bug: row {first} of {}", self.shape);
-        let dims = leading(&self.shape);
-        let mut at = [0; MAX_RANK];
-        let mut rest = first;
-        for (at, extent) in at.iter_mut().zip(dims).rev() {
-            (*at, rest) = (rest % extent.max(&1), rest / extent.max(&1));
-        }
-        let data = self.data.wrapping_offset(offset_of(first, dims, &self.strides));
-        Rows { of: *self, data, at, left: self.rows() - first }
+    /// The rows from `first` on that lie at the same distance from each other, as those of the last dim but one do.
+    pub(crate) fn run(&self, first: usize) -> Mat<'a, T> {
+        assert!(first < self.rows(), "metal-candle bug: row {first} of {}", self.shape);
+        let rank = self.shape.rank();
+        let row_dim = rank.checked_sub(2);
+        let (inner, row_stride) = row_dim.map_or((1, 0), |d| (self.shape[d], self.strides[d]));
+        let col_stride = rank.checked_sub(1).map_or(1, |d| self.strides[d]);
+        let at = offset_of(first, leading(&self.shape), &self.strides);
+        let extents = [inner - first % inner, self.cols()];
+        // SAFETY: rows of this view.
+        unsafe { Mat::new(self.data.wrapping_offset(at), extents, [row_stride, col_stride]) }
     }
 
     /// Position `at` of `dim`, which is gone afterwards.
@@ -270,36 +270,6 @@ pub(crate) fn offset_of(index: usize, dims: &[usize], strides: &[isize]) -> isiz
         }
     }
     offset
-}
-
-/// See [`Strided::rows_from`].
-pub(crate) struct Rows<'a, T> {
-    of: Strided<'a, T>,
-    /// Where the next row starts, and its position in each of the dims before the last.
-    data: *const T,
-    at: [usize; MAX_RANK],
-    left: usize,
-}
-
-impl<'a, T: Element> Iterator for Rows<'a, T> {
-    type Item = Row<'a, T>;
-
-    fn next(&mut self) -> Option<Row<'a, T>> {
-        self.left = self.left.checked_sub(1)?;
-        let (dims, strides) = (leading(&self.of.shape), &self.of.strides);
-        let stride = self.of.shape.rank().checked_sub(1).map_or(0, |last| strides[last]);
-        let row = Row { data: self.data, len: self.of.cols(), stride, _lives: PhantomData };
-        for d in (0..dims.len()).rev() {
-            self.at[d] += 1;
-            self.data = self.data.wrapping_offset(strides[d]);
-            if self.at[d] < dims[d] {
-                break;
-            }
-            self.at[d] = 0;
-            self.data = self.data.wrapping_offset(-strides[d] * dims[d] as isize);
-        }
-        Some(row)
-    }
 }
 
 /// Elements at a fixed distance from each other.

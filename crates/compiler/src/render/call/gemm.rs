@@ -23,13 +23,24 @@ pub(super) fn gemm(
     alpha: f64,
     accumulate: bool,
 ) -> Call {
-    let place = |binding, o: &Operand| Place { binding, dtype: o.dtype, layout: o.layout };
-    let [a, b] = [0, 1].map(|i| place(Binding::Arg(i), &args[i as usize]));
-    let result = place(Binding::Out(0), out);
+    let product = product(args, 0, out, alpha, accumulate);
     let part = few_rows(gpu, args, out, alpha, accumulate)
-        .or_else(|| thin::product(gpu, [&a, &b, &result], alpha, accumulate))
-        .unwrap_or(Part::Product { alpha, accumulate, a, b, out: result });
+        .or_else(|| thin::product(gpu, &product))
+        .unwrap_or(product);
     Call { parts: vec![part], workspace_bytes: 0 }
+}
+
+/// `args = [a_0, b_0, a_1, b_1, ..]`, one product after the other.
+pub(super) fn sum(args: &[Operand], out: &Operand, alphas: &[f64], accumulate: bool) -> Call {
+    let part = |(i, alpha): (usize, &f64)| product(args, 2 * i, out, *alpha, accumulate || i > 0);
+    Call { parts: alphas.iter().enumerate().map(part).collect(), workspace_bytes: 0 }
+}
+
+/// Of the factors from the `first` on.
+fn product(args: &[Operand], first: usize, out: &Operand, alpha: f64, accumulate: bool) -> Part {
+    let place = |binding, o: &Operand| Place { binding, dtype: o.dtype, layout: o.layout };
+    let [a, b] = [first, first + 1].map(|i| place(Binding::Arg(i as u32), &args[i]));
+    Part::Product { alpha, accumulate, a, b, out: place(Binding::Out(0), out) }
 }
 
 /// How the columns of a weight are read in wide accesses.

@@ -18,15 +18,11 @@ const FEW: usize = 256;
 /// Elements of an access.
 const RUN: usize = 8;
 
-/// `out = alpha a b`, or that much more. In any number of leading dims that can be rows of one matrix; with one b for all.
+/// A kernel for the product. In any number of leading dims that can be rows of one matrix; with one b for all.
 ///
 /// None where it is not thin, or lies so that the kernel cannot read it.
-pub(super) fn product(
-    gpu: Gpu<'_>,
-    [a, b, out]: [&Place; 3],
-    alpha: f64,
-    accumulate: bool,
-) -> Option<Part> {
+pub(super) fn product(gpu: Gpu<'_>, product: &Part) -> Option<Part> {
+    let Part::Product { alpha, accumulate, a, b, out } = product else { return None };
     let dtype = out.dtype;
     let is_half = [a, b, out].iter().all(|p| p.dtype == dtype && dtype.size_bytes() == 2);
     if gpu.limits.tensor_cores.is_none() || !is_half {
@@ -69,7 +65,7 @@ pub(super) fn product(
         .constant("B_ROW", b_row as i64)
         .constant("B_COL", b_col as i64)
         .constant("OUT_ROW", strides(&out)[0] as i64)
-        .constant("ACCUMULATE", i64::from(accumulate));
+        .constant("ACCUMULATE", i64::from(*accumulate));
     let launch = Launch {
         team: Team::Block,
         vector: 1,

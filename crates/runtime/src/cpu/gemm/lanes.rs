@@ -231,6 +231,62 @@ pub(in crate::cpu) mod x86 {
         }
     }
 
+    impl Bf16Pairs {
+        /// The first `len` elements, at most 32, and zeros.
+        ///
+        /// # Safety
+        /// As `Lanes`; the elements are there.
+        #[inline(always)]
+        pub(in crate::cpu) unsafe fn load_first(from: *const u16, len: usize) -> Self {
+            let mask = if len >= 32 { u32::MAX } else { (1 << len) - 1 };
+            // SAFETY: as above; what is masked out is not read.
+            unsafe {
+                let words = _mm512_maskz_loadu_epi16(mask, from.cast());
+                Bf16Pairs(_mm512_castsi512_ps(words))
+            }
+        }
+
+        /// The pairs of the elements of two rows that lie above each other: the first 16, and the last.
+        ///
+        /// # Safety
+        /// As `Lanes`.
+        #[inline(always)]
+        pub(in crate::cpu) unsafe fn paired(above: Self, below: Self) -> [Self; 2] {
+            // An element of `above`, and from 32 on, one of `below`.
+            const FROM: [[u16; 32]; 2] = {
+                let mut from = [[0; 32]; 2];
+                let mut i = 0;
+                while i < 32 {
+                    from[i / 16][i % 16 * 2] = i as u16;
+                    from[i / 16][i % 16 * 2 + 1] = 32 + i as u16;
+                    i += 1;
+                }
+                from
+            };
+            // SAFETY: as above.
+            unsafe {
+                let (above, below) = (_mm512_castps_si512(above.0), _mm512_castps_si512(below.0));
+                let [first, last] = &FROM;
+                let first = _mm512_loadu_epi16(first.as_ptr().cast());
+                let last = _mm512_loadu_epi16(last.as_ptr().cast());
+                let first = _mm512_permutex2var_epi16(above, first, below);
+                let last = _mm512_permutex2var_epi16(above, last, below);
+                [Bf16Pairs(_mm512_castsi512_ps(first)), Bf16Pairs(_mm512_castsi512_ps(last))]
+            }
+        }
+
+        /// The sum of the lanes of each.
+        ///
+        /// # Safety
+        /// As `Lanes`.
+        #[inline(always)]
+        pub(in crate::cpu) unsafe fn sums(of: [Self; 4]) -> [f32; 4] {
+            let [a, b, c, d] = of;
+            // SAFETY: as above.
+            unsafe { F32x16::sums([F32x16(a.0), F32x16(b.0), F32x16(c.0), F32x16(d.0)]) }
+        }
+    }
+
     // SAFETY: as `Lanes`.
     unsafe impl Rounds for Bf16Pairs {
         #[inline(always)]

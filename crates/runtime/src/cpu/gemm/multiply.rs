@@ -77,9 +77,9 @@ macro_rules! summed_in_f32 {
     )*};
 }
 summed_in_f32! {
-    f32, super::thin::product;
-    f16;
-    bf16;
+    f32, super::thin::product_f32;
+    f16, super::thin::product;
+    bf16, super::thin::product;
 }
 
 impl Multiply for f64 {

@@ -31,10 +31,44 @@ pub(crate) trait Source<P>: Sync {
 pub(crate) trait Factor: Source<u32> + Source<f32> + Source<f64> {}
 impl<S: Source<u32> + Source<f32> + Source<f64>> Factor for S {}
 
-/// What the micro kernel multiplies: `STEPS` consecutive elements along `k`.
-pub(crate) trait Packed<T>: Pod {
-    const STEPS: usize;
+/// What is packed, whatever it is packed of.
+pub(super) trait Word: Pod {
     const ZERO: Self;
+    /// Consecutive elements along `k`.
+    const STEPS: usize;
+
+    /// Each of its elements times `by`.
+    fn scaled(self, by: f64) -> Self;
+}
+
+macro_rules! float_words {
+    ($($ty:ty),*) => {$(
+        impl Word for $ty {
+            const ZERO: $ty = 0.0;
+            const STEPS: usize = 1;
+            #[inline(always)]
+            fn scaled(self, by: f64) -> $ty {
+                self * by as $ty
+            }
+        }
+    )*};
+}
+float_words!(f32, f64);
+
+/// Pairs of bf16.
+impl Word for u32 {
+    const ZERO: u32 = 0;
+    const STEPS: usize = 2;
+    #[inline(always)]
+    fn scaled(self, by: f64) -> u32 {
+        let [x, y] = [self << 16, self & 0xffff_0000]
+            .map(|bits| (f32::from_bits(bits) * by as f32).to_bf16());
+        x | y << 16
+    }
+}
+
+/// What the micro kernel multiplies: `STEPS` consecutive elements along `k`.
+pub(super) trait Packed<T>: Word {
     /// The words of up to `TILE · STEPS` consecutive elements.
     fn along(from: &[T], to: &mut [Self; TILE]);
     /// The words of elements that lie side by side; each of `from` is one of the word's steps.
@@ -159,8 +193,6 @@ fn pack_strided<T: Number, P: Packed<T>>(from: Mat<'_, T>, width: usize, to: &mu
 macro_rules! itself {
     ($ty:ty $(, $by_instructions:path)?) => {
         impl Packed<$ty> for $ty {
-            const STEPS: usize = 1;
-            const ZERO: $ty = 0.0;
             #[inline(always)]
             fn along(from: &[$ty], to: &mut [$ty; TILE]) {
                 // Of a length that is known, a copy is an instruction or two, else a call.
@@ -214,8 +246,6 @@ itself!(f64);
 macro_rules! converted {
     ($($ty:ty => $word:ty: |$x:ident| $convert:expr),* $(,)?) => {$(
         impl Packed<$ty> for $word {
-            const STEPS: usize = 1;
-            const ZERO: $word = 0.0;
             #[inline(always)]
             fn along(from: &[$ty], to: &mut [$word; TILE]) {
                 for (to, from) in to.iter_mut().zip(from) {
@@ -297,8 +327,6 @@ impl ToBf16 for f16 {
 macro_rules! pairs {
     ($ty:ty $(, $by_instructions:path)?) => {
         impl Packed<$ty> for u32 {
-            const STEPS: usize = 2;
-            const ZERO: u32 = 0;
             #[inline(always)]
             fn along(from: &[$ty], to: &mut [u32; TILE]) {
                 let (pairs, odd) = from.as_chunks::<2>();
