@@ -120,10 +120,19 @@ impl Data {
         T::unwrap(self).map_err(|data| Error::DType { expected: T::DTYPE, got: data.dtype() })
     }
 
+    /// No elements, in no memory.
+    pub(crate) fn empty() -> Data {
+        Data::new(Vec::<u8>::new())
+    }
+
+    pub(crate) fn size_bytes(&self) -> usize {
+        self.len() * self.dtype().size_bytes()
+    }
+
     /// The elements' bytes, in the machine's order.
     #[cfg(any(feature = "cuda", feature = "metal"))]
     pub(crate) fn as_bytes(&self) -> &[u8] {
-        let len = self.len() * self.dtype().size_bytes();
+        let len = self.size_bytes();
         // SAFETY: so many bytes of initialised numbers, which have no padding.
         unsafe { std::slice::from_raw_parts(self.as_ptr(), len) }
     }
