@@ -4,7 +4,7 @@
 
 use super::compile::{PassNeeds, Strategy, VectorAxis};
 use super::scalar::gelu_f32;
-use super::tile::{Map2, Map3, TileFn, map2, map2_of_each, map3};
+use super::tile::{AheadFn, Map2, Map3, TileFn, map2, map2_ahead, map2_of_each, map3};
 use crate::cpu::math;
 use crate::cpu::simd::MulAdd;
 use metal_candle_compiler::kernel::{Kernel, KernelOp, Reg};
@@ -38,6 +38,25 @@ impl Pair {
     }
 }
 
+/// `exp(a - b)`
+struct ExpOfSub;
+
+impl Map2<f32, f32> for ExpOfSub {
+    #[inline(always)]
+    fn apply<M: MulAdd>(a: f32, b: f32) -> f32 {
+        math::exp_f32::<M>(a - b)
+    }
+}
+
+/// The loop of a pair whose first operand is not one for all, if it takes long enough for memory to come nearer meanwhile.
+pub(super) fn ahead_of(inner: &KernelOp, outer: &KernelOp, second_is_one: bool) -> Option<AheadFn> {
+    let is_exp_of_sub = matches!(
+        (inner, outer),
+        (KernelOp::Binary(BinaryOp::Sub, ..), KernelOp::Unary(UnaryOp::Exp, _))
+    );
+    is_exp_of_sub.then(|| map2_ahead::<ExpOfSub>(second_is_one))
+}
+
 /// Declares a map of two or three registers, and gives what finds its loop.
 macro_rules! of {
     ($loops:ident, $map2:ident, |$a:ident, $b:ident| $body:expr) => {{
@@ -67,7 +86,7 @@ pub(super) fn pair_of(inner: &KernelOp, (result, outer): (Reg, &KernelOp)) -> Op
     use BinaryOp::{Add, Mul, Sub};
     match (inner, outer) {
         (&KernelOp::Binary(Sub, a, b), &KernelOp::Unary(UnaryOp::Exp, _)) => {
-            let f = of!(Of2, map2, |a, b| math::exp_f32::<M>(a - b));
+            let f = Loops::Of2(map2::<f32, f32, ExpOfSub>);
             Some(Pair { operands: smallvec![a, b], f })
         }
         (&KernelOp::Binary(Add, a, b), &KernelOp::Unary(UnaryOp::Relu, _)) => {

@@ -241,6 +241,10 @@ impl<'a> Worker<'a> {
                         let ins = [self.read_from(a), self.read_from(b), self.read_from(c)];
                         f(self.write_to(out), ins, n);
                     }
+                    Op::MapAhead { f, ins: [a, b], ahead: [p, q], out } => {
+                        let ins = [self.read_from(a), self.read_from(b)];
+                        f(self.write_to(out), ins, [self.read_from(p), self.read_from(q)], n);
+                    }
                     Op::Load { access, load, out } => {
                         let (to, a) = (self.write_to(out), &self.p.accesses[access as usize]);
                         self.runs(access, n, |start, len, at| {
@@ -347,6 +351,11 @@ impl<'a> Worker<'a> {
             }
             Place::Memory(access) => {
                 self.address(&self.p.accesses[access as usize], self.at[access as usize])
+            }
+            Place::NextRow(access) => {
+                let a = &self.p.accesses[access as usize];
+                let step = a.row_step(&self.p.space[..self.p.row_axes]);
+                self.address(a, self.at[access as usize] + step)
             }
         }
     }
