@@ -1,5 +1,6 @@
 //! The Rust types behind [`DType`], and the typed vectors that buffers own.
 
+use crate::pages::prefer_huge;
 use crate::{Error, Result};
 use candle_core::Tensor;
 use half::{bf16, f16};
@@ -92,7 +93,14 @@ macro_rules! elements {
             }
 
             pub(crate) fn copied(&self) -> Data {
-                match self { $(Data::$variant(data) => Data::$variant(data.clone())),* }
+                match self {
+                    $(Data::$variant(data) => {
+                        let mut copy: Vec<$ty> = Vec::with_capacity(data.len());
+                        prefer_huge(copy.as_mut_ptr().cast(), self.size_bytes());
+                        copy.extend_from_slice(data);
+                        Data::$variant(copy)
+                    })*
+                }
             }
 
             pub(crate) fn into_tensor(self, shape: &Shape) -> Result<Tensor> {

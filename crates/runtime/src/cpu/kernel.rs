@@ -103,8 +103,8 @@ enum Place {
     },
     /// Memory, as this access reaches it.
     Memory(u16),
-    /// Memory, as this access reaches it in the next row: to be asked for, not to be read.
-    NextRow(u16),
+    /// Memory, as this access reaches it in the next row, or where tiles are rows in the next tile: to be asked for, not read.
+    Next(u16),
 }
 
 /// How an operand, or the position itself, changes over the space.

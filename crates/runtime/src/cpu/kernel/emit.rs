@@ -153,7 +153,7 @@ impl<'a> Emitter<'a> {
     /// The column values of a pass, and what they feed. A `later` one finds the row in a cache.
     pub(super) fn body(&mut self, needs: &PassNeeds, later: bool) -> Vec<Op> {
         let mut ops = Vec::new();
-        self.ahead = self.ahead().filter(|_| later);
+        self.ahead = self.ahead().filter(|_| later || self.s.is_flat());
         self.pairs = Pairs::of(self.s, needs, |reg| self.kept.contains_key(&reg));
         let last_use = self.last_uses(needs);
         let mut stored = vec![false; self.s.kernel.stores.len()];
@@ -246,8 +246,8 @@ impl<'a> Emitter<'a> {
         }
     }
 
-    /// What a pass that computes may ask for: where it, or a later one, stores, and the next row, which the memory would else
-    /// bring only once it is read. Both wholly in memory as in registers.
+    /// What a pass that computes may ask for: where it, or a later one, stores, and what is read next, for which memory would
+    /// else be idle until then. Both lie in memory as in registers.
     fn ahead(&self) -> Option<[Place; 2]> {
         let s = self.s;
         let is_near = |access: u16| {
@@ -257,7 +257,7 @@ impl<'a> Emitter<'a> {
             s.rates[*reg] == Rate::Col && matches!(inst.op, KernelOp::Load(_))
         });
         let mut loads = loads.map(|(reg, _)| self.access_of[reg]);
-        let next = Place::NextRow(loads.find(|access| is_near(*access))?);
+        let next = Place::Next(loads.find(|access| is_near(*access))?);
         let stores = s.kernel.stores.iter().zip(&self.store_access);
         let mut stores = stores.filter(|(store, _)| s.store_pass(store).is_some());
         let stored = stores.find(|(_, access)| is_near(**access));
@@ -429,7 +429,9 @@ impl<'a> Emitter<'a> {
             *to = self.places[from.index()];
         }
         let is_one = |reg: kernel::Reg| self.s.is_one(reg.index());
-        if let (Some(ahead), &[a, b]) = (self.ahead, &pair.operands[..])
+        // A loop that writes to memory itself is as fast as that.
+        let ahead = self.ahead.filter(|_| !matches!(out, Place::Memory(_)));
+        if let (Some(ahead), &[a, b]) = (ahead, &pair.operands[..])
             && let Some(f) = ahead_of(inner_op, outer_op, is_one(b)).filter(|_| !is_one(a))
         {
             ops.push(Op::MapAhead { f, ins: [ins[0], ins[1]], ahead, out });

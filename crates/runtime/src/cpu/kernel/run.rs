@@ -352,10 +352,15 @@ impl<'a> Worker<'a> {
             Place::Memory(access) => {
                 self.address(&self.p.accesses[access as usize], self.at[access as usize])
             }
-            Place::NextRow(access) => {
+            Place::Next(access) => {
                 let a = &self.p.accesses[access as usize];
-                let step = a.row_step(&self.p.space[..self.p.row_axes]);
-                self.address(a, self.at[access as usize] + step)
+                let step = match self.p.split {
+                    Split::Rows(_) | Split::Columns(_) => {
+                        a.row_step(&self.p.space[..self.p.row_axes])
+                    }
+                    Split::Tiles { .. } => a.step.wrapping_mul(self.p.tile_len as isize),
+                };
+                self.address(a, self.at[access as usize].wrapping_add(step))
             }
         }
     }

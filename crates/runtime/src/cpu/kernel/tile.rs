@@ -112,26 +112,41 @@ unsafe fn map2_body<T: Copy, B: Copy, F: Map2<T, B>, X: Extent, Y: Extent, M: Mu
 #[inline(always)]
 unsafe fn map2_ahead_body<F: Map2<f32, f32>, Y: Extent, M: MulAdd>(
     to: *mut u8,
-    [a, b]: [*const u8; 2],
+    ins: [*const u8; 2],
     ahead: [*const u8; 2],
     n: usize,
 ) {
+    /// Registers between which memory is asked for: few lines at a time, and enough of them for a loop over vectors.
+    const PART: usize = 64;
     /// Registers in a cache line.
     const LINE: usize = 16;
-    let map = |start: usize, len: usize| {
-        let at = start * size_of::<f32>();
-        let b = if Y::ONE { b } else { b.wrapping_add(at) };
-        let ins = [a.wrapping_add(at), b, std::ptr::null()];
-        // SAFETY: the caller's promise, of a part of the registers.
-        unsafe { map2_body::<f32, f32, F, Each, Y, M>(to.wrapping_add(at), ins, len) };
-    };
-    for start in (0..n / LINE).map(|line| line * LINE) {
-        for ahead in ahead {
-            prefetch(ahead.wrapping_add(start * size_of::<f32>()));
+    for part in 0..n / PART {
+        for line in 0..PART / LINE {
+            for ahead in ahead {
+                let register = part * PART + line * LINE;
+                prefetch(ahead.wrapping_add(register * size_of::<f32>()));
+            }
         }
-        map(start, LINE);
+        // SAFETY: the caller's promise, of some of the registers.
+        unsafe { map2_part::<F, Y, M>(to, ins, part * PART, PART) };
     }
-    map(n / LINE * LINE, n % LINE);
+    // SAFETY: as above.
+    unsafe { map2_part::<F, Y, M>(to, ins, n / PART * PART, n % PART) };
+}
+
+/// `len` registers from `start` on.
+#[inline(always)]
+unsafe fn map2_part<F: Map2<f32, f32>, Y: Extent, M: MulAdd>(
+    to: *mut u8,
+    [a, b]: [*const u8; 2],
+    start: usize,
+    len: usize,
+) {
+    let at = start * size_of::<f32>();
+    let b = if Y::ONE { b } else { b.wrapping_add(at) };
+    let ins = [a.wrapping_add(at), b, std::ptr::null()];
+    // SAFETY: the caller's promise.
+    unsafe { map2_body::<f32, f32, F, Each, Y, M>(to.wrapping_add(at), ins, len) };
 }
 
 #[inline(always)]
