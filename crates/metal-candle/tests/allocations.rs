@@ -79,6 +79,8 @@ fn a_compiled_call_allocates_its_outputs_and_nothing_else() {
     evaluations_leave_nothing_behind();
     products_pack_into_memory_that_is_kept();
     training_steps_reuse_their_memory();
+    calls_use_the_memory_of_results_that_were_dropped();
+    evaluations_keep_nothing_of_their_results();
 }
 
 /// What threads allocate when they start is not a call's.
@@ -205,4 +207,45 @@ fn training_steps_reuse_their_memory() {
     let handles = HANDLES_BYTES + 3 * parameters * 512;
     assert!(allocated.bytes <= batch_bytes + handles, "{allocated:?}, {parameters} parameters");
     assert!(allocated.largest <= batch_bytes.max(3 * parameters * 64), "{allocated:?}");
+}
+
+/// A kernel's result, a library call's, and the first one again; each of them large.
+fn calls_use_the_memory_of_results_that_were_dropped() {
+    let (n, large) = (1100, 4 * 1100 * 1100);
+    let f = compile(|x: &[LazyTensor]| {
+        let y = x[0].exp()?;
+        Ok(vec![y.clone(), x[0].cumsum(0)?, y])
+    });
+    let x = full(0.5, &[n, n]);
+    let args = || vec![x.clone()];
+    (0..2).for_each(|_| drop(f.call(args()).unwrap()));
+    let again = watch(|| (0..5).for_each(|_| drop(f.call(args()).unwrap()))).1;
+    assert!(again.largest <= HANDLES_BYTES && again.live_bytes == 0, "{again:?}");
+
+    let former = f.call(args()).unwrap();
+    let (beside, fresh) = watch(|| f.call(args()).unwrap());
+    assert!(fresh.bytes >= 2 * large && fresh.largest == large, "{fresh:?}");
+    let surplus = watch(|| drop((former, beside))).1.live_bytes;
+    assert!((0..large as isize).contains(&(surplus + 2 * large as isize + 4096)), "{surplus}");
+    assert_eq!(f.spare_bytes(), 2 * large);
+
+    let escaped = f.call(args()).unwrap();
+    let with_a_spare = f.call(args()).unwrap();
+    drop(with_a_spare);
+    let freed = -watch(|| drop(f)).1.live_bytes;
+    assert!(freed >= 2 * large as isize, "{freed} bytes of two spares");
+    let last = escaped[0].to_vec::<f32>().unwrap()[n * n - 1];
+    assert!((last - 0.5f32.exp()).abs() < 1e-6, "{last}");
+    let freed = -watch(|| drop(escaped)).1.live_bytes;
+    assert!(freed >= 2 * large as isize, "{freed} bytes of two results");
+}
+
+/// Their plans are kept, for whoever asks for the same again; the memory of what was asked for is not.
+fn evaluations_keep_nothing_of_their_results() {
+    let x = full(0.5, &[1100, 1100]);
+    let evaluate = || x.exp().unwrap().to_vec::<f32>().unwrap();
+    drop(evaluate());
+    let allocated = watch(|| drop(evaluate())).1;
+    assert!(allocated.largest >= 4 * 1100 * 1100, "{allocated:?}");
+    assert_eq!(allocated.live_bytes, 0, "{allocated:?}");
 }

@@ -3,6 +3,7 @@
 use crate::candle::Shared;
 use crate::element::{Data, Element};
 use crate::mapped::{self, Mapped, MappedBytes};
+use crate::spares::{Owned, Spares};
 use crate::{Device, Error, Result};
 use candle_core::Tensor;
 use metal_candle_graph::{DType, Shape};
@@ -20,7 +21,7 @@ pub struct Buffer {
 }
 
 pub(crate) enum Memory {
-    Owned(Data),
+    Owned(Owned),
     Shared(Shared),
     Mapped(Mapped),
     /// Of a device other than the CPU.
@@ -108,7 +109,12 @@ impl Buffer {
     }
 
     pub(crate) fn from_data(data: Data) -> Buffer {
-        Buffer { memory: Arc::new(Memory::Owned(data)) }
+        Buffer { memory: Arc::new(Memory::Owned(Owned::new(data))) }
+    }
+
+    /// A result, whose memory goes back when the last handle is dropped, unless Candle or another run has taken it over.
+    pub(crate) fn lent(data: Data, spares: &Arc<Spares>, output: usize) -> Buffer {
+        Buffer { memory: Arc::new(Memory::Owned(Owned::lent(data, spares, output))) }
     }
 
     #[cfg_attr(
@@ -257,7 +263,7 @@ impl Buffer {
             return Err(Error::Len { expected, got });
         }
         match Arc::try_unwrap(self.memory) {
-            Ok(Memory::Owned(data)) => data.into_tensor(shape),
+            Ok(Memory::Owned(owned)) => owned.into_data().into_tensor(shape),
             Ok(Memory::Shared(shared)) => shared.to_tensor(shape),
             Ok(Memory::Mapped(mapped)) => mapped.to_data().into_tensor(shape),
             Ok(Memory::Device(memory)) => memory.into_tensor(shape),
@@ -283,10 +289,10 @@ impl Buffer {
         }
     }
 
-    /// The elements for writing, if nothing else can see them and the CPU can.
-    pub(crate) fn unique_mut(&mut self) -> Option<&mut Data> {
+    /// The elements of a buffer that was donated, for writing, if nothing else can see them and the CPU can.
+    pub(crate) fn donated_mut(&mut self) -> Option<&mut Data> {
         match Arc::get_mut(&mut self.memory)? {
-            Memory::Owned(data) => Some(data),
+            Memory::Owned(owned) => Some(owned.given_away()),
             Memory::Shared(_) | Memory::Mapped(_) | Memory::Device(_) => None,
         }
     }

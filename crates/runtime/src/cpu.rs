@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! executable ─ the walk over a plan's steps
+//! results ─ what comes out of it, and the memory for it
 //! kernel ─ the tile interpreter
 //! view ─── operands as strided views      matrix ─ the same for the GEMM
 //! number ─ element types and accumulators math ─── loops over rows
@@ -23,6 +24,7 @@ mod matrix;
 mod number;
 mod parallel;
 mod quant;
+mod results;
 mod rope;
 mod scan;
 mod scratch;

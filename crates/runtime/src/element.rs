@@ -1,5 +1,6 @@
 //! The Rust types behind [`DType`], and the typed vectors that buffers own.
 
+use crate::pages::prefer_huge;
 use crate::{Error, Result};
 use candle_core::Tensor;
 use half::{bf16, f16};
@@ -92,7 +93,14 @@ macro_rules! elements {
             }
 
             pub(crate) fn copied(&self) -> Data {
-                match self { $(Data::$variant(data) => Data::$variant(data.clone())),* }
+                match self {
+                    $(Data::$variant(data) => {
+                        let mut copy: Vec<$ty> = Vec::with_capacity(data.len());
+                        prefer_huge(copy.as_mut_ptr().cast(), self.size_bytes());
+                        copy.extend_from_slice(data);
+                        Data::$variant(copy)
+                    })*
+                }
             }
 
             pub(crate) fn into_tensor(self, shape: &Shape) -> Result<Tensor> {
@@ -120,10 +128,19 @@ impl Data {
         T::unwrap(self).map_err(|data| Error::DType { expected: T::DTYPE, got: data.dtype() })
     }
 
+    /// No elements, in no memory.
+    pub(crate) fn empty() -> Data {
+        Data::new(Vec::<u8>::new())
+    }
+
+    pub(crate) fn size_bytes(&self) -> usize {
+        self.len() * self.dtype().size_bytes()
+    }
+
     /// The elements' bytes, in the machine's order.
     #[cfg(any(feature = "cuda", feature = "metal"))]
     pub(crate) fn as_bytes(&self) -> &[u8] {
-        let len = self.len() * self.dtype().size_bytes();
+        let len = self.size_bytes();
         // SAFETY: so many bytes of initialised numbers, which have no padding.
         unsafe { std::slice::from_raw_parts(self.as_ptr(), len) }
     }

@@ -90,6 +90,14 @@ pub(crate) trait Backend: Send + Sync {
         Some(self.run(plan, inputs, team, None))
     }
 
+    /// See [`Executable::keeping_spares`].
+    fn keep_spares(&mut self) {}
+
+    /// See [`Executable::spare_bytes`].
+    fn spare_bytes(&self) -> usize {
+        0
+    }
+
     /// See [`Executable::workspaces`].
     fn workspaces(&self) -> Vec<Workspace>;
 
@@ -150,6 +158,17 @@ impl Executable {
         Ok(Executable { plan, device: *device, inputs, backend })
     }
 
+    /// For whoever repeats the run: keeps the memory of large results (4 MiB and more) that nobody holds any more for the next
+    /// one, at most that of one result for each output, until the executable is dropped. Fresh memory has its pages zeroed by
+    /// the system as they are first written, which takes longer than the work of many a kernel.
+    ///
+    /// What has become a Candle tensor or was donated does not come back. On the CPU only: the memory of GPUs comes from pools.
+    #[must_use]
+    pub fn keeping_spares(mut self) -> Executable {
+        self.backend.keep_spares();
+        self
+    }
+
     /// What it runs.
     pub fn plan(&self) -> &Plan {
         &self.plan
@@ -160,9 +179,15 @@ impl Executable {
         &self.device
     }
 
-    /// The scratch memory that is held now: that of the plan for each run in flight, and for a few that are kept.
+    /// The scratch memory that is held now: that of the plan for each run in flight, and for a few that are kept. Results, and
+    /// the [spares](Executable::spare_bytes) of them, come on top.
     pub fn allocated_arena_bytes(&self) -> usize {
         self.backend.allocated_arena_bytes()
+    }
+
+    /// The memory of earlier results that is kept for the next run: none, unless it is [told to](Executable::keeping_spares).
+    pub fn spare_bytes(&self) -> usize {
+        self.backend.spare_bytes()
     }
 
     /// What each run holds beside the plan's own memory, and what it shares with others: as [`Device::workspaces`] says it

@@ -37,6 +37,7 @@ mod pending;
 #[cfg(any(feature = "cuda", feature = "metal"))]
 mod places;
 mod run_memories;
+mod spares;
 mod team;
 mod verify;
 mod workspaces;

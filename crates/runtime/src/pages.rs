@@ -2,9 +2,8 @@
 
 use crate::device::Memory;
 
-/// From this size on it pays to ask.
-#[cfg(target_os = "linux")]
-const LARGE_BYTES: usize = 4 << 20;
+/// From this size on the system's work for fresh memory is worth avoiding: smaller blocks the allocator itself uses again.
+pub(crate) const LARGE_BYTES: usize = 4 << 20;
 
 /// Asks the system to back fresh memory with huge pages. A wish: nothing depends on the answer.
 #[cfg(target_os = "linux")]

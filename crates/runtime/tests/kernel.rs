@@ -10,7 +10,9 @@ mod walk;
 
 use metal_candle_compiler::{OutputSource, Plan, Slot};
 use metal_candle_graph::oracle::Value;
-use metal_candle_graph::{BinaryOp, ComputationGraph, DType, Dims, NodeId, ReduceOp, UnaryOp};
+use metal_candle_graph::{
+    BinaryOp, Composite, ComputationGraph, DType, Dims, NodeId, Operation, ReduceOp, UnaryOp,
+};
 use metal_candle_runtime::{AsyncGraphExecutor, Buffer};
 use random::{Case, Limits, Rng, SMALL, case, seeds};
 use std::sync::LazyLock;
@@ -155,6 +157,41 @@ fn compare_on(
         &Case { graph, inputs, tolerances, gradients: None },
         &[],
     );
+}
+
+/// Loops that ask for the next row or tile while they compute, and stores that wait until an argument has been read or need not.
+#[test]
+fn dear_rows_and_maps_equal_the_walk_in_place_and_elsewhere() {
+    type Build = fn(&mut ComputationGraph, NodeId) -> NodeId;
+    let softmax: Build =
+        |g, x| g.add(Operation::Composite(Composite::Softmax { dim: 1 }), &[x]).unwrap();
+    let gated: Build = |g, x| {
+        let y = g.binary_scalar(BinaryOp::Mul, x, 2.0).unwrap();
+        let gelu = g.unary(UnaryOp::Gelu, y).unwrap();
+        let y = g.binary(BinaryOp::Mul, gelu, x).unwrap();
+        let y = g.binary(BinaryOp::Add, y, x).unwrap();
+        g.unary(UnaryOp::Relu, y).unwrap()
+    };
+    for (name, build) in [("softmax", softmax), ("gated", gated)] {
+        for (dtype, dims) in [
+            (DType::F32, [1, 5]),
+            (DType::F32, [3, 4_096]),
+            (DType::F32, [70, 2_065]),
+            (DType::BF16, [5, 2_065]),
+        ] {
+            let len = dims[0] * dims[1];
+            let data = (0..len).map(|i| (i * 7_919 % 1_000) as f64 / 128.0 - 4.0).collect();
+            let inputs = vec![Value::new(dtype, &dims, data).unwrap()];
+            let mut graph = ComputationGraph::new();
+            let x = graph.input(0, inputs[0].ty);
+            graph.outputs = vec![build(&mut graph, x)];
+            let tolerances = vec![support::tolerance(dtype)];
+            let case = Case { graph, inputs, tolerances, gradients: None };
+            let plans = [false, true].map(|donated| compare(name, &case, &[donated]));
+            let is_in_place = |p: &Plan| matches!(p.outputs[0].source, OutputSource::Donated(0));
+            assert_eq!(plans.each_ref().map(is_in_place), [false, true], "{name}");
+        }
+    }
 }
 
 const NOT_FINITE: [f64; 3] = [f64::NAN, f64::INFINITY, f64::NEG_INFINITY];

@@ -17,6 +17,11 @@ type Function = dyn Fn(&[LazyTensor]) -> Result<Vec<LazyTensor>> + Send + Sync;
 /// Tensors that the function captures are held by it. Arguments may be donated: their memory is then updated in
 /// place, and the caller's handle must be the only one.
 ///
+/// On the CPU, the memory of a large result (4 MiB and more) is used again by a later call, once its last handle has been dropped: so
+/// a call that is repeated waits for no fresh memory. At most one is kept for each result and each tuple of types, until the
+/// function is dropped; [`Compiled::spare_bytes`] says how much that is. What has become a Candle tensor
+/// ([`LazyTensor::eval`]), or was donated to another call, is not kept.
+///
 /// ```
 /// use metal_candle::{DType, Device, LazyTensor, compile};
 /// let f = compile(|x: &[LazyTensor]| Ok(vec![x[0].sqr()?.add(&x[1])?]));
@@ -212,10 +217,16 @@ impl Compiled {
     }
 
     /// The scratch memory that is held now: [`Plan::arena_bytes`] of every shape that was called,
-    /// once for each call in flight.
+    /// once for each call in flight. Results, and the [spares](Compiled::spare_bytes) of them, come on top.
     pub fn allocated_arena_bytes(&self) -> usize {
         let traced = self.traced.lock().unwrap_or_else(PoisonError::into_inner);
         traced.iter().map(|t| t.executable.allocated_arena_bytes()).sum()
+    }
+
+    /// The memory of results that nobody holds any more, kept for later calls.
+    pub fn spare_bytes(&self) -> usize {
+        let traced = self.traced.lock().unwrap_or_else(PoisonError::into_inner);
+        traced.iter().map(|t| t.executable.spare_bytes()).sum()
     }
 
     #[track_caller]
@@ -255,7 +266,7 @@ impl Compiled {
         });
         let updated = updated.collect();
         let executable = Executable::holding(plan, &device, self.world.as_ref(), captured);
-        let executable = Arc::new(executable.at_caller()?);
+        let executable = Arc::new(executable.at_caller()?.keeping_spares());
         let inputs = trace.leaves.into_iter().filter(|leaf| held(leaf).is_none()).collect();
         Ok(Traced {
             types: args.iter().map(LazyTensor::ty).collect(),

@@ -1,20 +1,18 @@
 //! A plan made ready to run on the CPU, and one run of it.
 
 use super::kernel::Program;
+use super::results::Results;
 use super::view::{Arg, Out};
 use crate::arena::Arena;
 use crate::buffer::{Buffer, Memory};
 use crate::element::Data;
 use crate::executable::{Backend, Clock, Timing, message};
 use crate::inputs::Inputs;
-use crate::pages::prefer_huge;
 use crate::run_memories::RunMemories;
 use crate::team::Team;
-use crate::{Error, Result, Workspace, World, verify};
+use crate::{Error, Result, Workspace, World};
 use candle_core::StorageRef;
-use metal_candle_compiler::{
-    LibraryCall, Operand, OutputSource, Plan, PlanOutput, Slot, Step, Target, Work,
-};
+use metal_candle_compiler::{LibraryCall, Operand, Plan, Slot, Step, Target, Work};
 use smallvec::SmallVec;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -37,7 +35,7 @@ const SHARED_WORK: u64 = 1 << 17;
 /// What the CPU keeps of a plan: its kernels compiled, its memory from run to run.
 pub(crate) struct CpuExecutable {
     steps: Vec<Prepared>,
-    results: Vec<Source>,
+    results: Results,
     parallel: bool,
     memories: RunMemories<RunMemory>,
     /// Where it sums over ranks, if it does.
@@ -56,42 +54,6 @@ struct Prepared {
     /// Element operations, of a call an estimate.
     work: u64,
     parallel: bool,
-}
-
-/// Where a result is, once every step has run.
-#[derive(Clone, Copy)]
-enum Source {
-    /// In memory that the steps write, and which must be zeroed before if that is said.
-    Written {
-        zeroed: bool,
-    },
-    /// At this position among what the run is given: handed on if it was given away, and this is its only result.
-    Given {
-        at: u32,
-        handed_on: bool,
-    },
-    /// An input that is held.
-    Held(u32),
-    SameAs(u32),
-}
-
-impl Source {
-    fn new(plan: &Plan, inputs: &Inputs, index: usize) -> Source {
-        let source = plan.outputs[index].source;
-        match source {
-            OutputSource::Written => {
-                Source::Written { zeroed: !verify::is_written_whole(plan, index) }
-            }
-            OutputSource::SameAs(i) => Source::SameAs(i),
-            OutputSource::Donated(i) | OutputSource::Input(i) => match inputs.position(i) {
-                Some(at) => {
-                    let given = plan.outputs.iter().all(|o| o.source != OutputSource::Input(i));
-                    Source::Given { at, handed_on: given }
-                }
-                None => Source::Held(i),
-            },
-        }
-    }
 }
 
 /// Where a buffer starts: so many bytes into one of the run's allocations.
@@ -164,10 +126,9 @@ impl CpuExecutable {
         inputs: Arc<Inputs>,
     ) -> Result<CpuExecutable> {
         let steps: Vec<Prepared> = plan.steps.iter().map(|s| Prepared::new(plan, s)).collect();
-        let outputs = 0..plan.outputs.len();
         let make = || RunMemory::new(plan, &inputs);
         Ok(CpuExecutable {
-            results: outputs.map(|i| Source::new(plan, &inputs, i)).collect(),
+            results: Results::new(plan, &inputs),
             parallel: steps.iter().map(Prepared::shared_work).sum::<u64>() >= SHARED_WORK,
             steps,
             memories: RunMemories::new(IDLE_MEMORIES, plan.arena_bytes, make)?,
@@ -191,7 +152,7 @@ impl CpuExecutable {
         shared.clone_from(&self.shared);
         for (buffer, of) in given.iter_mut().zip(self.inputs.given()) {
             let i = of.input as usize;
-            let written = if of.donated { buffer.unique_mut() } else { None };
+            let written = if of.donated { buffer.donated_mut() } else { None };
             bases[1 + i] = match written {
                 Some(data) => data.as_mut_ptr(),
                 None => start(buffer, i).unwrap_or_else(|| {
@@ -256,30 +217,6 @@ impl CpuExecutable {
     }
 }
 
-impl CpuExecutable {
-    /// The results, once every step has run.
-    fn results(&self, plan: &Plan, memory: &mut RunMemory, given: Vec<Buffer>) -> Vec<Buffer> {
-        let mut given: Vec<Option<Buffer>> = given.into_iter().map(Some).collect();
-        let mut written = memory.outputs.drain(..);
-        let mut results: Vec<Buffer> = Vec::with_capacity(self.results.len());
-        for source in &self.results {
-            let result = match *source {
-                Source::Written { .. } => written.next().map(|(output, mut data)| {
-                    // SAFETY: `fresh` made room for these, and the steps have written every one, or `fresh` has.
-                    unsafe { data.set_len(plan.outputs[output as usize].ty.shape.len()) };
-                    Buffer::from_data(data)
-                }),
-                Source::Given { at, handed_on: true } => given[at as usize].take(),
-                Source::Given { at, handed_on: false } => given[at as usize].clone(),
-                Source::Held(i) => Some(self.inputs.get(i as usize, &[]).clone()),
-                Source::SameAs(i) => Some(results[i as usize].clone()),
-            };
-            results.push(result.expect("metal-candle bug: a result without memory"));
-        }
-        results
-    }
-}
-
 impl Backend for CpuExecutable {
     fn holds_inputs(&self) -> bool {
         true
@@ -295,14 +232,17 @@ impl Backend for CpuExecutable {
         let memory = self.memories.take(|| RunMemory::new(plan, &self.inputs))?;
         let mut lease = Lease { executable: self, memory: Some(memory) };
         let memory = lease.memory.as_mut().expect("metal-candle bug: an ended lease");
-        memory.outputs.clear();
-        for (i, source) in self.results.iter().enumerate() {
-            if let Source::Written { zeroed } = source {
-                memory.outputs.push((i as u32, fresh(&plan.outputs[i], *zeroed)?));
-            }
-        }
+        self.results.allocate(plan, &mut memory.outputs)?;
         self.run_steps(plan, memory, &mut given, team, clock)?;
-        Ok(self.results(plan, memory, given))
+        Ok(self.results.collect(plan, &self.inputs, &mut memory.outputs, given))
+    }
+
+    fn keep_spares(&mut self) {
+        self.results.keep_spares();
+    }
+
+    fn spare_bytes(&self) -> usize {
+        self.results.spare_bytes()
     }
 
     fn workspaces(&self) -> Vec<Workspace> {
@@ -443,19 +383,6 @@ fn updates_in_place(step: &Step) -> bool {
         _ => a == b,
     };
     step.outs.iter().any(|out| step.args.iter().any(|arg| overlap(out.slot, arg.slot)))
-}
-
-/// Memory for a result that the steps write.
-fn fresh(output: &PlanOutput, zeroed: bool) -> Result<Data> {
-    let (dtype, len) = (output.ty.dtype, output.ty.shape.len());
-    let data = if zeroed { Data::zeroed(dtype, len) } else { Data::with_capacity(dtype, len) };
-    let out_of_memory = || Error::OutOfMemory {
-        what: format!("a result {}", output.ty),
-        bytes: output.ty.size_bytes(),
-    };
-    let mut data = data.ok_or_else(out_of_memory)?;
-    prefer_huge(data.as_mut_ptr(), output.ty.size_bytes());
-    Ok(data)
 }
 
 /// The memory of a vector that is empty, for elements of another type or lifetime.

@@ -35,7 +35,7 @@ use metal_candle_compiler::kernel::Kernel;
 use metal_candle_graph::{DType, Distribution, Scalar};
 use reduce::{DotFn, FoldFn, Reducer};
 use smallvec::SmallVec;
-use tile::TileFn;
+use tile::{AheadFn, TileFn};
 
 /// A kernel made ready to run.
 pub(crate) struct Program {
@@ -103,6 +103,8 @@ enum Place {
     },
     /// Memory, as this access reaches it.
     Memory(u16),
+    /// Memory, as this access reaches it in the next row, or where tiles are rows in the next tile: to be asked for, not read.
+    Next(u16),
 }
 
 /// How an operand, or the position itself, changes over the space.
@@ -157,6 +159,13 @@ enum Op {
     Map {
         f: TileFn,
         ins: [Place; 3],
+        out: Place,
+    },
+    /// A dear map, while which memory that is soon wanted comes nearer.
+    MapAhead {
+        f: AheadFn,
+        ins: [Place; 2],
+        ahead: [Place; 2],
         out: Place,
     },
     Fold {

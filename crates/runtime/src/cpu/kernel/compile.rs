@@ -68,7 +68,7 @@ pub(super) fn compile(kernel: &Kernel, in_place: bool) -> Program {
     for (stage, needs) in needs.iter().enumerate() {
         let before = e.at_rate(Rate::Row, |inst| inst.stage as usize == stage);
         let reductions = e.reductions(needs);
-        let body = e.body(needs);
+        let body = e.body(needs, stage > 0);
         passes.push(Pass { before, body, reductions });
     }
     let mut last = e.at_rate(Rate::Row, |inst| inst.stage as usize >= needs.len());

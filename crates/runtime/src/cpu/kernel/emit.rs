@@ -2,7 +2,7 @@
 
 use super::compile::{PassNeeds, Rate, Strategy, VectorAxis, is_dear};
 use super::memory::{load_of, register_bytes, store_of};
-use super::pair::{Pairs, factors, pair_of};
+use super::pair::{Pairs, ahead_of, factors, pair_of};
 use super::reduce::{LANES, dot_f32, reducer_of};
 use super::scalar::{binary_of, cast_of, unary_of};
 use super::tile::{select_of, splat_of};
@@ -19,6 +19,8 @@ pub(super) struct Emitter<'a> {
     kept: FxHashMap<usize, Place>,
     /// Of the pass that is being written.
     pairs: Pairs,
+    /// What is asked for in it, while something dear is computed.
+    ahead: Option<[Place; 2]>,
     /// By register: in the pass that is being written, or for good.
     places: Vec<Place>,
     /// The partial results, by reduction.
@@ -45,6 +47,7 @@ impl<'a> Emitter<'a> {
             s,
             kept: kept.clone(),
             pairs: Pairs::default(),
+            ahead: None,
             places: vec![Place::Nowhere; n],
             accs: FxHashMap::default(),
             access_of: vec![0; n],
@@ -147,9 +150,10 @@ impl<'a> Emitter<'a> {
         needs.reductions.iter().map(reduction).collect()
     }
 
-    /// The column values of a pass, and what they feed.
-    pub(super) fn body(&mut self, needs: &PassNeeds) -> Vec<Op> {
+    /// The column values of a pass, and what they feed. A `later` one finds the row in a cache.
+    pub(super) fn body(&mut self, needs: &PassNeeds, later: bool) -> Vec<Op> {
         let mut ops = Vec::new();
+        self.ahead = self.ahead().filter(|_| later || self.s.is_flat());
         self.pairs = Pairs::of(self.s, needs, |reg| self.kept.contains_key(&reg));
         let last_use = self.last_uses(needs);
         let mut stored = vec![false; self.s.kernel.stores.len()];
@@ -169,7 +173,7 @@ impl<'a> Emitter<'a> {
             }
         }
         if self.s.in_place {
-            for &store in &needs.stores {
+            for &store in needs.stores.iter().filter(|store| !stored[**store]) {
                 self.store(store, &mut ops);
             }
             for &reg in last_use.get(&usize::MAX).into_iter().flatten() {
@@ -230,13 +234,34 @@ impl<'a> Emitter<'a> {
             let is_its = self.s.stored(&self.s.kernel.stores[*store]) == reg;
             is_its && self.is_direct(self.store_access[*store])
         });
-        match direct.filter(|_| is_map && !self.s.in_place) {
+        // What lies in the memory of an argument is written once nothing reads that any more.
+        let is_read = |reg: &usize| matches!(self.s.kernel.tape[*reg].op, KernelOp::Load(_));
+        let waits = self.s.in_place && needs.computed.iter().any(is_read);
+        match direct.filter(|_| is_map && !waits) {
             Some(store) => {
                 stored[store] = true;
                 Place::Memory(self.store_access[store])
             }
             None => self.tile(),
         }
+    }
+
+    /// What a pass that computes may ask for: where it, or a later one, stores, and what is read next, for which memory would
+    /// else be idle until then. Both lie in memory as in registers.
+    fn ahead(&self) -> Option<[Place; 2]> {
+        let s = self.s;
+        let is_near = |access: u16| {
+            self.is_direct(access) && self.accesses[access as usize].rows == RowWalk::Flat
+        };
+        let loads = s.kernel.tape.iter().enumerate().filter(|(reg, inst)| {
+            s.rates[*reg] == Rate::Col && matches!(inst.op, KernelOp::Load(_))
+        });
+        let mut loads = loads.map(|(reg, _)| self.access_of[reg]);
+        let next = Place::Next(loads.find(|access| is_near(*access))?);
+        let stores = s.kernel.stores.iter().zip(&self.store_access);
+        let mut stores = stores.filter(|(store, _)| s.store_pass(store).is_some());
+        let stored = stores.find(|(_, access)| is_near(**access));
+        Some([stored.map_or(next, |(_, access)| Place::Memory(*access)), next])
     }
 
     fn is_stored(&self, reg: usize) -> bool {
@@ -403,7 +428,16 @@ impl<'a> Emitter<'a> {
         for (to, from) in ins.iter_mut().zip(&pair.operands) {
             *to = self.places[from.index()];
         }
-        let f = pair.loop_of(|reg| self.s.is_one(reg.index()));
+        let is_one = |reg: kernel::Reg| self.s.is_one(reg.index());
+        // A loop that writes to memory itself is as fast as that.
+        let ahead = self.ahead.filter(|_| !matches!(out, Place::Memory(_)));
+        if let (Some(ahead), &[a, b]) = (ahead, &pair.operands[..])
+            && let Some(f) = ahead_of(inner_op, outer_op, is_one(b)).filter(|_| !is_one(a))
+        {
+            ops.push(Op::MapAhead { f, ins: [ins[0], ins[1]], ahead, out });
+            return;
+        }
+        let f = pair.loop_of(is_one);
         ops.push(Op::Map { f, ins, out });
     }
 

@@ -4,7 +4,7 @@
 
 use super::compile::{PassNeeds, Strategy, VectorAxis};
 use super::scalar::gelu_f32;
-use super::tile::{Map2, Map3, TileFn, map2, map2_of_each, map3};
+use super::tile::{AheadFn, Map2, Map3, TileFn, map2, map2_ahead, map2_of_each, map3};
 use crate::cpu::math;
 use crate::cpu::simd::MulAdd;
 use metal_candle_compiler::kernel::{Kernel, KernelOp, Reg};
@@ -38,6 +38,43 @@ impl Pair {
     }
 }
 
+/// Declares maps of two f32 whose loops take so long that memory comes nearer meanwhile.
+macro_rules! dear {
+    ($($(#[$meta:meta])* $name:ident: |$a:ident, $b:ident| $body:expr;)*) => {$(
+        $(#[$meta])*
+        struct $name;
+        impl Map2<f32, f32> for $name {
+            #[inline(always)]
+            fn apply<M: MulAdd>($a: f32, $b: f32) -> f32 {
+                $body
+            }
+        }
+    )*};
+}
+
+dear! {
+    ExpOfSub: |a, b| math::exp_f32::<M>(a - b);
+    SiluMul: |a, b| a / (1.0 + math::exp_f32::<M>(-a)) * b;
+    GeluMul: |a, b| gelu_f32::<M>(a) * b;
+}
+
+/// The loop of a dear pair whose first operand is not one for all, which asks for memory.
+pub(super) fn ahead_of(inner: &KernelOp, outer: &KernelOp, second_is_one: bool) -> Option<AheadFn> {
+    let f = match (inner, outer) {
+        (KernelOp::Binary(BinaryOp::Sub, ..), KernelOp::Unary(UnaryOp::Exp, _)) => {
+            map2_ahead::<ExpOfSub>
+        }
+        (KernelOp::Unary(UnaryOp::Silu, _), KernelOp::Binary(BinaryOp::Mul, ..)) => {
+            map2_ahead::<SiluMul>
+        }
+        (KernelOp::Unary(UnaryOp::Gelu, _), KernelOp::Binary(BinaryOp::Mul, ..)) => {
+            map2_ahead::<GeluMul>
+        }
+        _ => return None,
+    };
+    Some(f(second_is_one))
+}
+
 /// Declares a map of two or three registers, and gives what finds its loop.
 macro_rules! of {
     ($loops:ident, $map2:ident, |$a:ident, $b:ident| $body:expr) => {{
@@ -67,7 +104,7 @@ pub(super) fn pair_of(inner: &KernelOp, (result, outer): (Reg, &KernelOp)) -> Op
     use BinaryOp::{Add, Mul, Sub};
     match (inner, outer) {
         (&KernelOp::Binary(Sub, a, b), &KernelOp::Unary(UnaryOp::Exp, _)) => {
-            let f = of!(Of2, map2, |a, b| math::exp_f32::<M>(a - b));
+            let f = Loops::Of2(map2::<f32, f32, ExpOfSub>);
             Some(Pair { operands: smallvec![a, b], f })
         }
         (&KernelOp::Binary(Add, a, b), &KernelOp::Unary(UnaryOp::Relu, _)) => {
@@ -76,10 +113,8 @@ pub(super) fn pair_of(inner: &KernelOp, (result, outer): (Reg, &KernelOp)) -> Op
         }
         (&KernelOp::Unary(f, a), &KernelOp::Binary(Mul, x, y)) if x != y => {
             let f = match f {
-                UnaryOp::Silu => {
-                    of!(Of1, map2_of_each, |a, b| a / (1.0 + math::exp_f32::<M>(-a)) * b)
-                }
-                UnaryOp::Gelu => of!(Of1, map2_of_each, |a, b| gelu_f32::<M>(a) * b),
+                UnaryOp::Silu => Loops::Of1(map2_of_each::<f32, f32, SiluMul>),
+                UnaryOp::Gelu => Loops::Of1(map2_of_each::<f32, f32, GeluMul>),
                 _ => return None,
             };
             Some(Pair { operands: smallvec![a, if x == result { y } else { x }], f })
@@ -222,6 +257,16 @@ mod tests {
         out.iter().map(|x| if x.is_nan() { f32::NAN.to_bits() } else { x.to_bits() }).collect()
     }
 
+    /// [`run`], asking for memory behind all that there is.
+    fn run_ahead(f: AheadFn, ins: [&[f32]; 2]) -> Vec<u32> {
+        let mut out = vec![0f32; N];
+        let ins = ins.map(|from| from_ref(&from[0]).cast::<u8>());
+        let ahead = ins.map(|from| from.wrapping_add(1 << 40));
+        // SAFETY: as many registers as the loop was asked for, and room for the results.
+        unsafe { f(out.as_mut_ptr().cast(), ins, ahead, N) };
+        out.iter().map(|x| if x.is_nan() { f32::NAN.to_bits() } else { x.to_bits() }).collect()
+    }
+
     /// The loop of one instruction, where operands are one for all.
     fn alone(op: &KernelOp, one: [bool; 2]) -> TileFn {
         match *op {
@@ -278,6 +323,10 @@ mod tests {
                 }
                 let apart = run(alone(outer, outer_one), &outer_ins);
                 assert_eq!(together, apart, "{inner:?}, then {outer:?}, one for all: {one:?}");
+                let second_is_one = pair.operands.get(1).is_some_and(|b| one[b.index()]);
+                if let Some(f) = ahead_of(inner, outer, second_is_one).filter(|_| !one[0]) {
+                    assert_eq!(run_ahead(f, [ins[0], ins[1]]), apart, "{inner:?}, then {outer:?}");
+                }
             }
         }
     }

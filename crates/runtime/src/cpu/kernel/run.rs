@@ -241,6 +241,10 @@ impl<'a> Worker<'a> {
                         let ins = [self.read_from(a), self.read_from(b), self.read_from(c)];
                         f(self.write_to(out), ins, n);
                     }
+                    Op::MapAhead { f, ins: [a, b], ahead: [p, q], out } => {
+                        let ins = [self.read_from(a), self.read_from(b)];
+                        f(self.write_to(out), ins, [self.read_from(p), self.read_from(q)], n);
+                    }
                     Op::Load { access, load, out } => {
                         let (to, a) = (self.write_to(out), &self.p.accesses[access as usize]);
                         self.runs(access, n, |start, len, at| {
@@ -347,6 +351,16 @@ impl<'a> Worker<'a> {
             }
             Place::Memory(access) => {
                 self.address(&self.p.accesses[access as usize], self.at[access as usize])
+            }
+            Place::Next(access) => {
+                let a = &self.p.accesses[access as usize];
+                let step = match self.p.split {
+                    Split::Rows(_) | Split::Columns(_) => {
+                        a.row_step(&self.p.space[..self.p.row_axes])
+                    }
+                    Split::Tiles { .. } => a.step.wrapping_mul(self.p.tile_len as isize),
+                };
+                self.address(a, self.at[access as usize].wrapping_add(step))
             }
         }
     }

@@ -1,6 +1,6 @@
 //! Loops over tiles of registers, for any scalar function.
 
-use crate::cpu::simd::{MulAdd, widest};
+use crate::cpu::simd::{MulAdd, prefetch, widest};
 use metal_candle_graph::Class;
 use std::mem::MaybeUninit;
 
@@ -9,6 +9,11 @@ use std::mem::MaybeUninit;
 /// Unsafe to call: every pointer leads to its `n` registers (or one), initialised but for `out`, which nothing else
 /// overlaps.
 pub(super) type TileFn = unsafe fn(*mut u8, [*const u8; 3], usize);
+
+/// `out[i] = f(ins[0][i], ins[1][i])` for `n` registers of f32, asking for as many bytes at each of two places meanwhile.
+///
+/// Unsafe to call as [`TileFn`]; what is asked for may lie anywhere.
+pub(super) type AheadFn = unsafe fn(*mut u8, [*const u8; 2], [*const u8; 2], usize);
 
 /// A function of one register.
 pub(super) trait Map1<A, B> {
@@ -105,6 +110,46 @@ unsafe fn map2_body<T: Copy, B: Copy, F: Map2<T, B>, X: Extent, Y: Extent, M: Mu
 }
 
 #[inline(always)]
+unsafe fn map2_ahead_body<F: Map2<f32, f32>, Y: Extent, M: MulAdd>(
+    to: *mut u8,
+    ins: [*const u8; 2],
+    ahead: [*const u8; 2],
+    n: usize,
+) {
+    /// Registers between which memory is asked for: few lines at a time, and enough of them for a loop over vectors.
+    const PART: usize = 64;
+    /// Registers in a cache line.
+    const LINE: usize = 16;
+    for part in 0..n / PART {
+        for line in 0..PART / LINE {
+            for ahead in ahead {
+                let register = part * PART + line * LINE;
+                prefetch(ahead.wrapping_add(register * size_of::<f32>()));
+            }
+        }
+        // SAFETY: the caller's promise, of some of the registers.
+        unsafe { map2_part::<F, Y, M>(to, ins, part * PART, PART) };
+    }
+    // SAFETY: as above.
+    unsafe { map2_part::<F, Y, M>(to, ins, n / PART * PART, n % PART) };
+}
+
+/// `len` registers from `start` on.
+#[inline(always)]
+unsafe fn map2_part<F: Map2<f32, f32>, Y: Extent, M: MulAdd>(
+    to: *mut u8,
+    [a, b]: [*const u8; 2],
+    start: usize,
+    len: usize,
+) {
+    let at = start * size_of::<f32>();
+    let b = if Y::ONE { b } else { b.wrapping_add(at) };
+    let ins = [a.wrapping_add(at), b, std::ptr::null()];
+    // SAFETY: the caller's promise.
+    unsafe { map2_body::<f32, f32, F, Each, Y, M>(to.wrapping_add(at), ins, len) };
+}
+
+#[inline(always)]
 unsafe fn map3_body<F: Map3, X: Extent, Y: Extent, Z: Extent>(
     to: *mut u8,
     ins: [*const u8; 3],
@@ -177,6 +222,19 @@ pub(super) fn map2<T: Copy, B: Copy, F: Map2<T, B>>(one: [bool; 2]) -> TileFn {
         [false, true] => map2_of::<T, B, F, Each, One>(),
         [true, false] => map2_of::<T, B, F, One, Each>(),
         [true, true] => map2_of::<T, B, F, One, One>(),
+    }
+}
+
+fn map2_ahead_of<F: Map2<f32, f32>, Y: Extent>() -> AheadFn {
+    widest!([F: Map2<f32, f32>, Y: Extent]
+        map2_ahead_body<F, Y; M>(to: *mut u8, ins: [*const u8; 2], ahead: [*const u8; 2], n: usize))
+}
+
+/// [`map2_of_each`] of f32, asking for memory ahead.
+pub(super) fn map2_ahead<F: Map2<f32, f32>>(second_is_one: bool) -> AheadFn {
+    match second_is_one {
+        false => map2_ahead_of::<F, Each>(),
+        true => map2_ahead_of::<F, One>(),
     }
 }
 
