@@ -10,8 +10,8 @@
 //! ```
 //!
 //! Parts whose halves have scales of their own, as those of `Q6_K`, are multiplied half by half. Where the shift of a
-//! weight is a whole number of its scales ([`Format::OFFSET`]), as most are, the integers begin at what it comes to, and the
-//! panels lack shifts: a quarter less is to be multiplied beside the products.
+//! weight is a whole number of its scales ([`Format::OFFSET`]), as most are, what it comes to is added to the integers, and the
+//! panels lack shifts: a third less is to be multiplied beside the products.
 
 mod pack;
 mod tile;

@@ -19,59 +19,29 @@ pub(super) unsafe fn row<const HALVES: usize, const OFFSET: i32>(
     let words = row_words(HALVES) * rows;
     let (fours, rest) = x.as_chunks::<LEN>().0.as_chunks::<4>();
     let (to, last) = to.split_at_mut(4 * fours.len() * words);
-    let put = |part: &Rounded, to: &mut [u32]| {
-        let (steps, rest) = to.split_at_mut(STEPS * rows);
-        // SAFETY: as many bytes as a row has.
-        unsafe {
-            let steps = &mut steps[row * STEPS..(row + 1) * STEPS];
-            _mm256_storeu_si256(steps.as_mut_ptr().cast(), part.q);
-        }
-        rest[row] = part.scale.to_bits();
-        let sum = |sum: i32| match OFFSET {
-            0 => (sum as f32 * part.scale).to_bits(),
-            // Far from an overflow: 32 times 127, and 128 times that.
-            _ => (sum * OFFSET).cast_unsigned(),
-        };
-        if HALVES == 1 {
-            rest[rows + row] = sum(part.sums[0] + part.sums[1]);
-        } else {
-            rest[rows + row] = sum(part.sums[0]);
-            rest[2 * rows + row] = sum(part.sums[1]);
-        }
-    };
     for (parts, to) in fours.iter().zip(to.chunks_exact_mut(4 * words)) {
-        for (part, to) in round(parts).iter().zip(to.chunks_exact_mut(words)) {
-            put(part, to);
+        let (scales, inverses) = scales(parts);
+        for i in 0..4 {
+            let to = &mut to[i * words..(i + 1) * words];
+            round::<HALVES, OFFSET>(&parts[i], [scales[i], inverses[i]], row, rows, to);
         }
+    }
+    if rest.is_empty() {
+        return;
     }
     let mut parts = [[0.0; LEN]; 4];
     parts[..rest.len()].copy_from_slice(rest);
-    for (part, to) in round(&parts).iter().zip(last.chunks_exact_mut(words)).take(rest.len()) {
-        put(part, to);
+    let (scales, inverses) = scales(&parts);
+    for (i, to) in last.chunks_exact_mut(words).enumerate().take(rest.len()) {
+        round::<HALVES, OFFSET>(&parts[i], [scales[i], inverses[i]], row, rows, to);
     }
 }
 
-/// 32 elements in eight bits: `q · scale`.
-struct Rounded {
-    q: __m256i,
-    scale: f32,
-    /// The sum of each half's q.
-    sums: [i32; 2],
-}
-
-/// Four parts at a time: what is found across vectors is found for all of them.
+/// What the parts are divided by, and its inverse: found across vectors for all of them at once.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn round(parts: &[[f32; LEN]; 4]) -> [Rounded; 4] {
-    // SAFETY: 32 elements.
-    let halves = parts.each_ref().map(|x| unsafe {
-        [_mm512_loadu_ps(x.as_ptr()), _mm512_loadu_ps(x[LEN / 2..].as_ptr())]
-    });
-    // As integers, magnitudes are in order, and a NaN is the largest.
-    let magnitude = |x| _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fff_ffff));
-    let most = halves.map(|[a, b]| _mm512_max_epu32(magnitude(a), magnitude(b)));
-    let twos = |a, b| _mm512_max_epu32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
-    let [a, b] = [twos(most[0], most[1]), twos(most[2], most[3])];
+fn scales(parts: &[[f32; LEN]; 4]) -> ([f32; 4], [f32; 4]) {
+    let [a, b] = [larger(&parts[0], &parts[1]), larger(&parts[2], &parts[3])];
     // In every lane, the largest of each part.
     let most = _mm512_max_epu32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
     let (a, b) = (_mm512_castsi512_si256(most), _mm512_extracti64x4_epi64::<1>(most));
@@ -79,26 +49,79 @@ fn round(parts: &[[f32; LEN]; 4]) -> [Rounded; 4] {
     let (a, b) = (_mm256_castsi256_si128(most), _mm256_extracti128_si256::<1>(most));
     let scale = _mm_div_ps(_mm_castsi128_ps(_mm_max_epu32(a, b)), _mm_set1_ps(127.0));
     let some = _mm_cmp_ps_mask::<_CMP_NEQ_UQ>(scale, _mm_setzero_ps());
-    let by = _mm_maskz_div_ps(some, _mm_set1_ps(1.0), scale);
-
+    let inverse = _mm_maskz_div_ps(some, _mm_set1_ps(1.0), scale);
     let (mut scales, mut inverses) = ([0.0; 4], [0.0; 4]);
     // SAFETY: four elements each.
     unsafe {
         _mm_storeu_ps(scales.as_mut_ptr(), scale);
-        _mm_storeu_ps(inverses.as_mut_ptr(), by);
+        _mm_storeu_ps(inverses.as_mut_ptr(), inverse);
     }
-    std::array::from_fn(|i| {
-        let by = _mm512_set1_ps(inverses[i]);
-        let q = halves[i].map(|x| _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(x, by))));
-        let q = _mm256_set_m128i(q[1], q[0]);
-        // Sums of fours, of twos of them, and of those of each half.
-        let sums = _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(1), q);
-        let sums = _mm256_add_epi32(sums, _mm256_shuffle_epi32::<0b01_00_11_10>(sums));
-        let sums = _mm256_add_epi32(sums, _mm256_shuffle_epi32::<0b10_11_00_01>(sums));
-        let upper = _mm256_extracti128_si256::<1>(sums);
-        let sums = [_mm_cvtsi128_si32(_mm256_castsi256_si128(sums)), _mm_cvtsi128_si32(upper)];
-        Rounded { q, scale: scales[i], sums }
-    })
+    (scales, inverses)
+}
+
+/// Magnitudes of two parts: in every lane, the larger of what it has of each, by turns.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn larger(a: &[f32; LEN], b: &[f32; LEN]) -> __m512i {
+    let [a, b] = [largest(a), largest(b)];
+    _mm512_max_epu32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b))
+}
+
+/// The larger magnitudes of both halves. As integers, magnitudes are in order, and a NaN is the largest.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn largest(part: &[f32; LEN]) -> __m512i {
+    let sign = _mm512_set1_epi32(0x7fff_ffff);
+    // SAFETY: 32 elements.
+    let [a, b] = unsafe {
+        [_mm512_loadu_si512(part.as_ptr().cast()), _mm512_loadu_si512(part[16..].as_ptr().cast())]
+    };
+    _mm512_max_epu32(_mm512_and_si512(a, sign), _mm512_and_si512(b, sign))
+}
+
+/// A part in eight bits, its scale and its sums, where they belong.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn round<const HALVES: usize, const OFFSET: i32>(
+    part: &[f32; LEN],
+    [scale, inverse]: [f32; 2],
+    row: usize,
+    rows: usize,
+    to: &mut [u32],
+) {
+    let by = _mm512_set1_ps(inverse);
+    // SAFETY: 32 elements.
+    let [a, b] =
+        unsafe { [_mm512_loadu_ps(part.as_ptr()), _mm512_loadu_ps(part[16..].as_ptr())] };
+    let a = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(a, by)));
+    let b = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(b, by)));
+    let steps = &mut to[row * STEPS..(row + 1) * STEPS];
+    // SAFETY: eight words.
+    unsafe { _mm256_storeu_si256(steps.as_mut_ptr().cast(), _mm256_set_m128i(b, a)) };
+    let rest = &mut to[STEPS * rows..(STEPS + 1 + HALVES) * rows];
+    rest[row] = scale.to_bits();
+    let ones = _mm_set1_epi8(1);
+    let a = _mm_dpbusd_epi32(_mm_setzero_si128(), ones, a);
+    if HALVES == 1 {
+        rest[rows + row] = sum::<OFFSET>(_mm_dpbusd_epi32(a, ones, b), scale);
+    } else {
+        let b = _mm_dpbusd_epi32(_mm_setzero_si128(), ones, b);
+        rest[rows + row] = sum::<OFFSET>(a, scale);
+        rest[2 * rows + row] = sum::<OFFSET>(b, scale);
+    }
+}
+
+/// What a shift of one comes to, or what the offset does.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn sum<const OFFSET: i32>(fours: __m128i, scale: f32) -> u32 {
+    let twos = _mm_add_epi32(fours, _mm_shuffle_epi32::<0b01_00_11_10>(fours));
+    let sum = _mm_cvtsi128_si32(_mm_add_epi32(twos, _mm_shuffle_epi32::<0b10_11_00_01>(twos)));
+    match OFFSET {
+        0 => (sum as f32 * scale).to_bits(),
+        // Far from an overflow: 32 times 127, and 128 times that.
+        _ => (sum * OFFSET).cast_unsigned(),
+    }
 }
 
 /// Packs `count` rows of blocks.

@@ -1,5 +1,6 @@
 //! The products of a panel of rows and a panel of weights, which stay in registers.
 
+use crate::cpu::simd::prefetch_near;
 use super::{COLS, ROWS, STEPS, row_words, weight_words};
 use std::arch::x86_64::*;
 
@@ -28,6 +29,11 @@ pub(super) unsafe fn tile<const R: usize, const HALVES: usize, const OFFSET: i32
     let parts = rows.len() / row_words;
     assert!(weights.len() >= parts * weight_words, "metal-candle bug: a panel of its size");
     let (mut x, mut w) = (rows.as_ptr(), weights.as_ptr());
+    // A long row away from each other: the results of one tile are in no cache when the next one is written.
+    for i in 0..R {
+        prefetch_near(to.wrapping_add(i * row_stride));
+        prefetch_near(to.wrapping_add(i * row_stride + 16));
+    }
     let mut sums = [[_mm512_setzero_ps(); 2]; R];
     for _ in 0..parts {
         // SAFETY: within the panels, as was seen.
@@ -36,11 +42,6 @@ pub(super) unsafe fn tile<const R: usize, const HALVES: usize, const OFFSET: i32
             for half in 0..HALVES {
                 let x_sums = x_scales.add((1 + half) * R);
                 let mut products = [[_mm512_setzero_si512(); 2]; R];
-                if OFFSET != 0 {
-                    for (i, products) in products.iter_mut().enumerate() {
-                        *products = [_mm512_set1_epi32((*x_sums.add(i)).cast_signed()); 2];
-                    }
-                }
                 for step in half * STEPS / HALVES..(half + 1) * STEPS / HALVES {
                     let w = [0, 16].map(|v| w.add(step * COLS + v));
                     let w = [_mm512_loadu_si512(w[0].cast()), _mm512_loadu_si512(w[1].cast())];
@@ -55,7 +56,13 @@ pub(super) unsafe fn tile<const R: usize, const HALVES: usize, const OFFSET: i32
                     let scales = _mm512_loadu_ps(at);
                     for (i, sums) in sums.iter_mut().enumerate() {
                         let x_scale = _mm512_set1_ps(*x_scales.add(i).cast::<f32>());
-                        let products = _mm512_cvtepi32_ps(products[i][v]);
+                        let mut products = products[i][v];
+                        if OFFSET != 0 {
+                            // Now, for there are registers again.
+                            let offset = _mm512_set1_epi32((*x_sums.add(i)).cast_signed());
+                            products = _mm512_add_epi32(products, offset);
+                        }
+                        let products = _mm512_cvtepi32_ps(products);
                         let scale = _mm512_mul_ps(scales, x_scale);
                         sums[v] = _mm512_fmadd_ps(products, scale, sums[v]);
                         if OFFSET == 0 {
