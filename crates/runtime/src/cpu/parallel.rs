@@ -79,6 +79,7 @@ impl<T> Parts<T> {
     }
 
     /// Where a part begins, for what writes some of it, and leaves the rest to others.
+    #[cfg(target_arch = "x86_64")]
     pub(crate) fn start_of(&self, start: usize, len: usize) -> *mut T {
         assert!(start + len <= self.len, "metal-candle bug: {start} + {len} of {}", self.len);
         self.data.wrapping_add(start)

@@ -91,8 +91,7 @@ fn round<const HALVES: usize, const OFFSET: i32>(
 ) {
     let by = _mm512_set1_ps(inverse);
     // SAFETY: 32 elements.
-    let [a, b] =
-        unsafe { [_mm512_loadu_ps(part.as_ptr()), _mm512_loadu_ps(part[16..].as_ptr())] };
+    let [a, b] = unsafe { [_mm512_loadu_ps(part.as_ptr()), _mm512_loadu_ps(part[16..].as_ptr())] };
     let a = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(a, by)));
     let b = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(b, by)));
     let steps = &mut to[row * STEPS..(row + 1) * STEPS];
@@ -175,12 +174,18 @@ fn transpose(q: &[[u8; LEN]; COLS], to: &mut [u32]) {
         // In every lane: two steps of two columns.
         let twos: [__m512i; 8] = std::array::from_fn(|i| {
             let (a, b) = (rows[i / 2 * 2], rows[i / 2 * 2 + 1]);
-            if i % 2 == 0 { _mm512_unpacklo_epi32(a, b) } else { _mm512_unpackhi_epi32(a, b) }
+            match i % 2 {
+                0 => _mm512_unpacklo_epi32(a, b),
+                _ => _mm512_unpackhi_epi32(a, b),
+            }
         });
         // In every lane: a step of four columns; of step s and of step s + 4.
         let fours = |of: usize, step: usize| {
             let (a, b) = (twos[4 * of + step / 2], twos[4 * of + 2 + step / 2]);
-            if step % 2 == 0 { _mm512_unpacklo_epi64(a, b) } else { _mm512_unpackhi_epi64(a, b) }
+            match step % 2 {
+                0 => _mm512_unpacklo_epi64(a, b),
+                _ => _mm512_unpackhi_epi64(a, b),
+            }
         };
         for step in 0..STEPS / 2 {
             let [a, b] = [fours(0, step), fours(1, step)];

@@ -1,7 +1,7 @@
 //! The products of a panel of rows and a panel of weights, which stay in registers.
 
-use crate::cpu::simd::prefetch_near;
 use super::{COLS, ROWS, STEPS, row_words, weight_words};
+use crate::cpu::simd::prefetch_near;
 use std::arch::x86_64::*;
 
 /// Results, where they cannot be written in place.
@@ -13,8 +13,7 @@ impl Tile {
 }
 
 /// A panel of rows times one of weights, to rows of [`COLS`] that lie so many elements apart.
-pub(super) type TileFn =
-    unsafe fn(rows: &[u32], weights: &[u32], to: *mut f32, row_stride: usize);
+pub(super) type TileFn = unsafe fn(rows: &[u32], weights: &[u32], to: *mut f32, row_stride: usize);
 
 /// # Safety
 /// The processor has the instructions, and the results are ours to be written.
