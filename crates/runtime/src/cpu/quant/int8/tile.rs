@@ -50,24 +50,22 @@ pub(super) unsafe fn tile<const R: usize, const HALVES: usize, const OFFSET: i32
                         products[1] = _mm512_dpbusd_epi32(products[1], w[1], x);
                     }
                 }
-                for v in 0..2 {
-                    let at = w_scales.add(half * COLS + v * 16).cast::<f32>();
-                    let scales = _mm512_loadu_ps(at);
-                    for (i, sums) in sums.iter_mut().enumerate() {
-                        let x_scale = _mm512_set1_ps(*x_scales.add(i).cast::<f32>());
-                        let mut products = products[i][v];
-                        if OFFSET != 0 {
-                            // Now, for there are registers again.
-                            let offset = _mm512_set1_epi32((*x_sums.add(i)).cast_signed());
-                            products = _mm512_add_epi32(products, offset);
-                        }
-                        let products = _mm512_cvtepi32_ps(products);
-                        let scale = _mm512_mul_ps(scales, x_scale);
-                        sums[v] = _mm512_fmadd_ps(products, scale, sums[v]);
+                // Row by row: what belongs to a row takes registers for as long as the row does.
+                let at = w_scales.add(half * COLS).cast::<f32>();
+                let scales = [_mm512_loadu_ps(at), _mm512_loadu_ps(at.add(16))];
+                for (i, (sums, products)) in sums.iter_mut().zip(products).enumerate() {
+                    let x_scale = _mm512_set1_ps(*x_scales.add(i).cast::<f32>());
+                    let offset = _mm512_set1_epi32((*x_sums.add(i)).cast_signed());
+                    for v in 0..2 {
+                        let products = match OFFSET {
+                            0 => products[v],
+                            _ => _mm512_add_epi32(products[v], offset),
+                        };
+                        let scale = _mm512_mul_ps(scales[v], x_scale);
+                        sums[v] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products), scale, sums[v]);
                         if OFFSET == 0 {
-                            let shifts = _mm512_loadu_ps(at.add(HALVES * COLS));
-                            let x_sum = _mm512_set1_ps(*x_sums.add(i).cast::<f32>());
-                            sums[v] = _mm512_fmadd_ps(shifts, x_sum, sums[v]);
+                            let shifts = _mm512_loadu_ps(at.add(HALVES * COLS + v * 16));
+                            sums[v] = _mm512_fmadd_ps(shifts, _mm512_castsi512_ps(offset), sums[v]);
                         }
                     }
                 }
