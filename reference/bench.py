@@ -23,6 +23,7 @@ WHOS = [
     "transformers",
     "llama.cpp",
     "sentence-transformers",
+    "sentence-transformers int8",
 ]
 WHO, THREADS = sys.argv[1], int(sys.argv[2])
 VECTORS = Path(__file__).parent.parent / "crates/metal-candle/tests/data/smollm.safetensors"
@@ -192,8 +193,11 @@ def embed(row):
     from sentence_transformers import SentenceTransformer
 
     torch.set_num_threads(THREADS)
-    dtype = {"f32": torch.float32, "bf16": torch.bfloat16}[row["base"]]
+    # Blocks of GGUF are none of its formats: its answer to them is f32, or int8 as PyTorch has it.
+    dtype = torch.bfloat16 if row["base"] == "bf16" else torch.float32
     model = SentenceTransformer(row["model"], device="cpu", model_kwargs={"dtype": dtype})
+    if WHO == "sentence-transformers int8":
+        model = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, torch.qint8)
     words = ["the", "house", "river", "light", "green", "stone", "music", "paper"]
     count, shortest, longest = row["texts"], row["shortest"], row["longest"]
     lens = [shortest + (longest - shortest) * (i * 37 % count) // (count - 1) for i in range(count)]

@@ -1,6 +1,8 @@
 //! Encoders in folders of sentence-transformers against it, through vectors that `reference/embed.py` makes; and folders
 //! that are not whole.
 
+#[path = "embed/quantised.rs"]
+mod quantised;
 #[path = "embed/refused.rs"]
 mod refused;
 #[path = "io/support.rs"]

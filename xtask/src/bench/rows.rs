@@ -85,9 +85,9 @@ pub(super) fn all(model: &Path, encoder: &Path, quick: bool) -> Vec<Row> {
     rows.extend(trained.map(|(base, targets)| train(model, base, targets)));
     let tokens = if quick { 16 } else { 128 };
     rows.extend([decode(model, tokens), overhead(model, tokens), prefill(model)]);
-    rows.extend(["f32", "bf16"].map(|base| embed(encoder, base, [64, 64])));
+    rows.extend(["f32", "bf16", "q8_0"].map(|base| embed(encoder, base, [64, 64])));
     // As texts are: of all lengths, in no order.
-    rows.push(embed(encoder, "f32", [4, 128]));
+    rows.extend(["f32", "q8_0"].map(|base| embed(encoder, base, [4, 128])));
     rows
 }
 
@@ -243,18 +243,30 @@ fn embed(encoder: &Path, base: &'static str, [shortest, longest]: [usize; 2]) ->
         true => format!("{texts} texts of {longest} tokens"),
         false => format!("{texts} texts of {shortest} to {longest} tokens"),
     };
+    // Blocks are multiplied in integers; the peer holds its weights in f32, as it does unless it is told otherwise.
+    let (by, peers, note): (_, &[&str], _) = match base {
+        "q8_0" => {
+            let note = "ours quantises f32 weights as it loads them; sentence-transformers' are f32, or int8 by \
+                        torch.ao.quantization.quantize_dynamic";
+            ("int8", &["sentence-transformers", "sentence-transformers int8"], Some(note))
+        }
+        "bf16" => {
+            let note = "what lies between our products is f32, the faster way on a CPU";
+            (base, &["sentence-transformers"], Some(note))
+        }
+        _ => (base, &["sentence-transformers"], None),
+    };
     Row {
         name: format!("embed MiniLM-L6 {base}, {of}"),
         work: json!({
             "work": "embed", "model": encoder.display().to_string(), "base": base, "activations": "f32",
             "texts": texts, "batch": batch, "shortest": shortest, "longest": longest,
         }),
-        peers: &["sentence-transformers"],
+        peers,
         unit: Unit::Texts(texts as f64),
-        floor: Floor { arithmetic: vec![(base, products), ("f32", scores)], memory: None },
+        floor: Floor { arithmetic: vec![(by, products), ("f32", scores)], memory: None },
         is_model: true,
-        note: (base == "bf16")
-            .then_some("what lies between our products is f32, the faster way on a CPU"),
+        note,
     }
 }
 

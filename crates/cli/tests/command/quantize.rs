@@ -39,6 +39,34 @@ fn an_adapter_is_trained_on_nf4_and_generates_with_it() {
     assert_ne!(stored, weights(&[&base[..], &["--dequantize"]].concat()));
 }
 
+/// The rows of `embed`.
+fn embedded(flags: &[&str]) -> Vec<Vec<f64>> {
+    let lines = succeeds(&[&["embed", "a red dog", "the cat sat"][..], flags].concat());
+    let row = |line: &str| {
+        let row: serde_json::Value = serde_json::from_str(line).unwrap();
+        row["embedding"].as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect()
+    };
+    lines.lines().map(row).collect()
+}
+
+#[test]
+fn texts_are_embedded_by_quantised_weights() {
+    let folder = testbed::file("data/embed/bert");
+    let flags = ["--device", "cpu", "--model", folder.to_str().unwrap()];
+    let want = embedded(&flags);
+    for (format, least) in [("q8_0", 0.999), ("q4_1", 0.95), ("q4_0", 0.94)] {
+        let got = embedded(&[&flags[..], &["--quantize", format]].concat());
+        assert_ne!(got, want, "{format}");
+        for (got, want) in got.iter().zip(&want) {
+            // Both are of length 1.
+            let cosine: f64 = got.iter().zip(want).map(|(a, b)| a * b).sum();
+            assert!(cosine >= least, "{format}: {cosine}");
+        }
+    }
+    let nf4 = [&["embed", "a", "--quantize", "nf4"][..], &flags].concat();
+    fails(&nf4, &["query.weight", "NF4", "rows of 32", "64"]);
+}
+
 #[test]
 fn what_cannot_be_quantised_is_refused() {
     let folder = tempfile::tempdir().unwrap();

@@ -10,7 +10,7 @@ use metal_candle::io::peft::TargetModules;
 use metal_candle::models::{BaseWeights, Decoder, load, load_decoder};
 use metal_candle::nn::LoRAAdapter;
 use metal_candle::train::{AdamWConfig, StepShape, TrainStep};
-use metal_candle::{DType, Device, Timing};
+use metal_candle::{BlockFormat, DType, Device, Timing};
 use serde_json::Value;
 use std::path::Path;
 use std::sync::Arc;
@@ -148,7 +148,11 @@ pub(crate) fn base(row: &Value) -> Result<BaseWeights, Failure> {
         "f32" => BaseWeights::F32,
         "bf16" => BaseWeights::BF16,
         "q4_1" => BaseWeights::AsStored,
-        other => return Err(format!("a base in {other:?}: expected f32, bf16 or q4_1").into()),
+        "q8_0" => BaseWeights::Quantised { format: BlockFormat::Q8_0, rest: DType::F32 },
+        other => {
+            let expected = "expected f32, bf16, q4_1 or q8_0";
+            return Err(format!("a base in {other:?}: {expected}").into());
+        }
     })
 }
 

@@ -41,6 +41,16 @@ impl EmbeddingModel {
     /// Loads a folder of sentence-transformers, or one of transformers with an encoder: `config.json`, safetensors,
     /// `tokenizer.json`, and where they are there `modules.json` with what it names.
     ///
+    /// With [`BaseWeights::Quantised`] the linear layers are quantised as they are loaded, and all else stays as it is. On a
+    /// CPU that multiplies integers, `Q8_0` is the fastest way, and its vectors are all but those of f32.
+    ///
+    /// ```no_run
+    /// # use metal_candle::{BlockFormat, DType, Device, embed::EmbeddingModel, models::BaseWeights};
+    /// let base = BaseWeights::Quantised { format: BlockFormat::Q8_0, rest: DType::F32 };
+    /// let model = EmbeddingModel::load("all-MiniLM-L6-v2".as_ref(), base, &Device::Cpu)?;
+    /// # Ok::<(), metal_candle::Error>(())
+    /// ```
+    ///
     /// # Errors
     /// Where a file is malformed or missing; for an encoder, a module or a pooling that this crate does not compute; where
     /// a weight does not fit the config or the tokenizer has a token that the embedding lacks.

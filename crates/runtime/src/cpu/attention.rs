@@ -19,8 +19,9 @@ use metal_candle_graph::composite::AttentionAttrs;
 use std::ops::Range;
 
 /// Positions of one block, with all query heads of the key head up to so many: what is packed of k and v is packed
-/// for all of them.
-const POSITIONS: usize = 32;
+/// for all of them. Fewer where every row sees keys of its own, for those that only some rows see are computed for all.
+const POSITIONS: usize = 64;
+const CAUSAL_POSITIONS: usize = 32;
 const MAX_HEADS: usize = 4;
 
 /// `args` as `Composite::Attention`; outputs: y and lse, those that are wanted.
@@ -184,7 +185,8 @@ impl<'a, T: Float> Attention<'a, T> {
     }
 
     fn block_rows(&self) -> usize {
-        POSITIONS * self.group().min(MAX_HEADS)
+        let positions = if self.attrs.causal { CAUSAL_POSITIONS } else { POSITIONS };
+        positions * self.group().min(MAX_HEADS)
     }
 
     /// The number of blocks of one key head.

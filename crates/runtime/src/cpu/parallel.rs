@@ -78,6 +78,13 @@ impl<T> Parts<T> {
         Parts { data: data.as_mut_ptr(), len: data.len() }
     }
 
+    /// Where a part begins, for what writes some of it, and leaves the rest to others.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn start_of(&self, start: usize, len: usize) -> *mut T {
+        assert!(start + len <= self.len, "metal-candle bug: {start} + {len} of {}", self.len);
+        self.data.wrapping_add(start)
+    }
+
     /// # Safety
     /// The slice is still borrowed, and no other live part overlaps this one.
     #[expect(clippy::mut_from_ref, reason = "the parts are disjoint, as the caller promises")]

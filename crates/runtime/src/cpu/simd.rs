@@ -129,15 +129,19 @@ pub(crate) enum Level {
     Avx512,
 }
 
+/// The widest that this processor has. It is asked row by row, and so looked up once.
 #[cfg(target_arch = "x86_64")]
 pub(crate) fn level() -> Level {
     use std::arch::is_x86_feature_detected as has;
-    let avx512 = has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl");
-    match (avx512, has!("avx2") && has!("fma")) {
-        (true, _) => Level::Avx512,
-        (_, true) => Level::Avx2,
-        _ => Level::Baseline,
-    }
+    static LEVEL: std::sync::LazyLock<Level> = std::sync::LazyLock::new(|| {
+        let avx512 = has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl");
+        match (avx512, has!("avx2") && has!("fma")) {
+            (true, _) => Level::Avx512,
+            (_, true) => Level::Avx2,
+            _ => Level::Baseline,
+        }
+    });
+    *LEVEL
 }
 
 /// Asks for a cache line that will be read soon, in the second-level cache; any address will do.

@@ -34,6 +34,8 @@ pub(super) trait Format {
     const HALVES: bool = false;
     /// Whether a q may be 128 or more.
     const WIDE: bool = false;
+    /// What every shift is, in scales; 0 where they differ.
+    const OFFSET: i32 = 0;
     fn part<I: Isa>(block: &[u8], index: usize) -> Part;
 }
 
@@ -64,10 +66,11 @@ fn nibbles(bytes: &[u8]) -> [u8; LEN] {
 impl Format for Q4_0 {
     const BLOCK_BYTES: usize = 18;
     const PARTS: usize = 1;
+    const OFFSET: i32 = -8;
     #[inline(always)]
     fn part<I: Isa>(block: &[u8], _: usize) -> Part {
         let scale = half::<I>(block, 0);
-        Part::of(nibbles(&block[2..]), scale, -8.0 * scale)
+        Part::of(nibbles(&block[2..]), scale, Self::OFFSET as f32 * scale)
     }
 }
 
@@ -84,6 +87,7 @@ impl Format for Q8_0 {
     const BLOCK_BYTES: usize = 34;
     const PARTS: usize = 1;
     const WIDE: bool = true;
+    const OFFSET: i32 = -128;
     #[inline(always)]
     fn part<I: Isa>(block: &[u8], _: usize) -> Part {
         let scale = half::<I>(block, 0);
@@ -92,7 +96,7 @@ impl Format for Q8_0 {
             // Adds 128, modulo 256.
             *q = byte ^ 0x80;
         }
-        Part::of(q, scale, -128.0 * scale)
+        Part::of(q, scale, Self::OFFSET as f32 * scale)
     }
 }
 
@@ -150,6 +154,7 @@ impl Format for Q6K {
     const BLOCK_BYTES: usize = 210;
     const PARTS: usize = 8;
     const HALVES: bool = true;
+    const OFFSET: i32 = -32;
     #[inline(always)]
     fn part<I: Isa>(block: &[u8], index: usize) -> Part {
         // Two halves of a block, each of four parts: the low nibbles of 64 bytes, then the high ones.
@@ -163,6 +168,6 @@ impl Format for Q6K {
         let d = half::<I>(block, 208);
         let at = 192 + side * 8 + quarter * 2;
         let scale = [0, 1].map(|i| d * f32::from(block[at + i].cast_signed()));
-        Part { q, scale, shift: scale.map(|scale| -32.0 * scale) }
+        Part { q, scale, shift: scale.map(|scale| Self::OFFSET as f32 * scale) }
     }
 }

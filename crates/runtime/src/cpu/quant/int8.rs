@@ -5,22 +5,26 @@
 //! in f32. A tile's sums stay in registers over the whole row, so the number of threads changes no bit.
 //!
 //! ```text
-//! a panel, for every 32 elements    rows:    [8 steps][rows] of four i8    [rows] scales     [halves][rows] sums
+//! a panel, for every 32 elements    rows:    [rows][8 steps] of four i8    [rows] scales     [halves][rows] sums
 //!                                   weights: [8 steps][32] of four u8      [halves][32] scales   [halves][32] shifts
 //! ```
 //!
-//! Parts whose halves have scales of their own, as those of `Q6_K`, are multiplied half by half.
+//! Parts whose halves have scales of their own, as those of `Q6_K`, are multiplied half by half. Where the shift of a
+//! weight is a whole number of its scales ([`Format::OFFSET`]), as most are, what it comes to is added to the integers, and the
+//! panels lack shifts: a third less is to be multiplied beside the products.
+
+mod pack;
+mod tile;
 
 use super::Blocks;
 use super::format::{Format, LEN, Q4_0, Q4_1, Q4K, Q5K, Q6K, Q8_0};
-use super::isa::x86::Vnni;
 use crate::cpu::gemm::Multiply;
 use crate::cpu::matrix::Mat;
 use crate::cpu::number::{Accumulator, Float, Real};
 use crate::cpu::parallel::{self, Parts};
 use crate::cpu::scratch;
-use metal_candle_graph::BlockFormat;
-use std::arch::x86_64::*;
+use metal_candle_graph::{BlockFormat, DType};
+use tile::{Tile, TileFn};
 
 /// Rows of a tile.
 const ROWS: usize = 6;
@@ -36,16 +40,15 @@ const PACKED: usize = 1 << 19;
 pub(super) struct Loops {
     /// Packs `count` rows of blocks, of so many bytes each, for a panel of [`COLS`].
     pack: unsafe fn(rows: &[u8], count: usize, to: &mut [u32]),
+    /// Rounds a row, the how manieth of a panel of so many.
+    round: unsafe fn(x: &[f32], row: usize, rows: usize, to: &mut [u32]),
     /// Of so many rows, less one: a panel of rows times a panel of weights.
     tiles: [TileFn; ROWS],
-    halves: usize,
+    /// Words for 32 elements of a row.
+    row_words: usize,
+    /// Words for 32 elements of a panel of weights.
+    weight_words: usize,
 }
-
-/// Results: rows of [`COLS`].
-type Tile = [[f32; COLS]; ROWS];
-
-/// A panel of rows times one of weights.
-type TileFn = unsafe fn(rows: &[u32], weights: &[u32], to: &mut Tile);
 
 /// For weights of this format, if the processor has the instructions.
 pub(super) fn loops(format: BlockFormat) -> Option<Loops> {
@@ -56,12 +59,12 @@ pub(super) fn loops(format: BlockFormat) -> Option<Loops> {
         return None;
     }
     match format {
-        BlockFormat::Q4_0 => Some(of::<Q4_0, 1>()),
-        BlockFormat::Q4_1 => Some(of::<Q4_1, 1>()),
-        BlockFormat::Q8_0 => Some(of::<Q8_0, 1>()),
-        BlockFormat::Q4K => Some(of::<Q4K, 1>()),
-        BlockFormat::Q5K => Some(of::<Q5K, 1>()),
-        BlockFormat::Q6K => Some(of::<Q6K, 2>()),
+        BlockFormat::Q4_0 => Some(of::<Q4_0, 1, { Q4_0::OFFSET }>()),
+        BlockFormat::Q4_1 => Some(of::<Q4_1, 1, { Q4_1::OFFSET }>()),
+        BlockFormat::Q8_0 => Some(of::<Q8_0, 1, { Q8_0::OFFSET }>()),
+        BlockFormat::Q4K => Some(of::<Q4K, 1, { Q4K::OFFSET }>()),
+        BlockFormat::Q5K => Some(of::<Q5K, 1, { Q5K::OFFSET }>()),
+        BlockFormat::Q6K => Some(of::<Q6K, 2, { Q6K::OFFSET }>()),
         BlockFormat::Q5_0
         | BlockFormat::Q5_1
         | BlockFormat::Q8_1
@@ -72,31 +75,35 @@ pub(super) fn loops(format: BlockFormat) -> Option<Loops> {
     }
 }
 
-fn of<F: Format, const HALVES: usize>() -> Loops {
+fn of<F: Format, const HALVES: usize, const OFFSET: i32>() -> Loops {
     Loops {
-        pack: pack_weights::<F, HALVES>,
+        pack: pack::weights::<F, HALVES, OFFSET>,
+        round: pack::row::<HALVES, OFFSET>,
         tiles: [
-            tile::<1, HALVES>,
-            tile::<2, HALVES>,
-            tile::<3, HALVES>,
-            tile::<4, HALVES>,
-            tile::<5, HALVES>,
-            tile::<6, HALVES>,
+            tile::tile::<1, HALVES, OFFSET>,
+            tile::tile::<2, HALVES, OFFSET>,
+            tile::tile::<3, HALVES, OFFSET>,
+            tile::tile::<4, HALVES, OFFSET>,
+            tile::tile::<5, HALVES, OFFSET>,
+            tile::tile::<6, HALVES, OFFSET>,
         ],
-        halves: HALVES,
+        row_words: row_words(HALVES),
+        weight_words: weight_words(HALVES, OFFSET),
     }
 }
 
+/// Words for 32 elements of a row: these, their scale and their sums.
+const fn row_words(halves: usize) -> usize {
+    STEPS + 1 + halves
+}
+
+/// Words for 32 elements of a panel of weights: these, their scales and, if they have them, their shifts.
+const fn weight_words(halves: usize, offset: i32) -> usize {
+    let of_halves = if offset == 0 { 2 * halves } else { halves };
+    (STEPS + of_halves) * COLS
+}
+
 impl Loops {
-    /// Words of a part of a panel of so many rows.
-    fn row_words(&self, rows: usize) -> usize {
-        (STEPS + 1 + self.halves) * rows
-    }
-
-    fn weight_words(&self) -> usize {
-        (STEPS + 2 * self.halves) * COLS
-    }
-
     /// `out = x wᵀ`
     pub(super) fn product<T: Float, X: Multiply<Acc: Real>>(
         &self,
@@ -106,41 +113,19 @@ impl Loops {
         parallel: bool,
     ) {
         let parts = w.cols / LEN;
-        let (row_bytes, out) = (w.bytes.len() / w.rows, Parts::new(out));
+        let out = Parts::new(out);
         let at_a_time = (PACKED / w.cols.max(1)).next_multiple_of(ROWS);
         for start in (0..x.rows()).step_by(at_a_time) {
             let x = x.row_range(start, at_a_time.min(x.rows() - start));
-            let panels = x.rows().div_ceil(ROWS);
-            let words = parts * self.row_words(ROWS);
-            scratch::with(panels * words, |packed: &mut [u32]| {
+            let words = parts * self.row_words * ROWS;
+            scratch::with(x.rows().div_ceil(ROWS) * words, |packed: &mut [u32]| {
                 parallel::for_each_chunk(parallel, packed, words, |panel, to| {
                     let first = panel * ROWS;
                     self.pack_rows(x.row_range(first, ROWS.min(x.rows() - first)), to);
                 });
                 let packed = &*packed;
                 parallel::for_each(parallel, w.rows.div_ceil(COLS), |group| {
-                    let first = group * COLS;
-                    let cols = COLS.min(w.rows - first);
-                    let blocks = &w.bytes[first * row_bytes..(first + cols) * row_bytes];
-                    scratch::with(parts * self.weight_words(), |weights: &mut [u32]| {
-                        // SAFETY: this processor has what the loops were compiled for, as was seen.
-                        unsafe { (self.pack)(blocks, cols, weights) };
-                        let mut tile = [[0.0; COLS]; ROWS];
-                        for (panel, rows) in packed.chunks_exact(words).enumerate() {
-                            let of = ROWS.min(x.rows() - panel * ROWS);
-                            let rows = &rows[..parts * self.row_words(of)];
-                            // SAFETY: as above.
-                            unsafe { (self.tiles[of - 1])(rows, weights, &mut tile) };
-                            for (i, sums) in tile[..of].iter().enumerate() {
-                                let row = start + panel * ROWS + i;
-                                // SAFETY: columns of the result belong to one task.
-                                let to = unsafe { out.part(row * w.rows + first, cols) };
-                                let mut wide = [T::Acc::ZERO; COLS];
-                                T::Acc::from_f32_all(sums, &mut wide);
-                                T::narrow_all(&wide[..cols], to);
-                            }
-                        }
-                    });
+                    self.columns([start, x.rows()], packed, w, group, &out);
                 });
             });
         }
@@ -150,125 +135,57 @@ impl Loops {
     fn pack_rows<X: Multiply<Acc: Real>>(&self, x: Mat<'_, X>, to: &mut [u32]) {
         scratch::with(x.cols(), |wide: &mut [X::Acc]| {
             for row in 0..x.rows() {
-                x.row_range(row, 1).packed(wide);
-                let parts =
-                    X::Acc::as_f32(wide).expect("metal-candle bug: rows of f64").as_chunks();
-                let words = to.chunks_exact_mut(self.row_words(x.rows()));
-                for (part, to) in parts.0.iter().zip(words) {
-                    // SAFETY: this processor has the instructions, as was seen.
-                    unsafe { pack_part(part, row, x.rows(), self.halves, to) };
-                }
+                let in_place = x.row_slice(row).and_then(X::as_acc);
+                let values = in_place.unwrap_or_else(|| {
+                    x.row_range(row, 1).packed(wide);
+                    wide
+                });
+                let values = X::Acc::as_f32(values).expect("metal-candle bug: rows of f64");
+                // SAFETY: this processor has what the loop was compiled for, as was seen.
+                unsafe { (self.round)(values, row, x.rows(), to) };
             }
         });
     }
-}
 
-/// Rounds a part of row `row`, of so many.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn pack_part(x: &[f32; LEN], row: usize, rows: usize, halves: usize, to: &mut [u32]) {
-    // SAFETY: 32 elements.
-    let [a, b] = unsafe { [_mm512_loadu_ps(x.as_ptr()), _mm512_loadu_ps(x[LEN / 2..].as_ptr())] };
-    // As integers, magnitudes are in order, and a NaN is the largest.
-    let magnitude = |x| _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fff_ffff));
-    let most = _mm512_reduce_max_epu32(_mm512_max_epu32(magnitude(a), magnitude(b)));
-    let scale = f32::from_bits(most) / 127.0;
-    let by = _mm512_set1_ps(if scale == 0.0 { 0.0 } else { 1.0 / scale });
-    let round = |x| _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(x, by)));
-    let q = [round(a), round(b)];
-    let sums = q.map(|q| {
-        let fours = _mm_dpbusd_epi32(_mm_setzero_si128(), _mm_set1_epi8(1), q);
-        let twos = _mm_add_epi32(fours, _mm_shuffle_epi32::<0b01_00_11_10>(fours));
-        _mm_cvtsi128_si32(_mm_add_epi32(twos, _mm_shuffle_epi32::<0b10_11_00_01>(twos)))
-    });
-    // SAFETY: both are 32 bytes.
-    let q = unsafe { std::mem::transmute::<[__m128i; 2], [u32; STEPS]>(q) };
-    let (steps, rest) = to.split_at_mut(STEPS * rows);
-    for (step, q) in q.into_iter().enumerate() {
-        steps[step * rows + row] = q;
-    }
-    rest[row] = scale.to_bits();
-    let sum = |sum: i32| (sum as f32 * scale).to_bits();
-    if halves == 1 {
-        rest[rows + row] = sum(sums[0] + sums[1]);
-    } else {
-        rest[rows + row] = sum(sums[0]);
-        rest[2 * rows + row] = sum(sums[1]);
-    }
-}
-
-/// # Safety
-/// The processor has the instructions.
-#[target_feature(enable = "avx2,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-unsafe fn pack_weights<F: Format, const HALVES: usize>(rows: &[u8], count: usize, to: &mut [u32]) {
-    let row_bytes = rows.len() / count;
-    let words = (STEPS + 2 * HALVES) * COLS;
-    for (index, to) in to.chunks_exact_mut(words).enumerate() {
-        if count < COLS {
-            to.fill(0);
-        }
-        let (steps, rest) = to.split_at_mut(STEPS * COLS);
-        let (scales, shifts) = rest.split_at_mut(HALVES * COLS);
-        let at = index / F::PARTS * F::BLOCK_BYTES;
-        for (col, row) in rows.chunks_exact(row_bytes).enumerate() {
-            let part = F::part::<Vnni>(&row[at..at + F::BLOCK_BYTES], index % F::PARTS);
-            for (step, q) in part.q.as_chunks::<4>().0.iter().enumerate() {
-                steps[step * COLS + col] = u32::from_ne_bytes(*q);
-            }
-            for half in 0..HALVES {
-                scales[half * COLS + col] = part.scale[half].to_bits();
-                shifts[half * COLS + col] = part.shift[half].to_bits();
-            }
-        }
-    }
-}
-
-/// # Safety
-/// The processor has the instructions.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma")]
-unsafe fn tile<const R: usize, const HALVES: usize>(rows: &[u32], weights: &[u32], to: &mut Tile) {
-    let (row_words, weight_words) = ((STEPS + 1 + HALVES) * R, (STEPS + 2 * HALVES) * COLS);
-    let parts = rows.len() / row_words;
-    assert!(weights.len() >= parts * weight_words, "metal-candle bug: a panel of its size");
-    let (mut x, mut w) = (rows.as_ptr(), weights.as_ptr());
-    let mut sums = [[_mm512_setzero_ps(); 2]; R];
-    for _ in 0..parts {
-        // SAFETY: within the panels, as was seen.
-        unsafe {
-            let (x_scales, w_scales) = (x.add(STEPS * R), w.add(STEPS * COLS));
-            for half in 0..HALVES {
-                let mut products = [[_mm512_setzero_si512(); 2]; R];
-                for step in half * STEPS / HALVES..(half + 1) * STEPS / HALVES {
-                    let w = [0, 16].map(|v| w.add(step * COLS + v));
-                    let w = [_mm512_loadu_si512(w[0].cast()), _mm512_loadu_si512(w[1].cast())];
-                    for (i, products) in products.iter_mut().enumerate() {
-                        let x = _mm512_set1_epi32((*x.add(step * R + i)).cast_signed());
-                        products[0] = _mm512_dpbusd_epi32(products[0], w[0], x);
-                        products[1] = _mm512_dpbusd_epi32(products[1], w[1], x);
-                    }
+    /// The products of rows, so many from the first one, with one panel of weights.
+    fn columns<T: Float>(
+        &self,
+        [start, rows]: [usize; 2],
+        packed: &[u32],
+        w: &Blocks,
+        group: usize,
+        out: &Parts<T>,
+    ) {
+        let (parts, first, row_bytes) = (w.cols / LEN, group * COLS, w.bytes.len() / w.rows);
+        let cols = COLS.min(w.rows - first);
+        let blocks = &w.bytes[first * row_bytes..(first + cols) * row_bytes];
+        let in_place = T::DTYPE == DType::F32 && cols == COLS;
+        scratch::with(parts * self.weight_words, |weights: &mut [u32]| {
+            // SAFETY: this processor has what the loops were compiled for, as was seen.
+            unsafe { (self.pack)(blocks, cols, weights) };
+            let mut tile = Tile::ZERO;
+            for (panel, words) in packed.chunks_exact(parts * self.row_words * ROWS).enumerate() {
+                let of = ROWS.min(rows - panel * ROWS);
+                let words = &words[..parts * self.row_words * of];
+                let multiply = self.tiles[of - 1];
+                let row = |i: usize| (start + panel * ROWS + i) * w.rows + first;
+                if in_place {
+                    let to = out.start_of(row(0), (of - 1) * w.rows + cols).cast();
+                    // SAFETY: columns of the result belong to one task, and its elements are f32; as above.
+                    unsafe { multiply(words, weights, to, w.rows) };
+                    continue;
                 }
-                for v in 0..2 {
-                    let scales = w_scales.add(half * COLS + v * 16).cast::<f32>();
-                    let shifts = _mm512_loadu_ps(scales.add(HALVES * COLS));
-                    let scales = _mm512_loadu_ps(scales);
-                    for (i, sums) in sums.iter_mut().enumerate() {
-                        let x_scale = _mm512_set1_ps(*x_scales.add(i).cast::<f32>());
-                        let x_sum = _mm512_set1_ps(*x_scales.add((1 + half) * R + i).cast::<f32>());
-                        let products = _mm512_cvtepi32_ps(products[i][v]);
-                        let scale = _mm512_mul_ps(scales, x_scale);
-                        sums[v] = _mm512_fmadd_ps(products, scale, sums[v]);
-                        sums[v] = _mm512_fmadd_ps(shifts, x_sum, sums[v]);
-                    }
+                // SAFETY: a tile of its size; as above.
+                unsafe { multiply(words, weights, tile.0.as_mut_ptr().cast(), COLS) };
+                for (i, sums) in tile.0[..of].iter().enumerate() {
+                    // SAFETY: columns of the result belong to one task.
+                    let to = unsafe { out.part(row(i), cols) };
+                    let mut wide = [T::Acc::ZERO; COLS];
+                    T::Acc::from_f32_all(sums, &mut wide);
+                    T::narrow_all(&wide[..cols], to);
                 }
             }
-            (x, w) = (x.add(row_words), w.add(weight_words));
-        }
-    }
-    for (to, sums) in to.iter_mut().zip(sums) {
-        // SAFETY: a row of two vectors.
-        unsafe {
-            _mm512_storeu_ps(to.as_mut_ptr(), sums[0]);
-            _mm512_storeu_ps(to[16..].as_mut_ptr(), sums[1]);
-        }
+        });
     }
 }
 
