@@ -125,7 +125,7 @@ impl<'a> Body<'a> {
             Shared::Parameter(text) => parameters.push(text.to_owned()),
             Shared::Line(text) => first_lines.push(text),
         }
-        let head = dialect.head(&self.launch);
+        let head = dialect.head(self.launch);
         let parameters = parameters.join(",\n    ");
         self.text.open(format!("{}(\n    {parameters}\n)", head.replace("{name}", name)));
         first_lines.iter().chain(dialect.wait).for_each(|line| self.text.line(line));

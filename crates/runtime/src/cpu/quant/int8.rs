@@ -135,11 +135,10 @@ impl Loops {
     fn pack_rows<X: Multiply<Acc: Real>>(&self, x: Mat<'_, X>, to: &mut [u32]) {
         scratch::with(x.cols(), |wide: &mut [X::Acc]| {
             for row in 0..x.rows() {
-                let in_place = x.row_slice(row).and_then(X::as_acc);
-                let values = in_place.unwrap_or_else(|| {
-                    x.row_range(row, 1).packed(wide);
-                    wide
-                });
+                let row_of_x = x.row_range(row, 1);
+                let in_place = X::DTYPE == DType::F32 && x.col_stride() == 1;
+                let values = if in_place { row_of_x.widened(wide) } else { row_of_x.packed(wide) };
+                let values = values.row_slice(0).expect("metal-candle bug: a row with gaps");
                 let values = X::Acc::as_f32(values).expect("metal-candle bug: rows of f64");
                 // SAFETY: this processor has what the loop was compiled for, as was seen.
                 unsafe { (self.round)(values, row, x.rows(), to) };
