@@ -12,7 +12,7 @@
 #define __shared__
 #define __align__(bytes)
 #define __forceinline__ inline
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 
 struct Index { unsigned x; };
 #define threadIdx (Index{machine::ids().tid})
