@@ -40,7 +40,7 @@ const PACKED: usize = 1 << 19;
 pub(super) struct Loops {
     /// Packs `count` rows of blocks, of so many bytes each, for a panel of [`COLS`].
     pack: unsafe fn(rows: &[u8], count: usize, to: &mut [u32]),
-    /// Rounds a row, the how manieth of a panel of so many.
+    /// Rounds a row of a panel: the number of the row, and of how many.
     round: unsafe fn(x: &[f32], row: usize, rows: usize, to: &mut [u32]),
     /// Of so many rows, less one: a panel of rows times a panel of weights.
     tiles: [TileFn; ROWS],
