@@ -38,6 +38,11 @@ impl Layout {
             || (0..self.shape.rank()).all(|d| self.shape[d] == 1 || self.strides[d] == dense[d])
     }
 
+    /// Whether all dims but the last two repeat one matrix.
+    pub(crate) fn is_one_matrix(&self) -> bool {
+        (0..self.shape.rank() - 2).all(|d| self.shape[d] == 1 || self.strides[d] == 0)
+    }
+
     /// This layout seen through the view `op` of result shape `shape`; `None` if `op` is no view, or needs a copy.
     pub fn view(&self, op: &Operation, shape: Shape) -> Option<Layout> {
         let mut out = Layout { shape, strides: [0; MAX_RANK], offset: self.offset };

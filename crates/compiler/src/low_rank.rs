@@ -3,7 +3,6 @@
 //! The product x a then stays within the step, unless something else reads it too, as the gradients of a and b do. That of
 //! x is such a branch again, of the transposed factors.
 
-use crate::Layout;
 use crate::analysis::{Analysis, Kind};
 use crate::gemm::Gemms;
 use crate::region::Regions;
@@ -41,11 +40,9 @@ fn candidate(a: &Analysis, gemms: &Gemms, up: NodeId, max_rank: usize) -> Option
     let is_whole = up.a.layout.is_contiguous() && shape.len() == ty.shape.len();
     let rows = |shape: &Shape| shape.with(shape.rank() - 1, 1);
     let is_row_by_row = rows(&shape) == rows(&down.a.layout.shape);
-    let is_one =
-        |l: &Layout| (0..l.shape.rank() - 2).all(|dim| l.shape[dim] == 1 || l.strides[dim] == 0);
     let is_float = matches!(ty.dtype, DType::F32 | DType::F16 | DType::BF16);
     let fits = is_thin && is_whole && is_row_by_row && is_float && down.addend.is_none();
-    (fits && is_one(&down.b.layout) && is_one(&up.b.layout)).then_some(low)
+    (fits && down.b.layout.is_one_matrix() && up.b.layout.is_one_matrix()).then_some(low)
 }
 
 /// Whether what `up` needs besides `low` waits for `low`: as one step, it would wait for itself.

@@ -6,12 +6,14 @@
 //! kernel ─ the tile interpreter
 //! view ─── operands as strided views      matrix ─ the same for the GEMM
 //! number ─ element types and accumulators math ─── loops over rows
+//! cell ─── elements in loops over vectors  halves ─ conversions of 16-bit floats
 //! one file for each library call
 //! ```
 
 mod arg_reduce;
 mod attention;
 mod attention_grad;
+mod cell;
 mod cross_entropy;
 mod executable;
 mod gemm;

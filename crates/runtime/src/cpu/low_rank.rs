@@ -36,18 +36,18 @@ fn with_memory<T: Element + Default + Copy>(shape: Shape, f: impl FnOnce(&mut Ou
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use crate::{AsyncGraphExecutor, Buffer, Device, Executable};
     use metal_candle_compiler::{LibraryCall, Target, Work, plan};
     use metal_candle_graph::{BinaryOp, ComputationGraph, DType, Operation, Shape, TensorType};
 
-    /// `x w + (x a) b / 2`, and x a as well if it is `kept`.
-    fn branch(kept: bool) -> ComputationGraph {
+    /// `x w + (x a) b / 2`, and x a as well if it is `kept`. Rows, what is summed over, columns and rank.
+    pub(crate) fn branch([m, k, n, rank]: [usize; 4], kept: bool) -> ComputationGraph {
         let mut g = ComputationGraph::new();
         let mut input =
             |i, dims: &[usize]| g.input(i, TensorType::new(DType::F32, Shape::new(dims).unwrap()));
-        let [x, w] = [input(0, &[9, 20]), input(1, &[20, 30])];
-        let [a, b] = [input(2, &[20, 3]), input(3, &[3, 30])];
+        let [x, w] = [input(0, &[m, k]), input(1, &[k, n])];
+        let [a, b] = [input(2, &[k, rank]), input(3, &[rank, n])];
         let base = g.add(Operation::Dot, &[x, w]).unwrap();
         let low = g.add(Operation::Dot, &[x, a]).unwrap();
         let high = g.add(Operation::Dot, &[low, b]).unwrap();
@@ -57,10 +57,15 @@ mod tests {
         g
     }
 
-    fn results(g: &ComputationGraph, target: &Target) -> (bool, Vec<Vec<f32>>) {
+    /// Whether the plan has such a call, and what it gives: of small whole numbers, without rounding.
+    pub(crate) fn results(
+        g: &ComputationGraph,
+        target: &Target,
+        is: fn(&LibraryCall) -> bool,
+    ) -> (bool, Vec<Vec<f32>>) {
         let plan = plan(g, target, &[]).unwrap();
-        let is_one_call =
-            plan.steps.iter().any(|s| matches!(s.work, Work::Call(LibraryCall::LowRank { .. })));
+        let has_call =
+            plan.steps.iter().any(|step| matches!(&step.work, Work::Call(call) if is(call)));
         let input = |(i, input): (usize, &metal_candle_compiler::PlanInput)| {
             let value = |at: usize| ((at * 7 + i) % 11) as f32 - 5.0;
             Buffer::from_vec((0..input.ty.shape.len()).map(value).collect())
@@ -68,17 +73,18 @@ mod tests {
         let inputs = plan.inputs.iter().enumerate().map(input).collect();
         let executable = Executable::new(plan, &Device::Cpu).unwrap();
         let buffers = AsyncGraphExecutor::global().run(&executable, inputs).unwrap();
-        (is_one_call, buffers.iter().map(|buffer| buffer.to_vec().unwrap()).collect())
+        (has_call, buffers.iter().map(|buffer| buffer.to_vec().unwrap()).collect())
     }
 
     #[test]
     fn a_branch_as_one_call_equals_its_products() {
         let products = Target { max_products: 1, ..Target::CPU };
+        let is_branch = |call: &LibraryCall| matches!(call, LibraryCall::LowRank { .. });
         let branches = Target { max_low_rank: 8, ..products.clone() };
         for kept in [false, true] {
-            let graph = branch(kept);
-            let (apart, want) = results(&graph, &products);
-            let (as_one, got) = results(&graph, &branches);
+            let graph = branch([9, 20, 30, 3], kept);
+            let (apart, want) = results(&graph, &products, is_branch);
+            let (as_one, got) = results(&graph, &branches, is_branch);
             assert!(as_one && !apart);
             assert_eq!(got, want);
         }

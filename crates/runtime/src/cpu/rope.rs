@@ -1,6 +1,6 @@
 //! Rotary position embedding: `(a cos - b sin, b cos + a sin)` of every pair.
 
-use crate::cpu::halves::{bf16_to_f32, f16_to_f32, round_to_bf16, round_to_f16};
+use crate::cpu::cell::Cell;
 use crate::cpu::index::checked_start;
 use crate::cpu::matrix::Mat;
 use crate::cpu::number::{Float, Number, Real, for_float};
@@ -105,10 +105,10 @@ impl<P: Fn(usize) -> usize + Send + Sync> Rotation<'_, P> {
     }
 
     /// What most models have.
-    fn in_f32<T: InF32>(&self, out: &mut Out) {
+    fn in_f32<T: Float + Cell<Register = f32>>(&self, out: &mut Out) {
         let (x, tables) = (self.x.read::<T>(), self.tables.map(|t| t.read::<f32>()));
         let (layout, out) = (self.layout, Parts::new(out.slice::<T>()));
-        let f = widest!([T: InF32, P: Fn(usize) -> usize] turn_rows<T, P>(
+        let f = widest!([T: Float + Cell<Register = f32>, P: Fn(usize) -> usize] turn_rows<T, P>(
             rows: Range<usize>, x: Strided<'_, T>, tables: [Strided<'_, f32>; 2], layout: RopeLayout, out: Parts<T>, place: &P));
         self.for_each_rows(|first, n| {
             // SAFETY: this processor has what the function was compiled for; every row has a place of its own.
@@ -117,38 +117,12 @@ impl<P: Fn(usize) -> usize + Send + Sync> Rotation<'_, P> {
     }
 }
 
-/// Elements that are widened as they are read, and rounded as they are written.
-trait InF32: Float + Number<Acc = f32> {
-    fn wide(self) -> f32;
-    fn rounded(x: f32) -> Self;
-}
-
-macro_rules! in_f32 {
-    ($($ty:ty: $wide:path, $rounded:path;)*) => {$(
-        impl InF32 for $ty {
-            #[inline(always)]
-            fn wide(self) -> f32 {
-                $wide(self)
-            }
-            #[inline(always)]
-            fn rounded(x: f32) -> $ty {
-                $rounded(x)
-            }
-        }
-    )*};
-}
-in_f32! {
-    f32: f32::from, f32::from;
-    bf16: bf16_to_f32, round_to_bf16;
-    f16: f16_to_f32, round_to_f16;
-}
-
 /// Rows are read where they lie.
 ///
 /// # Safety
 /// Each of the rows has a place of its own in `out`, which nobody else touches.
 #[inline(always)]
-unsafe fn turn_rows<T: InF32, P: Fn(usize) -> usize>(
+unsafe fn turn_rows<T: Float + Cell<Register = f32>, P: Fn(usize) -> usize>(
     rows: Range<usize>,
     x: Strided<'_, T>,
     [cos, sin]: [Strided<'_, f32>; 2],
@@ -172,7 +146,7 @@ unsafe fn turn_rows<T: InF32, P: Fn(usize) -> usize>(
 
 /// One row, in place of what `out` held.
 #[inline(always)]
-fn turn_row<T: InF32>(
+fn turn_row<T: Float + Cell<Register = f32>>(
     x: Mat<'_, T>,
     [cos, sin]: [Mat<'_, f32>; 2],
     layout: RopeLayout,
@@ -180,8 +154,9 @@ fn turn_row<T: InF32>(
 ) {
     let half = cos.cols();
     let turned = |a: T, b: T, cos: f32, sin: f32| {
-        let (a, b) = (a.wide(), b.wide());
-        (T::rounded(a * cos - b * sin), T::rounded(b * cos + a * sin))
+        let (a, b) = (a.to_register(), b.to_register());
+        let round = T::of_register;
+        (round(a * cos - b * sin), round(b * cos + a * sin))
     };
     match (layout, x.row_slice(0), cos.row_slice(0), sin.row_slice(0)) {
         (RopeLayout::Half, Some(x), Some(cos), Some(sin)) => {

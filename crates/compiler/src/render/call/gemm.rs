@@ -64,13 +64,13 @@ fn few_rows(
     let rank = out.layout.shape.rank();
     let [k, n] = [b.layout.shape[rank - 2], b.layout.shape[rank - 1]];
     let rows = out.layout.shape.len().checked_div(n)?;
-    let one = (0..rank - 2).all(|d| b.layout.shape[d] == 1 || b.layout.strides[d] == 0);
     let same = a.dtype == b.dtype && b.dtype == out.dtype && b.dtype != DType::F64;
     let few = (1..=gpu.limits.few_rows).contains(&rows) && k > 0;
-    if !(one && same && few && out.layout.strides[rank - 1] == 1) {
+    if !(b.layout.is_one_matrix() && same && few && out.layout.strides[rank - 1] == 1) {
         return None;
     }
     let reads = reads(&b.layout, rank, ACCESS / b.dtype.size_bytes())?;
+    let split = split(gpu, reads, k, n);
     let row_dims = out.layout.shape.with(rank - 1, 1);
     let x = Walk::over(row_dims.dims())
         .place("from", a.layout.strides(), a.layout.offset)
@@ -94,14 +94,14 @@ fn few_rows(
         .aligned(ACCESS)
         .constant("COLS", n as i64)
         .constant("INNER", k as i64)
-        .constant("SPLIT", split(gpu, reads, k, n) as i64)
+        .constant("SPLIT", split as i64)
         .constant("STEP", step as i64)
         .constant("VECTOR", vector as i64)
         .constant("ACCUMULATE", i64::from(accumulate))
         .function("A", "alpha", &format!("{alpha:?}"))
         .walk(&x, beyond)
         .places(&weight);
-    Some(draft.finish(launch(gpu, reads, [k, n], b.dtype)))
+    Some(draft.finish(launch(gpu, reads, n, split, b.dtype)))
 }
 
 /// Whether accesses of `wide` elements cover the weight, and along what.
@@ -130,11 +130,11 @@ fn split(gpu: Gpu<'_>, reads: Reads, k: usize, n: usize) -> usize {
     }
 }
 
-fn launch(gpu: Gpu<'_>, reads: Reads, [k, n]: [usize; 2], dtype: DType) -> Launch {
+fn launch(gpu: Gpu<'_>, reads: Reads, n: usize, split: usize, dtype: DType) -> Launch {
     match reads {
         Reads::Columns => {
             let groups = BLOCK / SIMD;
-            let columns = groups / split(gpu, reads, k, n);
+            let columns = groups / split;
             let shared_bytes = groups * scalar::register_bytes(dtype);
             Launch {
                 resident: RESIDENT,

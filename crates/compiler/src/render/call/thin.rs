@@ -6,6 +6,7 @@ use super::factor::{at_start, rows};
 use super::{Part, Place};
 use crate::render::launch::SIMD;
 use crate::render::{Launch, Team};
+use metal_candle_graph::Shape;
 
 /// The most that is summed over.
 const THIN: usize = 64;
@@ -85,11 +86,10 @@ fn matrix(place: &Place) -> Option<Place> {
 /// The last two dims, if there is one matrix for all others.
 fn one_matrix(place: &Place) -> Option<Place> {
     let (mut layout, rank) = (place.layout, place.layout.shape.rank());
-    let is_one = (0..rank - 2).all(|d| layout.shape[d] == 1 || layout.strides[d] == 0);
     let dims = [rank - 2, rank - 1];
-    layout.shape = metal_candle_graph::Shape::new(&dims.map(|dim| layout.shape[dim])).ok()?;
+    layout.shape = Shape::new(&dims.map(|dim| layout.shape[dim])).ok()?;
     layout.strides[..2].copy_from_slice(&dims.map(|dim| place.layout.strides[dim]));
-    is_one.then(|| Place { layout, ..place.clone() })
+    place.layout.is_one_matrix().then(|| Place { layout, ..place.clone() })
 }
 
 fn strides(place: &Place) -> [isize; 2] {

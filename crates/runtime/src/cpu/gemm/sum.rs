@@ -137,52 +137,20 @@ packed_to!(u32, f32, f64);
 
 #[cfg(test)]
 mod tests {
-    use crate::{AsyncGraphExecutor, Buffer, Device, Executable};
-    use metal_candle_compiler::{LibraryCall, Target, Work, plan};
-    use metal_candle_graph::{BinaryOp, ComputationGraph, DType, Operation, Shape, TensorType};
-
-    /// `x w + 2 (x a) b`, of so many rows.
-    fn layer(rows: usize) -> ComputationGraph {
-        let mut g = ComputationGraph::new();
-        let mut input =
-            |i, dims: &[usize]| g.input(i, TensorType::new(DType::F32, Shape::new(dims).unwrap()));
-        let [x, w] = [input(0, &[rows, 96]), input(1, &[96, 70])];
-        let [a, b] = [input(2, &[96, 5]), input(3, &[5, 70])];
-        let base = g.add(Operation::Dot, &[x, w]).unwrap();
-        let low = g.add(Operation::Dot, &[x, a]).unwrap();
-        let high = g.add(Operation::Dot, &[low, b]).unwrap();
-        let scaled = g.binary_scalar(BinaryOp::Mul, high, 2.0).unwrap();
-        g.outputs = vec![g.binary(BinaryOp::Add, base, scaled).unwrap()];
-        g
-    }
-
-    /// How many sums of products the plan has, and what it gives.
-    fn results(g: &ComputationGraph, target: &Target) -> (usize, Vec<f32>) {
-        let plan = plan(g, target, &[]).unwrap();
-        let is_sum = |work: &Work| matches!(work, Work::Call(LibraryCall::GemmSum { .. }));
-        let sums = plan.steps.iter().filter(|step| is_sum(&step.work)).count();
-        let input = |(i, input): (usize, &metal_candle_compiler::PlanInput)| {
-            let value = |at: usize| ((at * 7 + i) % 11) as f32 / 8.0 - 0.6;
-            Buffer::from_vec((0..input.ty.shape.len()).map(value).collect())
-        };
-        let inputs = plan.inputs.iter().enumerate().map(input).collect();
-        let executable = Executable::new(plan, &Device::Cpu).unwrap();
-        let buffers = AsyncGraphExecutor::global().run(&executable, inputs).unwrap();
-        (sums, buffers[0].to_vec().unwrap())
-    }
+    use crate::cpu::low_rank::tests::{branch, results};
+    use metal_candle_compiler::{LibraryCall, Target};
 
     #[test]
     fn a_plan_with_sums_gives_what_one_with_products_apart_does() {
+        let is_sum = |call: &LibraryCall| matches!(call, LibraryCall::GemmSum { .. });
         // As many rows as are made as one product, and fewer.
         for rows in [130, 20] {
-            let graph = layer(rows);
-            let (sums, got) = results(&graph, &Target::CPU);
-            let (none, want) = results(&graph, &Target { max_products: 1, ..Target::CPU });
-            assert_eq!((sums, none), (1, 0));
-            for (at, (got, want)) in got.iter().zip(&want).enumerate() {
-                let bound = 1e-4 * want.abs().max(1.0);
-                assert!((got - want).abs() <= bound, "{rows} rows, {at}: {got}, not {want}");
-            }
+            let graph = branch([rows, 96, 70, 5], false);
+            let products = Target { max_products: 1, ..Target::CPU };
+            let (as_one, got) = results(&graph, &Target::CPU, is_sum);
+            let (apart, want) = results(&graph, &products, is_sum);
+            assert!(as_one && !apart);
+            assert_eq!(got, want, "{rows} rows");
         }
     }
 }

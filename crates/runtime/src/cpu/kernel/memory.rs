@@ -1,7 +1,7 @@
 //! Between memory and registers: operands of any dtype and stride, widened to and narrowed from the class of
 //! their register (f32, f64 or i64).
 
-use crate::cpu::halves::{bf16_to_f32, f16_to_f32, round_to_bf16, round_to_f16};
+use crate::cpu::cell::Cell;
 use crate::cpu::simd::widest;
 use half::{bf16, f16};
 use metal_candle_graph::{Class, DType};
@@ -20,39 +20,6 @@ pub(super) const fn register_bytes(dtype: DType) -> usize {
     }
 }
 
-/// An element and its register.
-trait Cell: Copy {
-    type Register: Copy;
-    fn widen(self) -> Self::Register;
-    fn narrow(register: Self::Register) -> Self;
-}
-
-macro_rules! cells {
-    ($($ty:ty: $register:ty, |$x:ident| $widen:expr, |$y:ident| $narrow:expr;)*) => {$(
-        impl Cell for $ty {
-            type Register = $register;
-            #[inline(always)]
-            fn widen(self) -> $register {
-                let $x = self;
-                $widen
-            }
-            #[inline(always)]
-            fn narrow($y: $register) -> $ty {
-                $narrow
-            }
-        }
-    )*};
-}
-cells! {
-    u8: i64, |x| i64::from(x), |x| x as u8;
-    u32: i64, |x| i64::from(x), |x| x as u32;
-    i64: i64, |x| x, |x| x;
-    bf16: f32, |x| bf16_to_f32(x), |x| round_to_bf16(x);
-    f16: f32, |x| f16_to_f32(x), |x| round_to_f16(x);
-    f32: f32, |x| x, |x| x;
-    f64: f64, |x| x, |x| x;
-}
-
 #[inline(always)]
 unsafe fn load_body<T: Cell>(out: *mut u8, from: *const u8, stride: isize, n: usize) {
     let from = from.cast::<T>();
@@ -63,12 +30,12 @@ unsafe fn load_body<T: Cell>(out: *mut u8, from: *const u8, stride: isize, n: us
         1 => unsafe {
             let from = std::slice::from_raw_parts(from, n);
             for (out, x) in out.iter_mut().zip(from) {
-                out.write(x.widen());
+                out.write(x.to_register());
             }
         },
         0 if n > 0 => {
             // SAFETY: the caller has one element.
-            let x = unsafe { *from }.widen();
+            let x = unsafe { *from }.to_register();
             for out in out {
                 out.write(x);
             }
@@ -76,7 +43,7 @@ unsafe fn load_body<T: Cell>(out: *mut u8, from: *const u8, stride: isize, n: us
         stride => {
             for (i, out) in out.iter_mut().enumerate() {
                 // SAFETY: the caller has `n` elements at this distance.
-                out.write(unsafe { *from.offset(i as isize * stride) }.widen());
+                out.write(unsafe { *from.offset(i as isize * stride) }.to_register());
             }
         }
     }
@@ -91,12 +58,12 @@ unsafe fn store_body<T: Cell>(to: *mut u8, stride: isize, from: *const u8, n: us
         // SAFETY: the caller gives `n` elements that nothing else touches.
         let to = unsafe { std::slice::from_raw_parts_mut(to.cast::<MaybeUninit<T>>(), n) };
         for (to, x) in to.iter_mut().zip(from) {
-            to.write(T::narrow(*x));
+            to.write(T::of_register(*x));
         }
     } else {
         for (i, x) in from.iter().enumerate() {
             // SAFETY: the caller gives `n` elements at this distance.
-            unsafe { to.offset(i as isize * stride).write(T::narrow(*x)) };
+            unsafe { to.offset(i as isize * stride).write(T::of_register(*x)) };
         }
     }
 }
