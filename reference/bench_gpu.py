@@ -93,6 +93,7 @@ def operation(row):
     x = randn(*dims[:2])
     if len(dims) == 3:
         w, a, b = randn(*dims[1:]), randn(dims[1], row["rank"]), randn(row["rank"], dims[2])
+        bias = randn(dims[2])
     else:
         w = randn(dims[1])
     known = {
@@ -102,6 +103,7 @@ def operation(row):
         "relu(gelu(2x+1)*x+x)": lambda: torch.relu(F.gelu(x * 2 + 1) * x + x),
         "lora branch": lambda: (x @ a @ b) * 2.0,
         "base+lora": lambda: x @ w + (x @ a @ b) * 2.0,
+        "linear": lambda: torch.addmm(bias, x, w),
     }
     f = known[row["work"]]
     if "compile" in WHO:

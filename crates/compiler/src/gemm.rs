@@ -1,12 +1,12 @@
-//! Which products run as one call with their scales and their addend: `out = addend + alpha · a b + ..`.
+//! Which products run as one call with their scales, their addend and their bias: `out = addend + bias + alpha · a b + ..`.
 //!
 //! This is how LoRA is lowered: `x W + s (x A) B` is the thin product `x A`, and the sum of two products, as the gradient of x is;
 //! or, where a target has no call for such sums, a product that accumulates onto the other one's result. No operation of
 //! the graph knows about it. Targets may have a call for the thin two ([`crate::low_rank`]).
 
-use crate::Target;
 use crate::analysis::{Analysis, Kind, Located};
-use metal_candle_graph::{BinaryOp, NodeId, Operation};
+use crate::{Layout, Target};
+use metal_candle_graph::{BinaryOp, DType, NodeId, Operation, Shape};
 use rustc_hash::FxHashMap;
 
 /// A product, or a sum of some, as it will be called.
@@ -19,6 +19,8 @@ pub(crate) struct Gemm {
     pub(crate) more: Vec<Term>,
     /// The stored result onto which this one accumulates, in place.
     pub(crate) addend: Option<NodeId>,
+    /// `[n]`, dense: added to every row.
+    pub(crate) bias: Option<Located>,
     /// The product that gives `a`, where one call computes both.
     pub(crate) low: Option<NodeId>,
     /// Whether it is such a product: no call of its own computes it.
@@ -35,7 +37,7 @@ pub(crate) struct Term {
 
 impl Gemm {
     fn of(a: Located, b: Located, alpha: f64) -> Gemm {
-        Gemm { a, b, alpha, more: Vec::new(), addend: None, low: None, is_low: false }
+        Gemm { a, b, alpha, more: Vec::new(), addend: None, bias: None, low: None, is_low: false }
     }
 
     fn terms(&self) -> impl Iterator<Item = Term> + '_ {
@@ -48,6 +50,11 @@ impl Gemm {
         self.terms().flat_map(|term| [term.a, term.b])
     }
 
+    /// What its call reads.
+    pub(crate) fn operands(&self) -> impl Iterator<Item = Located> + '_ {
+        self.factors().chain(self.bias)
+    }
+
     pub(crate) fn alphas(&self) -> impl Iterator<Item = f64> + '_ {
         self.terms().map(|term| term.alpha)
     }
@@ -57,6 +64,11 @@ impl Gemm {
         self.more.iter_mut().for_each(|term| term.alpha *= by);
     }
 
+    /// Whether nothing is added to its product.
+    pub(crate) fn is_plain(&self) -> bool {
+        self.addend.is_none() && self.bias.is_none()
+    }
+
     /// Whether both give results of one shape, and so few that one call adds them up.
     fn adds_up_with(&self, other: &Gemm, target: &Target) -> bool {
         let shape = |gemm: &Gemm| {
@@ -64,7 +76,8 @@ impl Gemm {
             a.with(a.rank() - 1, b[b.rank() - 1])
         };
         let products = 2 + self.more.len() + other.more.len();
-        products <= target.max_products && shape(self) == shape(other)
+        let has_bias = self.bias.is_some() || other.bias.is_some();
+        products <= target.max_products && !has_bias && shape(self) == shape(other)
     }
 }
 
@@ -89,7 +102,11 @@ pub(crate) fn find(a: &mut Analysis, target: &Target) -> Gemms {
                 gemms.insert(id, Gemm::of(lhs, rhs, l * r));
             }
             Operation::Binary(BinaryOp::Mul) => absorb_scale(a, id, &mut gemms),
-            Operation::Binary(BinaryOp::Add) => absorb_addend(a, id, &mut gemms, target),
+            Operation::Binary(BinaryOp::Add) => {
+                if !(target.adds_bias && absorb_bias(a, id, &mut gemms)) {
+                    absorb_addend(a, id, &mut gemms, target);
+                }
+            }
             _ => {}
         }
     }
@@ -140,12 +157,52 @@ fn sole_product(a: &Analysis, gemms: &Gemms, operand: Located, reader: NodeId) -
 fn absorb_scale(a: &mut Analysis, id: NodeId, gemms: &mut Gemms) {
     let Some((x, scale)) = scaled_by(a, id) else { return };
     let Some(base) = sole_product(a, gemms, x, id) else { return };
-    if starts_from_nothing(gemms, base) {
+    if gemms.get(&base).is_some_and(Gemm::is_plain) {
         move_result(a, gemms, base, id, |gemm| gemm.scale(scale));
     }
 }
 
-/// Whether this is a GEMM whose scale and addend are still free; a quantised product has neither.
+/// Whether `id` is a product and a bias that lies in memory; that is added by the product, or by the one onto which it accumulates.
+fn absorb_bias(a: &mut Analysis, id: NodeId, gemms: &mut Gemms) -> bool {
+    let operands = [a.operand(id, 0), a.operand(id, 1)];
+    let products = operands.map(|operand| sole_product(a, gemms, operand, id));
+    let (base, bias) = match products {
+        [Some(base), None] => (base, operands[1]),
+        [None, Some(base)] => (base, operands[0]),
+        _ => return false,
+    };
+    let Some(bias) = bias_of(a, bias) else { return false };
+    // A quantised product adds none.
+    let mut first = base;
+    while let Some(onto) = gemms.get(&first).and_then(|gemm| gemm.addend)
+        && gemms.contains_key(&onto)
+    {
+        first = onto;
+    }
+    let Some(gemm) = gemms.get_mut(&first) else { return false };
+    let cols = gemm.b.layout.shape.last();
+    if gemm.bias.is_some() || !gemm.more.is_empty() || cols != bias.layout.shape.last() {
+        return false;
+    }
+    gemm.bias = Some(bias);
+    move_result(a, gemms, base, id, |_| {});
+    true
+}
+
+/// An input that gives every row the same dense vector, as that vector.
+fn bias_of(a: &Analysis, value: Located) -> Option<Located> {
+    let Located { base, layout } = value;
+    let last = layout.shape.rank().checked_sub(1)?;
+    let is_repeated = (0..last).all(|d| layout.shape[d] == 1 || layout.strides[d] == 0);
+    let is_dense = layout.shape[last] > 1 && layout.strides[last] == 1;
+    let is_float = matches!(a.node(base).ty.dtype, DType::F32 | DType::F16 | DType::BF16);
+    let shape = Shape::new(&[layout.shape[last]]).ok()?;
+    let vector = Layout { offset: layout.offset, ..Layout::contiguous(shape) };
+    let suits = a.kind(base) == Kind::Input && is_repeated && is_dense && is_float;
+    suits.then_some(Located { base, layout: vector })
+}
+
+/// Whether this is a GEMM whose addend is still free; a quantised product has none.
 fn starts_from_nothing(gemms: &Gemms, id: NodeId) -> bool {
     gemms.get(&id).is_some_and(|gemm| gemm.addend.is_none())
 }

@@ -10,7 +10,7 @@ use metal_candle_graph::{ArgReduceOp, BlockFormat};
 #[derive(Clone, Debug, PartialEq)]
 pub enum LibraryCall {
     /// `out = alpha · a b`, or `out += alpha · a b` if `accumulate`. `args = [a: [.., m, k], b: [.., k, n]]`,
-    /// equal leading dims; accumulates in f32 (f64 for F64).
+    /// equal leading dims, and, where every row gets a bias, `[n]`; accumulates in f32 (f64 for F64).
     Gemm { alpha: f64, accumulate: bool },
     /// `out = Σ alphas[i] · a_i b_i`, or added to what is there if `accumulate`: a product with its LoRA branch, or the gradient
     /// of what several products read. `args = [a_0, b_0, a_1, b_1, ..]`, each pair as [`LibraryCall::Gemm`] takes it. A

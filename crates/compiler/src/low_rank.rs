@@ -34,6 +34,9 @@ pub(crate) fn join(a: &mut Analysis, gemms: &mut Gemms, regions: &Regions, max_r
 fn candidate(a: &Analysis, gemms: &Gemms, up: NodeId, max_rank: usize) -> Option<NodeId> {
     let up = gemms.get(&up)?;
     up.addend?;
+    if up.bias.is_some() {
+        return None;
+    }
     let (low, down) = (up.a.base, gemms.get(&up.a.base)?);
     let (shape, ty) = (up.a.layout.shape, a.node(low).ty);
     let is_thin = shape.last().is_some_and(|rank| (1..=max_rank).contains(&rank));
@@ -41,7 +44,7 @@ fn candidate(a: &Analysis, gemms: &Gemms, up: NodeId, max_rank: usize) -> Option
     let rows = |shape: &Shape| shape.with(shape.rank() - 1, 1);
     let is_row_by_row = rows(&shape) == rows(&down.a.layout.shape);
     let is_float = matches!(ty.dtype, DType::F32 | DType::F16 | DType::BF16);
-    let fits = is_thin && is_whole && is_row_by_row && is_float && down.addend.is_none();
+    let fits = is_thin && is_whole && is_row_by_row && is_float && down.is_plain();
     (fits && down.b.layout.is_one_matrix() && up.b.layout.is_one_matrix()).then_some(low)
 }
 

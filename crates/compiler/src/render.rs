@@ -28,7 +28,7 @@ mod scalar;
 mod text;
 
 pub use beside::{Ahead, beside};
-pub use call::{Call, Part, Place, Status, call};
+pub use call::{Call, Part, Place, Product, Status, call};
 pub use dialect::Dialect;
 pub use launch::{Launch, Limits, Team, TensorCores, launch};
 pub use product::product;

@@ -18,6 +18,8 @@ pub struct Target {
     /// So many products whose results are added up are one call at most,
     /// [`LibraryCall::GemmSum`](crate::LibraryCall::GemmSum); 1 where there is none.
     pub max_products: usize,
+    /// Whether a product adds a vector to every row of its result in the same call.
+    pub adds_bias: bool,
     /// A LoRA branch of at most this rank is one call, [`LibraryCall::LowRank`](crate::LibraryCall::LowRank); 0 for none.
     pub max_low_rank: usize,
     /// A result of at least so many bytes has left the caches when the next step reads it.
@@ -39,6 +41,7 @@ impl Target {
         max_reduce: 1 << 14,
         max_operands: usize::MAX,
         max_products: 8,
+        adds_bias: false,
         max_low_rank: 0,
         cache_bytes: usize::MAX,
         apart_bytes: 0,
@@ -52,6 +55,7 @@ impl Target {
         max_reduce: 1 << 14,
         max_operands: 512,
         max_products: 1,
+        adds_bias: true,
         max_low_rank: 0,
         cache_bytes: 32 << 20,
         apart_bytes: FEW_VALUES,
@@ -65,6 +69,7 @@ impl Target {
         max_reduce: 1 << 14,
         max_operands: 31,
         max_products: 1,
+        adds_bias: false,
         max_low_rank: 64,
         cache_bytes: usize::MAX,
         apart_bytes: FEW_VALUES,

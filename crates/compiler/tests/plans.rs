@@ -7,7 +7,7 @@ use metal_candle_compiler::kernel::KernelOp;
 use metal_candle_compiler::{
     LibraryCall, Operand, OutputSource, Plan, Slot, Step, Target, Work, plan,
 };
-use metal_candle_graph::{BinaryOp, ComputationGraph, Operation, UnaryOp};
+use metal_candle_graph::{BinaryOp, ComputationGraph, Operation, Shape, UnaryOp};
 use support::*;
 
 fn planned(g: &ComputationGraph, donated: &[bool]) -> Plan {
@@ -133,6 +133,47 @@ fn a_deep_base_product_accumulates_onto_the_lora_branch_of_a_result_beyond_the_c
     assert_eq!(step_depths(1024, &beyond), [1024, 8, 1024]);
     // Not deep enough to hide it.
     assert_eq!(step_depths(512, &beyond).last(), Some(&8));
+}
+
+/// `x w + s (x a) b`, of 48 rows, and what is added to every row of it.
+fn lora_with_bias(bias: &[usize], scaled: bool) -> ComputationGraph {
+    let mut g = ComputationGraph::new();
+    let (x, w) = (g.input(0, f32(&[48, 256])), g.input(1, f32(&[256, 512])));
+    let (a, b) = (g.input(2, f32(&[256, 8])), g.input(3, f32(&[8, 512])));
+    let bias = g.input(4, f32(bias));
+    let bias = g.broadcast_to(bias, Shape::new(&[48, 512]).unwrap()).unwrap();
+    let base = g.add(Operation::Dot, &[x, w]).unwrap();
+    let low = g.add(Operation::Dot, &[x, a]).unwrap();
+    let branch = g.add(Operation::Dot, &[low, b]).unwrap();
+    let branch = g.binary_scalar(BinaryOp::Mul, branch, 2.0).unwrap();
+    let sum = g.binary(BinaryOp::Add, base, branch).unwrap();
+    let mut y = g.binary(BinaryOp::Add, bias, sum).unwrap();
+    if scaled {
+        y = g.binary_scalar(BinaryOp::Mul, y, 3.0).unwrap();
+    }
+    g.outputs = vec![y];
+    g
+}
+
+#[test]
+fn a_bias_is_added_by_the_product_that_starts_from_nothing() {
+    let labels = |g: &ComputationGraph, target: &Target| -> Vec<String> {
+        let plan = plan(g, target, &[]).unwrap();
+        check_memory(&plan);
+        plan.steps.iter().map(|step| step.label.clone()).collect()
+    };
+    let target = Target { adds_bias: true, max_products: 1, ..Target::CPU };
+    let g = lora_with_bias(&[512], false);
+    assert_eq!(labels(&g, &target), ["matmul+bias", "matmul", "matmul+add"]);
+    // It is not scaled with the product.
+    let scaled = labels(&lora_with_bias(&[512], true), &target);
+    assert_eq!(scaled, ["matmul+bias", "matmul", "matmul+add", "mul"]);
+    // A number for each row, or one for every element, is no bias; nor does every target add one.
+    let column = lora_with_bias(&[48, 1], false);
+    assert_eq!(labels(&column, &target), ["matmul", "matmul", "matmul+add", "add"]);
+    let whole = lora_with_bias(&[48, 512], false);
+    assert_eq!(labels(&whole, &target), ["matmul", "matmul", "matmul+add", "add"]);
+    assert_eq!(labels(&g, &Target::CPU), ["matmul", "matmul+matmul", "add"]);
 }
 
 #[test]

@@ -7,7 +7,13 @@ use metal_candle_graph::DType;
 use support::*;
 
 /// `a: [batch.., m, k]`, `b: [batch.., k, n]`
-fn product(a: &Tensor, b: &Tensor, alpha: f64, base: Option<&Tensor>) -> Vec<f64> {
+fn product(
+    a: &Tensor,
+    b: &Tensor,
+    alpha: f64,
+    bias: Option<&Tensor>,
+    base: Option<&Tensor>,
+) -> Vec<f64> {
     let rank = a.shape().rank();
     let [m, k, n] = [a.shape()[rank - 2], a.shape()[rank - 1], b.shape()[rank - 1]];
     let batches: usize = a.shape().dims()[..rank - 2].iter().product();
@@ -18,7 +24,8 @@ fn product(a: &Tensor, b: &Tensor, alpha: f64, base: Option<&Tensor>) -> Vec<f64
                 let at = |l: usize| {
                     a.values[(batch * m + i) * k + l] * b.values[(batch * k + l) * n + j]
                 };
-                let start = base.map_or(0.0, |base| base.values[out.len()]);
+                let start = base.map_or(0.0, |base| base.values[out.len()])
+                    + bias.map_or(0.0, |bias| bias.values[j]);
                 out.push(start + alpha * (0..k).map(at).sum::<f64>());
             }
         }
@@ -48,10 +55,14 @@ fn check(rng: &mut Rng, dtype: DType, batch: &[usize], [m, k, n]: [usize; 3], sh
     let values = rng.units(shape(&out_dims).len());
     let base = Tensor::dense(dtype, &out_dims, &values);
     let base = accumulate.then_some(&base);
+    let bias = Tensor::dense(dtype, &[n], &rng.units(n));
+    let bias = rng.flip().then_some(&bias);
     let call = LibraryCall::Gemm { alpha, accumulate };
-    let got = run(call, &[&a, &b], &[(dtype, shape(&out_dims))], base).unwrap();
-    let expected = product(&a, &b, alpha, base);
-    let what = format!("{dtype} {batch:?} {m}x{k}x{n} alpha {alpha} accumulate {accumulate}");
+    let args: Vec<&Tensor> = [&a, &b].into_iter().chain(bias).collect();
+    let got = run(call, &args, &[(dtype, shape(&out_dims))], base).unwrap();
+    let expected = product(&a, &b, alpha, bias, base);
+    let with = format!("alpha {alpha} accumulate {accumulate} bias {}", bias.is_some());
+    let what = format!("{dtype} {batch:?} {m}x{k}x{n} {with}");
     close(&got[0], &expected, tolerance(dtype) * (1.0 + k as f64).sqrt(), &what);
 }
 
@@ -110,7 +121,7 @@ fn check_sum(rng: &mut Rng, dtype: DType, batch: &[usize], [m, n]: [usize; 2], d
             Tensor::strided(rng, dtype, &dims(tail), &values)
         };
         let (a, b) = (factor([m, *k]), factor([*k, n]));
-        for (sum, product) in expected.iter_mut().zip(product(&a, &b, *alpha, None)) {
+        for (sum, product) in expected.iter_mut().zip(product(&a, &b, *alpha, None, None)) {
             *sum += product;
         }
         factors.extend([a, b]);
@@ -178,7 +189,7 @@ fn gemm_of_few_rows_reads_a_dense_operand_where_it_lies() {
             let (a, b) = (Tensor::dense(dtype, &[m, k], &a), Tensor::dense(dtype, &[k, n], &b));
             let call = LibraryCall::Gemm { alpha: 0.5, accumulate: false };
             let got = run(call, &[&a, &b], &[(dtype, shape(&[m, n]))], None).unwrap();
-            let expected = product(&a, &b, 0.5, None);
+            let expected = product(&a, &b, 0.5, None, None);
             let tolerance = tolerance(dtype) * (1.0 + k as f64).sqrt();
             close(&got[0], &expected, tolerance, &format!("{dtype} {m}x{k}x{n}"));
         }

@@ -63,11 +63,12 @@ fn draft_gemm(a: &Analysis, gemms: &Gemms, id: NodeId) -> Drafts {
             let accumulate = base.is_some();
             let label = format!("matmul{}", if accumulate { "+add" } else { "" });
             let label = "matmul+".repeat(gemm.more.len()) + &label;
+            let label = label + if gemm.bias.is_some() { "+bias" } else { "" };
             let call = match gemm.more[..] {
                 [] => LibraryCall::Gemm { alpha: gemm.alpha, accumulate },
                 _ => LibraryCall::GemmSum { alphas: gemm.alphas().collect(), accumulate },
             };
-            (call, label, gemm.factors().collect())
+            (call, label, gemm.operands().collect())
         }
     };
     let draft = Draft { work: Work::Call(call), args, outs, label };

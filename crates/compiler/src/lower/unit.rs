@@ -87,7 +87,7 @@ fn require_operands(
     if let Some(gemm) = gemms.get(&id) {
         let operands = match gemm.low.map(|low| &gemms[&low]) {
             Some(low) => vec![low.a, low.b, gemm.b],
-            None => gemm.factors().collect(),
+            None => gemm.operands().collect(),
         };
         operands.iter().for_each(|operand| stored.require(operand.base, found));
         return;

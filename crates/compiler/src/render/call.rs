@@ -44,14 +44,26 @@ pub struct Call {
 #[derive(Clone, Debug, PartialEq)]
 pub enum Part {
     Kernel(Source),
-    /// As [`LibraryCall::Gemm`].
-    Product {
-        alpha: f64,
-        accumulate: bool,
-        a: Place,
-        b: Place,
-        out: Place,
-    },
+    Product(Product),
+}
+
+/// As [`LibraryCall::Gemm`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct Product {
+    pub alpha: f64,
+    pub accumulate: bool,
+    pub a: Place,
+    pub b: Place,
+    /// `[n]`, dense, of the result's dtype.
+    pub bias: Option<Place>,
+    pub out: Place,
+}
+
+impl Product {
+    /// What it reads, then what it writes.
+    pub fn places(&self) -> impl Iterator<Item = &Place> {
+        [&self.a, &self.b].into_iter().chain(&self.bias).chain([&self.out])
+    }
 }
 
 /// An operand of a product.

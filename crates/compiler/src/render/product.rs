@@ -1,7 +1,7 @@
 //! A product as a plain kernel: any strides, any floats. Backends have faster ones, which take less.
 
 use super::Source;
-use super::call::Place;
+use super::call::{Place, Product};
 use super::dialect::{Dialect, Shared};
 use super::launch::{Launch, Limits, Team};
 use super::scalar::{memory_type, register_bytes, register_type, to_memory, to_register};
@@ -14,39 +14,22 @@ const TILE: usize = 16;
 const PITCH: usize = TILE + 1;
 const BLOCK: usize = TILE * TILE;
 
-/// `out = alpha a b`, or `out += alpha a b`, of operands as [`LibraryCall::Gemm`](crate::LibraryCall::Gemm) has them,
-/// summed in f32 (f64 for f64). A thread computes one result at a time, a block a tile of them.
-pub fn product(
-    [a, b, out]: [&Place; 3],
-    alpha: f64,
-    accumulate: bool,
-    dialect: &Dialect,
-    limits: &Limits,
-) -> Source {
-    let product = Product { a, b, out, alpha, accumulate };
+/// `product`, of any operands, summed in f32 (f64 for f64). A thread computes one result at a time, a block a tile of them.
+pub fn product(product: &Product, dialect: &Dialect, limits: &Limits) -> Source {
     let launch = product.launch(limits);
     let name = "product";
-    let places = [a, b, out];
     Source {
         name: name.into(),
         text: product.text(dialect, &launch, name),
-        bindings: places.iter().map(|place| place.binding).collect(),
+        bindings: product.places().map(|place| place.binding).collect(),
         launch,
-        align_bytes: places.iter().map(|place| place.dtype.size_bytes()).max().unwrap_or(1),
+        align_bytes: product.places().map(|place| place.dtype.size_bytes()).max().unwrap_or(1),
         is_call: false,
         asks_first: None,
     }
 }
 
-struct Product<'a> {
-    a: &'a Place,
-    b: &'a Place,
-    out: &'a Place,
-    alpha: f64,
-    accumulate: bool,
-}
-
-impl Product<'_> {
+impl Product {
     /// Rows, columns, and what is summed over.
     fn extents(&self) -> [usize; 3] {
         let rank = self.out.layout.shape.rank();
@@ -91,13 +74,13 @@ impl Product<'_> {
         text.line(format!("const i64 row = tile / {across} % {down} * {TILE} + y;"));
         text.line(format!("const i64 col = tile % {across} * {TILE} + x;"));
         let index = ["row", "col"];
-        if [self.a, self.b, self.out].iter().any(|p| self.place(p, index).contains("batch")) {
+        if [&self.a, &self.b, &self.out].iter().any(|p| self.place(p, index).contains("batch")) {
             text.line(format!("const i64 batch = tile / {};", down * across));
         }
         text.line(format!("{sum} sum = 0;"));
         text.open(format!("for (i64 at = 0; at < {k}; at += {TILE})"));
-        self.fetch(&mut text, "left", (self.a, "in0"), ["row", "at + x"], [m, k]);
-        self.fetch(&mut text, "right", (self.b, "in1"), ["at + y", "col"], [k, n]);
+        self.fetch(&mut text, "left", (&self.a, "in0"), ["row", "at + x"], [m, k]);
+        self.fetch(&mut text, "right", (&self.b, "in1"), ["at + y", "col"], [k, n]);
         text.line("barrier();");
         text.unrolled(format!("for (i32 i = 0; i < {TILE}; ++i)"));
         text.line(format!("sum += left[y * {PITCH} + i] * right[i * {PITCH} + x];"));
@@ -105,9 +88,13 @@ impl Product<'_> {
         text.line("barrier();");
         text.close();
         text.open(format!("if (row < {m} && col < {n})"));
-        text.line(format!("const i64 to = {};", self.place(self.out, ["row", "col"])));
+        text.line(format!("const i64 to = {};", self.place(&self.out, ["row", "col"])));
         let suffix = if sum == "f32" { "f" } else { "" };
         let mut value = format!("{:?}{suffix} * sum", self.alpha);
+        if let Some(bias) = &self.bias {
+            let at = format!("bias[{} + col]", bias.layout.offset);
+            value = format!("{value} + {}", to_register(bias.dtype, &at));
+        }
         if self.accumulate {
             value = format!("{} + {value}", to_register(self.out.dtype, "out0[to]"));
         }
@@ -119,16 +106,18 @@ impl Product<'_> {
     }
 
     fn signature(&self, text: &mut Text, dialect: &Dialect, launch: &Launch, name: &str) {
-        let operands = [
-            (dialect.argument, "in0", self.a),
-            (dialect.argument, "in1", self.b),
-            (dialect.output, "out0", self.out),
-        ];
+        let read = [("in0", &self.a), ("in1", &self.b)].into_iter();
+        let read = read.chain(self.bias.iter().map(|bias| ("bias", bias)));
+        let operands = read.map(|(name, place)| (dialect.argument, name, place)).chain([(
+            dialect.output,
+            "out0",
+            &self.out,
+        )]);
         let parameter = |(i, (form, name, place)): (usize, (&str, &str, &Place))| {
             let form = form.replace("{type}", memory_type(place.dtype)).replace("{name}", name);
             form.replace("{n}", &i.to_string())
         };
-        let mut parameters: Vec<String> = operands.into_iter().enumerate().map(parameter).collect();
+        let mut parameters: Vec<String> = operands.enumerate().map(parameter).collect();
         parameters.extend(dialect.ids.iter().map(|id| (*id).to_owned()));
         let mut lines: Vec<&str> = [dialect.first_lines, dialect.wait].concat();
         match dialect.shared {

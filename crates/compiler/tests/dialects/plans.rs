@@ -162,7 +162,7 @@ pub(crate) fn sources<'a>(
     let parts = all.into_iter().flat_map(|rendered| &rendered.steps).flat_map(|step| &step.parts);
     parts.filter_map(|part| match part {
         Part::Kernel(source) => Some(source),
-        Part::Product { .. } => None,
+        Part::Product(_) => None,
     })
 }
 
@@ -175,7 +175,7 @@ impl Rendered {
         let parts = self.steps.iter().flat_map(|step| &step.parts).enumerate();
         let text = |(i, part): (usize, &Part)| match part {
             Part::Kernel(source) => format!("part {i}:\n{}", source.text),
-            Part::Product { .. } => format!("part {i}: {part:?}\n"),
+            Part::Product(_) => format!("part {i}: {part:?}\n"),
         };
         parts.map(text).collect()
     }
@@ -190,10 +190,11 @@ impl Rendered {
         let parts = self.steps().flat_map(|(step, call)| {
             call.parts.iter().map(|part| match part {
                 Part::Kernel(source) => self.launch(step, call, source),
-                Part::Product { alpha, accumulate, a, b, out } => Do::Product {
-                    alpha: *alpha,
-                    accumulate: *accumulate,
-                    places: Box::new([a, b, out].map(|place| self.place(step, place))),
+                Part::Product(product) => Do::Product {
+                    alpha: product.alpha,
+                    accumulate: product.accumulate,
+                    has_bias: product.bias.is_some(),
+                    places: product.places().map(|place| self.place(step, place)).collect(),
                 },
             })
         });

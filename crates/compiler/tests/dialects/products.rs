@@ -6,7 +6,7 @@ use crate::program::{Address, Part, Program, Region};
 use crate::random::Rng;
 use crate::walk;
 use metal_candle_compiler::Layout;
-use metal_candle_compiler::render::{Binding, Place, Source, product};
+use metal_candle_compiler::render::{Binding, Place, Product, Source, product};
 use metal_candle_graph::{DType, Shape};
 
 /// `[batch, rows, columns]` in memory, with room around it.
@@ -56,6 +56,8 @@ impl Matrix {
 
 struct Case {
     operands: [Matrix; 3],
+    /// With two elements before it.
+    bias: Option<(Place, Vec<f64>)>,
     alpha: f64,
     accumulate: bool,
 }
@@ -92,29 +94,44 @@ fn cases() -> Vec<Case> {
                 Matrix::new(&mut rng, bindings[o], dtypes[o], &dims[o], order, every)
             });
             let (alpha, accumulate) = [(1.0, false), (0.5, true), (-3.0, false)][(i + j) % 3];
-            cases.push(Case { operands, alpha, accumulate });
+            let drawn: Vec<f64> = (0..n + 2).map(|_| rng.below(17) as f64 / 4.0 - 2.0).collect();
+            let layout = Layout { offset: 2, ..Layout::contiguous(Shape::new(&[n]).unwrap()) };
+            let place = Place { binding: Binding::Arg(2), dtype: dtypes[2], layout };
+            let bias = ((i + 2 * j) % 4 < 2).then_some((place, drawn));
+            cases.push(Case { operands, bias, alpha, accumulate });
         }
     }
     cases
 }
 
 impl Case {
+    fn product(&self) -> Product {
+        let [a, b, out] = self.operands.each_ref().map(|matrix| matrix.place.clone());
+        let bias = self.bias.as_ref().map(|(place, _)| place.clone());
+        Product { alpha: self.alpha, accumulate: self.accumulate, a, b, bias, out }
+    }
+
+    /// a, b, out, and the bias if there is one.
     fn program(&self, source: &Source) -> Program {
         let start = |buffer| Address { buffer, offset_bytes: 0 };
-        let buffers: Vec<Vec<u8>> = self.operands.iter().map(Matrix::bytes).collect();
-        let region = |buffer: usize| Region {
+        let bias =
+            self.bias.iter().map(|(place, drawn)| (place.dtype, walk::encode(place.dtype, drawn)));
+        let operands = self.operands.iter().map(|matrix| (matrix.place.dtype, matrix.bytes()));
+        let operands: Vec<(DType, Vec<u8>)> = operands.chain(bias).collect();
+        let region = |(buffer, (dtype, bytes)): (usize, &(DType, Vec<u8>))| Region {
             start: start(buffer),
-            len_bytes: buffers[buffer].len(),
-            element_bytes: self.operands[buffer].place.dtype.size_bytes(),
+            len_bytes: bytes.len(),
+            element_bytes: dtype.size_bytes(),
             writable: buffer == 2,
         };
+        let order = if self.bias.is_some() { &[0, 1, 3, 2][..] } else { &[0, 1, 2] };
         let launch = Part::Launch {
             kernel: source.name.clone(),
             launch: source.launch,
-            regions: (0..3).map(region).collect(),
-            operands: (0..3).map(start).collect(),
+            regions: operands.iter().enumerate().map(region).collect(),
+            operands: order.iter().map(|buffer| start(*buffer)).collect(),
         };
-        Program { parts: vec![launch], buffers }
+        Program { parts: vec![launch], buffers: operands.into_iter().map(|(_, b)| b).collect() }
     }
 
     fn expected(&self) -> Vec<f64> {
@@ -131,7 +148,11 @@ impl Case {
             };
             let at = out.at(&[outer, inner, row, col]);
             let before = if self.accumulate { out.values[at] } else { 0.0 };
-            values[at] = before + self.alpha * (0..k).map(product).sum::<f64>();
+            // Rounded as it is in memory.
+            let bias = self.bias.as_ref().map_or(0.0, |(place, drawn)| {
+                walk::decode(place.dtype, &walk::encode(place.dtype, drawn))[2 + col]
+            });
+            values[at] = before + bias + self.alpha * (0..k).map(product).sum::<f64>();
         }
         walk::decode(out.place.dtype, &walk::encode(out.place.dtype, &values))
     }
@@ -143,12 +164,10 @@ fn plain_products_of_any_strides_and_floats_are_right() {
     for (name, dialect, limits) in DIALECTS {
         let mut sources: Vec<(&Case, Source)> = Vec::new();
         for (i, case) in cases.iter().enumerate() {
-            let [a, b, out] = &case.operands;
-            if out.place.dtype == DType::F64 && !dialect.has_f64 {
+            if case.operands[2].place.dtype == DType::F64 && !dialect.has_f64 {
                 continue;
             }
-            let places = [&a.place, &b.place, &out.place];
-            let mut source = product(places, case.alpha, case.accumulate, dialect, &limits);
+            let mut source = product(&case.product(), dialect, &limits);
             source.text = source.text.replace(" product(", &format!(" product{i}("));
             source.name = format!("product{i}");
             sources.push((case, source));

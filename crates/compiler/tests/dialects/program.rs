@@ -57,8 +57,9 @@ pub(crate) enum Part {
     Product {
         alpha: f64,
         accumulate: bool,
-        /// Both factors, then the result.
-        places: Box<[(Address, DType, Layout); 3]>,
+        has_bias: bool,
+        /// Both factors, the bias if there is one, then the result.
+        places: Vec<(Address, DType, Layout)>,
     },
 }
 
@@ -104,10 +105,11 @@ fn encode_part(out: &mut Vec<u8>, part: &Part) {
             number(out, operands.len());
             operands.iter().for_each(|operand| address(out, *operand));
         }
-        Part::Product { alpha, accumulate, places } => {
+        Part::Product { alpha, accumulate, has_bias, places } => {
             number(out, 1);
             out.extend(alpha.to_le_bytes());
             number(out, usize::from(*accumulate));
+            number(out, usize::from(*has_bias));
             for (at, dtype, layout) in places.iter() {
                 address(out, *at);
                 let floats = [DType::BF16, DType::F16, DType::F32, DType::F64];

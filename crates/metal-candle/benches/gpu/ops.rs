@@ -52,7 +52,7 @@ pub(crate) fn rows() -> Vec<Row> {
     let mut rows = Vec::new();
     for dtype in [DType::F32, DType::BF16] {
         for sizes in [[64, 512, 512, 8], [4096, 4096, 4096, 16]] {
-            rows.extend([("lora branch", false), ("base+lora", true)].map(|(work, with_base)| {
+            rows.extend(PRODUCTS.map(|(work, op)| {
                 let [m, k, n, r] = sizes;
                 let name = format!("{dtype} {work} {m}x{k}x{n} r{r}");
                 let dims = [m, k, n];
@@ -60,7 +60,10 @@ pub(crate) fn rows() -> Vec<Row> {
                     name,
                     work: json!({"work": work, "dtype": dtype.as_str(), "dims": dims, "rank": r}),
                     measure: Box::new(move |c, ceilings| {
-                        lora(c, ceilings, dtype, sizes, with_base)
+                        let (has_base, has_branch) = (work != "lora branch", work != "linear");
+                        let base = if has_base { m * k * n } else { 0 };
+                        let branch = if has_branch { m * r * (k + n) } else { 0 };
+                        product(c, ceilings, dtype, sizes, op, 2 * (base + branch))
                     }),
                 }
             }));
@@ -76,26 +79,35 @@ pub(crate) fn rows() -> Vec<Row> {
     rows
 }
 
-fn lora(
+type Op = fn(&[LazyTensor]) -> Result<LazyTensor>;
+
+/// Of x, a weight, both matrices of a branch, and a bias.
+const PRODUCTS: [(&str, Op); 3] = [
+    ("lora branch", branch),
+    ("base+lora", |x| x[0].matmul(&x[1])?.add(&branch(x)?)),
+    ("linear", |x| x[0].matmul(&x[1])?.add(&x[4])),
+];
+
+fn branch(x: &[LazyTensor]) -> Result<LazyTensor> {
+    x[0].matmul(&x[2])?.matmul(&x[3])?.affine(2.0, 0.0)
+}
+
+fn product(
     context: &Context,
     ceilings: &Ceilings,
     dtype: DType,
     [m, k, n, r]: [usize; 4],
-    with_base: bool,
+    op: Op,
+    flops: usize,
 ) -> std::result::Result<Value, Failure> {
-    let args: Vec<LazyTensor> = [[m, k], [k, n], [k, r], [r, n]]
+    let args: Vec<LazyTensor> = [&[m, k][..], &[k, n], &[k, r], &[r, n], &[n]]
         .iter()
         .enumerate()
         .map(|(seed, dims)| normal(dims, dtype, seed as u64, &context.device))
         .collect::<Result<_>>()?;
-    let branch = |x: &[LazyTensor]| x[0].matmul(&x[2])?.matmul(&x[3])?.affine(2.0, 0.0);
-    let f = compile(move |x: &[LazyTensor]| match with_base {
-        true => Ok(vec![x[0].matmul(&x[1])?.add(&branch(x)?)?]),
-        false => Ok(vec![branch(x)?]),
-    });
+    let f = compile(move |x: &[LazyTensor]| Ok(vec![op(x)?]));
     let seconds = seconds(&f, &args)?;
-    let base = if with_base { m * k * n } else { 0 };
-    let floor = 2.0 * (base + m * r * (k + n)) as f64 / ceilings.products;
+    let floor = flops as f64 / ceilings.products;
     Ok(json!({
         "us": rounded(seconds * 1e6, 2),
         "part_of_bf16_ceiling": rounded(floor / seconds, 3),
@@ -104,8 +116,6 @@ fn lora(
         "ceiling": "bf16 products",
     }))
 }
-
-type Op = fn(&[LazyTensor]) -> Result<LazyTensor>;
 
 const MAPS: [(&str, Op); 4] = [
     ("softmax", |x| x[0].softmax(1)),

@@ -1,4 +1,4 @@
-//! Matrix products: `out = alpha · a b`, or `out += alpha · a b`.
+//! Matrix products: `out = alpha · a b`, or `out += alpha · a b`, and a bias for every row.
 //!
 //! ```text
 //! multiply ─ which kernels a dtype goes to         blocked ─ all tiles, on all threads
@@ -36,11 +36,17 @@ const VECTOR_CHUNK: usize = 256;
 const WIDE: usize = 512;
 
 pub(crate) fn call(args: &[Arg], outs: &mut [Out], alpha: f64, accumulate: bool, parallel: bool) {
-    let ([a, b], [out]) = (args, outs) else {
+    let ([a, b, bias @ ..], [out]) = (args, outs) else {
         panic!("metal-candle bug: gemm takes two operands and gives one")
     };
     for_float!(out.dtype(), T => {
-        Batch::<T>::new(a, b, out).run(parallel, |out, a, b, parallel| {
+        let bias = bias.first().map(|bias| bias.read::<T>().run(0));
+        let bias = bias.as_ref().map(|bias| bias.row_slice(0).expect("metal-candle bug: a bias with gaps"));
+        Batch::<T>::new(a, b, out).run(parallel, |mut out, a, b, parallel| {
+            if let Some(bias) = bias {
+                out.start_rows_from(bias, accumulate);
+            }
+            let accumulate = accumulate || bias.is_some();
             gemm(out, a, b, <T as Number>::Acc::from_f64(alpha), accumulate, parallel);
         });
     });

@@ -220,3 +220,20 @@ impl<'a, T: Element> MatMut<'a, T> {
         }
     }
 }
+
+impl<T: Number> MatMut<'_, T> {
+    /// Writes `row` to every row, or adds it to what is there.
+    pub(crate) fn start_rows_from(&mut self, row: &[T], accumulate: bool) {
+        assert_eq!(row.len(), self.cols, "metal-candle bug: a row of another length");
+        for i in 0..self.rows {
+            for (j, x) in row.iter().enumerate() {
+                let at = i as isize * self.row_stride + j as isize * self.col_stride;
+                // SAFETY: within the matrix, which is ours; read only where it is accumulated onto.
+                unsafe {
+                    let to = self.data.offset(at);
+                    to.write(if accumulate { T::narrow((*to).widen() + x.widen()) } else { *x });
+                }
+            }
+        }
+    }
+}

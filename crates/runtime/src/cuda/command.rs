@@ -110,15 +110,11 @@ impl Commands {
 fn work(gpu: &Gpu, part: Part) -> Result<(Vec<Binding>, Work)> {
     Ok(match part {
         Part::Kernel(source) => (source.bindings.clone(), Work::Kernel(source)),
-        Part::Product { alpha, accumulate, a, b, out } => {
-            let bindings = vec![a.binding, b.binding, out.binding];
-            let places = [&a, &b, &out];
-            let work = match gpu.library.product(places, alpha, accumulate)? {
+        Part::Product(product) => {
+            let bindings = product.places().map(|place| place.binding).collect();
+            let work = match gpu.library.product(&product)? {
                 Some(product) => Work::Product(product),
-                None => {
-                    let (dialect, limits) = (Dialect::CUDA, &gpu.limits);
-                    Work::Kernel(render::product(places, alpha, accumulate, dialect, limits))
-                }
+                None => Work::Kernel(render::product(&product, Dialect::CUDA, &gpu.limits)),
             };
             (bindings, work)
         }
@@ -169,9 +165,9 @@ impl Command {
                     .said(|| format!("launching step {}", self.steps[0]))
             }
             Action::Product(product) => {
-                let addresses = [0, 1, 2].map(|i| at(&self.places[i]));
+                let addresses: SmallVec<[CUdeviceptr; 4]> = self.places.iter().map(at).collect();
                 // SAFETY: the caller's promise.
-                unsafe { gpu.library.enqueue(product, addresses, stream) }
+                unsafe { gpu.library.enqueue(product, &addresses, stream) }
             }
             // SAFETY: the caller's promise.
             Action::Sum(sum) => unsafe { sum.enqueue(at(&self.places[0]), stream) },

@@ -7,7 +7,7 @@ use crate::{Error, Result};
 use cudarc::cublaslt::{result as lt, sys};
 use cudarc::driver::sys::{CUdeviceptr, CUstream};
 use cudarc::driver::{CudaStream, result as driver};
-use metal_candle_compiler::render::Place;
+use metal_candle_compiler::render;
 use metal_candle_graph::DType;
 use rustc_hash::FxHashMap;
 use std::ffi::c_void;
@@ -40,20 +40,22 @@ struct Shape {
     matrices: [Matrix; 3],
     batch: usize,
     accumulate: bool,
+    /// What its address is a multiple of, in bytes, if there is one.
+    bias: Option<u32>,
     /// Whether f32 factors may be rounded to TF32.
     tf32: bool,
     /// What the addresses are multiples of, in bytes.
     aligned: [u32; 3],
 }
 
-/// The library's descriptors and its choice for a shape.
+/// The library's descriptors and its choice for a shape. Where a bias is, `operation` is told before each product.
 struct Plan {
     operation: sys::cublasLtMatmulDesc_t,
     layouts: [sys::cublasLtMatrixLayout_t; 3],
     algorithm: sys::cublasLtMatmulAlgo_t,
 }
 
-// SAFETY: the descriptors are only read once they are made.
+// SAFETY: once they are made, the descriptors are read, and written, by the thread that enqueues: there is one at a time.
 unsafe impl Send for Plan {}
 // SAFETY: as above.
 unsafe impl Sync for Plan {}
@@ -62,8 +64,10 @@ unsafe impl Sync for Plan {}
 pub(super) struct Product {
     plan: Arc<Plan>,
     swapped: bool,
-    /// Bytes from the operands' addresses.
+    /// Bytes from the addresses of a, b and the result.
     starts: Vec<[isize; 3]>,
+    /// Bytes from the bias's address, if there is one.
+    bias: Option<isize>,
     alpha: f64,
     accumulate: bool,
     f64: bool,
@@ -82,14 +86,15 @@ impl Library {
     ///
     /// # Errors
     /// What the library says, other than that it does not support such a product.
-    pub(super) fn product(
-        &self,
-        [a, b, out]: [&Place; 3],
-        alpha: f64,
-        accumulate: bool,
-    ) -> Result<Option<Product>> {
+    pub(super) fn product(&self, product: &render::Product) -> Result<Option<Product>> {
+        let render::Product { alpha, accumulate, a, b, bias, out } = product;
+        let (alpha, accumulate) = (*alpha, *accumulate);
         let Some(blas) = Blas::new(&a.layout, &b.layout, &out.layout) else { return Ok(None) };
         if data_type(a.dtype).is_none() || data_type(out.dtype).is_none() || a.dtype != b.dtype {
+            return Ok(None);
+        }
+        // The library adds a vector to every column of what it calls the result: a row of ours, unless that is transposed.
+        if bias.as_ref().is_some_and(|bias| blas.swapped || bias.dtype != out.dtype) {
             return Ok(None);
         }
         let sizes = [a, b, out].map(|place| place.dtype.size_bytes() as isize);
@@ -97,11 +102,12 @@ impl Library {
             blas.outer.iter().map(|s| [0, 1, 2].map(|i| s[i] * sizes[i])).collect();
         let [first, second] = if blas.swapped { [1, 0] } else { [0, 1] };
         let strides = [blas.a, blas.b, blas.out].map(|m| m.batch_stride);
+        let multiple = |bytes: isize| 1 << bytes.trailing_zeros().min(8);
         let aligned = |i: usize, matrix: usize| {
             let stride = strides[matrix] * sizes[i];
-            let all = starts.iter().fold(stride, |all, s| all | s[i]);
-            1 << all.trailing_zeros().min(8)
+            multiple(starts.iter().fold(stride, |all, s| all | s[i]))
         };
+        let bias = bias.as_ref().map(|bias| bias.layout.offset * sizes[2]);
         let shape = Shape {
             factors: a.dtype,
             out: out.dtype,
@@ -109,12 +115,13 @@ impl Library {
             matrices: [blas.a, blas.b, blas.out],
             batch: blas.batch,
             accumulate,
+            bias: bias.map(multiple),
             tf32: a.dtype == DType::F32 && tf32_is_allowed(),
             aligned: [aligned(first, 0), aligned(second, 1), aligned(2, 2)],
         };
         let Some(plan) = self.plan(&shape)? else { return Ok(None) };
         let (swapped, f64) = (blas.swapped, a.dtype == DType::F64);
-        Ok(Some(Product { plan, swapped, starts, alpha, accumulate, f64 }))
+        Ok(Some(Product { plan, swapped, starts, bias, alpha, accumulate, f64 }))
     }
 
     fn plan(&self, shape: &Shape) -> Result<Option<Arc<Plan>>> {
@@ -122,7 +129,7 @@ impl Library {
         if let Some(plan) = known.get(shape) {
             return Ok(Some(Arc::clone(plan)));
         }
-        match Plan::new(self.handle, shape) {
+        match Plan::new(self.handle, shape, self.workspace) {
             Ok(plan) => {
                 let plan = Arc::new(plan);
                 known.insert(*shape, Arc::clone(&plan));
@@ -138,14 +145,14 @@ impl Library {
         self.enqueueing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Asks for the product of what lies at these addresses.
+    /// Asks for the product of what lies at the addresses of a, b, the bias if there is one, and the result.
     ///
     /// # Safety
     /// The operands that the product was made for lie there, and stay until the stream is through.
     pub(super) unsafe fn enqueue(
         &self,
         product: &Product,
-        addresses: [CUdeviceptr; 3],
+        addresses: &[CUdeviceptr],
         stream: CUstream,
     ) -> Result<()> {
         let beta = f64::from(u8::from(product.accumulate));
@@ -158,9 +165,20 @@ impl Library {
             }
         };
         let [a_layout, b_layout, out_layout] = product.plan.layouts;
+        let last = addresses.len() - 1;
         let _alone = self.alone();
+        if let Some(start) = product.bias {
+            // SAFETY: a descriptor of this handle, that no other thread looks at meanwhile.
+            unsafe {
+                bias_is_at(product.plan.operation, addresses[2].wrapping_add_signed(start as i64))
+            }
+            .said(|| "enqueueing a product".into())?;
+        }
         for starts in &product.starts {
-            let at = |i: usize| addresses[i].wrapping_add_signed(starts[i] as i64) as *mut c_void;
+            let at = |i: usize| {
+                let address = addresses[if i == 2 { last } else { i }];
+                address.wrapping_add_signed(starts[i] as i64) as *mut c_void
+            };
             let [a, b] = if product.swapped { [at(1), at(0)] } else { [at(0), at(1)] };
             // SAFETY: descriptors of this handle; the caller's promise for the addresses. Column-major, as the
             // library has it, the transposed result is b's transposed by a's.
@@ -201,9 +219,11 @@ const fn data_type(dtype: DType) -> Option<sys::cudaDataType> {
 }
 
 impl Plan {
+    /// `memory` is anywhere on the device, at a multiple of 512 bytes.
     fn new(
         handle: sys::cublasLtHandle_t,
         shape: &Shape,
+        memory: CUdeviceptr,
     ) -> std::result::Result<Plan, lt::CublasError> {
         use sys::cublasLtMatmulDescAttributes_t as Op;
         let unsupported = lt::CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED);
@@ -241,9 +261,36 @@ impl Plan {
                 )?;
             }
         }
+        if let Some(aligned) = shape.bias {
+            let epilogue = sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS;
+            // SAFETY: as above.
+            unsafe {
+                let attribute = Op::CUBLASLT_MATMUL_DESC_EPILOGUE;
+                lt::set_matmul_desc_attribute(
+                    operation,
+                    attribute,
+                    (&raw const epilogue).cast(),
+                    size_of_val(&epilogue),
+                )?;
+                // What is chosen may depend on how the address is aligned.
+                bias_is_at(operation, memory + u64::from(aligned))?;
+            }
+        }
         let algorithm = choose(handle, operation, layouts, shape)?;
         Ok(Plan { operation, layouts, algorithm })
     }
+}
+
+/// # Safety
+/// A descriptor that lives and that nobody else uses meanwhile.
+unsafe fn bias_is_at(
+    operation: sys::cublasLtMatmulDesc_t,
+    address: CUdeviceptr,
+) -> std::result::Result<(), lt::CublasError> {
+    let attribute = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER;
+    let value = (&raw const address).cast();
+    // SAFETY: the caller's promise, and a value of the attribute's type.
+    unsafe { lt::set_matmul_desc_attribute(operation, attribute, value, size_of_val(&address)) }
 }
 
 /// What the library is told of a matrix with so many rows and columns: row-major rows x cols is its cols x rows.

@@ -106,14 +106,20 @@ fn draft(gpu: &Gpu, plan: &Plan, index: usize, part: Part) -> Result<Option<Draf
         Part::Kernel(source) => {
             (source.bindings.clone(), source.align_bytes, DraftWork::Kernel(source))
         }
-        Part::Product { alpha, accumulate, a, b, out } => {
-            let bindings = vec![a.binding, b.binding, out.binding];
-            match Product::new([&a, &b, &out], alpha, accumulate, gpu.few_cores) {
-                Some(product) => (bindings, out.dtype.size_bytes(), DraftWork::Product(product)),
+        Part::Product(product) => {
+            let render::Product { alpha, accumulate, a, b, bias, out } = &product;
+            let asked = match bias {
+                None => Product::new([a, b, out], *alpha, *accumulate, gpu.few_cores),
+                // Its kernels add none.
+                Some(_) => None,
+            };
+            match asked {
+                Some(asked) => {
+                    let bindings = product.places().map(|place| place.binding).collect();
+                    (bindings, out.dtype.size_bytes(), DraftWork::Product(asked))
+                }
                 None => {
-                    let (dialect, limits) = (Dialect::METAL, &gpu.limits);
-                    let source =
-                        render::product([&a, &b, &out], alpha, accumulate, dialect, limits);
+                    let source = render::product(&product, Dialect::METAL, &gpu.limits);
                     (source.bindings.clone(), source.align_bytes, DraftWork::Kernel(source))
                 }
             }

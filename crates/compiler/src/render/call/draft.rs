@@ -108,6 +108,19 @@ impl<'a> Draft<'a> {
         self.operand(binding, name, scalar::memory_type(dtype), false)
     }
 
+    /// The template has an argument more where there is such an operand.
+    pub(super) fn reads_if(
+        self,
+        binding: Option<Binding>,
+        name: &'static str,
+        dtype: DType,
+    ) -> Draft<'a> {
+        match binding {
+            Some(binding) => self.reads(binding, name, dtype),
+            None => self,
+        }
+    }
+
     pub(super) fn writes(self, binding: Binding, name: &'static str, dtype: DType) -> Draft<'a> {
         self.operand(binding, name, scalar::memory_type(dtype), true)
     }

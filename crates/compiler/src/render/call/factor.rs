@@ -3,7 +3,7 @@
 use super::draft::{Draft, Gpu};
 use super::quant::Blocks;
 use super::walk::Walk;
-use super::{Part, Place};
+use super::{Part, Place, Product};
 use crate::render::Binding;
 use crate::{Layout, Operand};
 use metal_candle_graph::{DType, MAX_RANK, Shape};
@@ -58,7 +58,7 @@ impl Place {
 /// `a b`, or that much more, of matrices.
 pub(super) fn product(a: &Place, b: &Place, out: &Place, accumulate: bool) -> Part {
     let [a, b, out] = [a, b, out].map(Place::clone);
-    Part::Product { alpha: 1.0, accumulate, a, b, out }
+    Part::Product(Product { alpha: 1.0, accumulate, a, b, bias: None, out })
 }
 
 /// A matrix `[rows, cols]`.

@@ -2,8 +2,11 @@
 //
 // M rows of x times W, which is read once, in accesses of 16 bytes: what such a product takes is the time to read W.
 
-template <typename K, typename A, typename T> FN void put_product(DEVICE T* out, A sum) {
-    *out = T(K::alpha() * sum + (K::ACCUMULATE ? A(*out) : A(0)));
+// The sum of column `col`.
+template <typename K, typename A, typename T> FN void put_product(DEVICE T* out, DEVICE const T* bias, typename K::I col, A sum) {
+    A all = K::alpha() * sum + (K::ACCUMULATE ? A(out[col]) : A(0));
+    if (bias) all += A(bias[K::BIAS + col]);
+    out[col] = T(all);
 }
 
 // Eight neighbours, as they lie.
@@ -45,7 +48,9 @@ FN void add_run(DEVICE const T* x, typename K::I k, THREAD const A (&b)[8], THRE
 // same whatever the kernel before this one writes: the first runs of a lane are asked for before that has ended, and those of
 // its next column before the sums of this one are added up.
 template <typename K, i32 M, typename T, typename Before>
-FN void times_columns(DEVICE const T* x, DEVICE const T* w, DEVICE T* out, Thread t, SHARED u64* shared, THREAD const Before& before) {
+FN void times_columns(
+    DEVICE const T* x, DEVICE const T* w, DEVICE const T* bias, DEVICE T* out, Thread t, SHARED u64* shared, THREAD const Before& before
+) {
     typedef typename K::I I;
     typedef typename K::A A;
     // A short column is asked for as a whole. Of a longer one little: the more registers a lane has, the fewer groups run.
@@ -88,13 +93,13 @@ FN void times_columns(DEVICE const T* x, DEVICE const T* w, DEVICE T* out, Threa
             const A all = simd_reduce<Sum>(sum[m]);
             const bool puts = lane == 0 && group % K::SPLIT == 0 && now < K::COLS;
             if (K::SPLIT == 1) {
-                if (puts) put_product<K>(out + (K::to(m) + now), all);
+                if (puts) put_product<K>(out + K::to(m), bias, now, all);
                 continue;
             }
             SHARED A* const part = (SHARED A*)shared + group;
             if (lane == 0) *part = all;
             barrier();
-            if (puts) put_product<K>(out + (K::to(m) + now), fold<Sum, K::SPLIT>(part, 1));
+            if (puts) put_product<K>(out + K::to(m), bias, now, fold<Sum, K::SPLIT>(part, 1));
             barrier();
         }
     }
@@ -103,7 +108,7 @@ FN void times_columns(DEVICE const T* x, DEVICE const T* w, DEVICE T* out, Threa
 // W lies row after row: a block for each eight accesses of columns. A SIMD group reads four rows of them at once.
 template <typename K, i32 M, typename T, typename Before>
 FN void times_rows(
-    DEVICE const T* x, DEVICE const T* w, DEVICE T* out, Thread t, SHARED u64* shared, THREAD const Before& before
+    DEVICE const T* x, DEVICE const T* w, DEVICE const T* bias, DEVICE T* out, Thread t, SHARED u64* shared, THREAD const Before& before
 ) {
     typedef typename K::I I;
     typedef typename K::A A;
@@ -132,9 +137,21 @@ FN void times_rows(
             }
             barrier();
             if (t.tid < width && first + t.tid < K::COLS) {
-                put_product<K>(out + (K::to(m) + first + t.tid), fold<Sum, groups>(part + t.tid, width));
+                put_product<K>(out + K::to(m), bias, first + t.tid, fold<Sum, groups>(part + t.tid, width));
             }
             barrier();
         }
     }
+}
+
+// Without a bias.
+
+template <typename K, i32 M, typename T, typename Before>
+FN void times_columns(DEVICE const T* x, DEVICE const T* w, DEVICE T* out, Thread t, SHARED u64* shared, THREAD const Before& before) {
+    times_columns<K, M>(x, w, (DEVICE const T*)nullptr, out, t, shared, before);
+}
+
+template <typename K, i32 M, typename T, typename Before>
+FN void times_rows(DEVICE const T* x, DEVICE const T* w, DEVICE T* out, Thread t, SHARED u64* shared, THREAD const Before& before) {
+    times_rows<K, M>(x, w, (DEVICE const T*)nullptr, out, t, shared, before);
 }

@@ -3,7 +3,7 @@
 use super::draft::{BLOCK, Draft, Gpu};
 use super::quant::vector;
 use super::walk::Walk;
-use super::{Call, Part, Place, thin};
+use super::{Call, Part, Place, Product, thin};
 use crate::render::launch::SIMD;
 use crate::render::{Binding, Launch, scalar};
 use crate::{Layout, Operand};
@@ -15,7 +15,7 @@ const ACCESS: usize = 16;
 /// Blocks of a multiprocessor: enough of them have enough on its way from memory.
 const RESIDENT: usize = 4;
 
-/// `args = [a: [.., m, k], b: [.., k, n]]`
+/// `args = [a: [.., m, k], b: [.., k, n]]`, and a bias `[n]` where there is one.
 pub(super) fn gemm(
     gpu: Gpu<'_>,
     args: &[Operand],
@@ -23,24 +23,30 @@ pub(super) fn gemm(
     alpha: f64,
     accumulate: bool,
 ) -> Call {
-    let product = product(args, 0, out, alpha, accumulate);
+    let mut product = product(args, 0, out, alpha, accumulate);
+    product.bias = args.get(2).map(|bias| place(Binding::Arg(2), bias));
     let part = few_rows(gpu, args, out, alpha, accumulate)
         .or_else(|| thin::product(gpu, &product))
-        .unwrap_or(product);
+        .unwrap_or(Part::Product(product));
     Call { parts: vec![part], workspace_bytes: 0 }
 }
 
 /// `args = [a_0, b_0, a_1, b_1, ..]`, one product after the other.
 pub(super) fn sum(args: &[Operand], out: &Operand, alphas: &[f64], accumulate: bool) -> Call {
-    let part = |(i, alpha): (usize, &f64)| product(args, 2 * i, out, *alpha, accumulate || i > 0);
+    let part = |(i, alpha): (usize, &f64)| {
+        Part::Product(product(args, 2 * i, out, *alpha, accumulate || i > 0))
+    };
     Call { parts: alphas.iter().enumerate().map(part).collect(), workspace_bytes: 0 }
 }
 
 /// Of the factors from the `first` on.
-fn product(args: &[Operand], first: usize, out: &Operand, alpha: f64, accumulate: bool) -> Part {
-    let place = |binding, o: &Operand| Place { binding, dtype: o.dtype, layout: o.layout };
+fn product(args: &[Operand], first: usize, out: &Operand, alpha: f64, accumulate: bool) -> Product {
     let [a, b] = [first, first + 1].map(|i| place(Binding::Arg(i as u32), &args[i]));
-    Part::Product { alpha, accumulate, a, b, out: place(Binding::Out(0), out) }
+    Product { alpha, accumulate, a, b, bias: None, out: place(Binding::Out(0), out) }
+}
+
+fn place(binding: Binding, operand: &Operand) -> Place {
+    Place { binding, dtype: operand.dtype, layout: operand.layout }
 }
 
 /// How the columns of a weight are read in wide accesses.
@@ -60,7 +66,7 @@ fn few_rows(
     alpha: f64,
     accumulate: bool,
 ) -> Option<Part> {
-    let (a, b) = (&args[0], &args[1]);
+    let (a, b, bias) = (&args[0], &args[1], args.get(2));
     let rank = out.layout.shape.rank();
     let [k, n] = [b.layout.shape[rank - 2], b.layout.shape[rank - 1]];
     let rows = out.layout.shape.len().checked_div(n)?;
@@ -89,6 +95,7 @@ fn few_rows(
         .template(rows)
         .reads(Binding::Arg(0), "x", a.dtype)
         .reads(Binding::Arg(1), "w", b.dtype)
+        .reads_if(bias.map(|_| Binding::Arg(2)), "bias", b.dtype)
         .writes(Binding::Out(0), "out", out.dtype)
         .numbers(b.dtype)
         .aligned(ACCESS)
@@ -98,6 +105,7 @@ fn few_rows(
         .constant("STEP", step as i64)
         .constant("VECTOR", vector as i64)
         .constant("ACCUMULATE", i64::from(accumulate))
+        .constant("BIAS", bias.map_or(0, |bias| bias.layout.offset as i64))
         .function("A", "alpha", &format!("{alpha:?}"))
         .walk(&x, beyond)
         .places(&weight);

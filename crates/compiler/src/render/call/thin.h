@@ -21,7 +21,14 @@ template <typename K, typename T> FN void ask_rows(u32 (&to)[K::WIDTH / 16][4], 
     }
 }
 
-template <typename K, typename T> FN void product(const T* a, const T* b, T* out, Thread t) {
+template <typename T> FN void add_bias(f32 (&all)[8], const T* bias) {
+    f32 more[8];
+    load(more, bias);
+#pragma unroll
+    for (i32 j = 0; j < 8; ++j) all[j] += more[j];
+}
+
+template <typename K, typename T> FN void product(const T* a, const T* b, const T* bias, T* out, Thread t) {
     enum : i32 { STRIPS = K::COLS / 64, DEEP = K::WIDTH / 16 };
     const i32 lane = t.tid % 32, group = t.block * (K::BLOCK / 32) + t.tid / 32;
     const i32 strip = group % STRIPS * 64, slice = group / STRIPS;
@@ -53,9 +60,14 @@ template <typename K, typename T> FN void product(const T* a, const T* b, T* out
                 const f32 x = K::alpha() * sum[i % 2 * 4 + j / 2][half * 2 + j % 2];
                 all[j] = K::ACCUMULATE ? all[j] + x : x;
             }
+            if (bias) add_bias(all, bias + (strip + i % 2 * 32 + lane % 4 * 8));
             store(to, all);
         }
     }
+}
+
+template <typename K, typename T> FN void product(const T* a, const T* b, T* out, Thread t) {
+    product<K>(a, b, (const T*)nullptr, out, t);
 }
 
 }

@@ -3,7 +3,7 @@
 
 use super::draft::{BLOCK, Draft, Gpu};
 use super::factor::{at_start, rows};
-use super::{Part, Place};
+use super::{Part, Place, Product};
 use crate::render::launch::SIMD;
 use crate::render::{Launch, Team};
 use metal_candle_graph::Shape;
@@ -22,14 +22,14 @@ const RUN: usize = 8;
 /// A kernel for the product. In any number of leading dims that can be rows of one matrix; with one b for all.
 ///
 /// None where it is not thin, or lies so that the kernel cannot read it.
-pub(super) fn product(gpu: Gpu<'_>, product: &Part) -> Option<Part> {
-    let Part::Product { alpha, accumulate, a, b, out } = product else { return None };
-    let dtype = out.dtype;
-    let is_half = [a, b, out].iter().all(|p| p.dtype == dtype && dtype.size_bytes() == 2);
+pub(super) fn product(gpu: Gpu<'_>, product: &Product) -> Option<Part> {
+    let dtype = product.out.dtype;
+    let is_half = product.places().all(|p| p.dtype == dtype && dtype.size_bytes() == 2);
     if gpu.limits.tensor_cores.is_none() || !is_half {
         return None;
     }
-    let [a, b, out] = [matrix(a)?, one_matrix(b)?, matrix(out)?];
+    let bias = product.bias.as_ref().map(at_start);
+    let [a, b, out] = [matrix(&product.a)?, one_matrix(&product.b)?, matrix(&product.out)?];
     let [rows, cols] = [0, 1].map(|dim| out.layout.shape[dim]);
     let depth = b.layout.shape[0];
     let is_thin = (RUN..=THIN).contains(&depth) && depth.is_multiple_of(RUN);
@@ -38,6 +38,7 @@ pub(super) fn product(gpu: Gpu<'_>, product: &Part) -> Option<Part> {
         let [row, col] = strides(place);
         col == 1 && is_run(row) && is_run(place.layout.offset)
     });
+    let in_runs = in_runs && product.bias.iter().all(|bias| is_run(bias.layout.offset));
     if !(is_thin && is_wide && in_runs) {
         return None;
     }
@@ -51,11 +52,12 @@ pub(super) fn product(gpu: Gpu<'_>, product: &Part) -> Option<Part> {
     let draft = Draft::new(gpu, "gemm", "thin::product")
         .reads(a.binding, "a", dtype)
         .reads(b.binding, "b", dtype)
+        .reads_if(bias.as_ref().map(|bias| bias.binding), "bias", dtype)
         .writes(out.binding, "out", dtype)
         .aligned(RUN * dtype.size_bytes())
         // A loop counts a tile of every slice too far before it ends.
         .typedef("I", if furthest < 1 << 30 { "i32" } else { "i64" })
-        .function("f32", "alpha", &format!("{alpha:?}"))
+        .function("f32", "alpha", &format!("{:?}", product.alpha))
         .constant("ROWS", rows as i64)
         .constant("COLS", cols as i64)
         .constant("INNER", depth as i64)
@@ -66,7 +68,7 @@ pub(super) fn product(gpu: Gpu<'_>, product: &Part) -> Option<Part> {
         .constant("B_ROW", b_row as i64)
         .constant("B_COL", b_col as i64)
         .constant("OUT_ROW", strides(&out)[0] as i64)
-        .constant("ACCUMULATE", i64::from(*accumulate));
+        .constant("ACCUMULATE", i64::from(product.accumulate));
     let launch = Launch {
         team: Team::Block,
         vector: 1,

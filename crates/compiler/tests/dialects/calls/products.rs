@@ -286,6 +286,60 @@ fn thin_products_of_many_rows_are_a_kernel_on_tensor_cores() {
     }
 }
 
+/// `x w + bias` of few rows and of many, and the same with a LoRA branch; a bias that is a part of a vector; one of a product
+/// that is scaled afterwards; what looks like one, and is added after the product.
+fn biased(dtype: DType) -> Task {
+    let mut b = Build::new();
+    let mut outputs = Vec::new();
+    let [k, n] = [72, 128];
+    let by_rows = b.input(dtype, &[k, n]);
+    let by_columns = b.input(dtype, &[n, k]);
+    let by_columns = b.g.transpose(by_columns).unwrap();
+    let wider = b.input(dtype, &[n + 16]);
+    let bias = b.input(dtype, &[n]);
+    let part = b.op(Operation::Slice { dim: 0, start: 8, len: n, step: 1 }, &[wider]);
+    let odd = b.op(Operation::Slice { dim: 0, start: 3, len: n, step: 1 }, &[wider]);
+    let (down, up) = (b.input(dtype, &[k, 8]), b.input(dtype, &[8, n]));
+    let plus = |b: &mut Build, x: NodeId, bias: NodeId| {
+        let shape = b.g.shape(x);
+        let every = b.g.broadcast_to(bias, shape).unwrap();
+        b.g.binary(BinaryOp::Add, x, every).unwrap()
+    };
+    let scaled = |b: &mut Build, x: NodeId, by| b.g.binary_scalar(BinaryOp::Mul, x, by).unwrap();
+    for (w, bias) in [(by_rows, bias), (by_columns, part), (by_columns, odd)] {
+        for m in [1, 4, 270] {
+            let x = b.input(dtype, &[m, k]);
+            let y = b.op(Operation::Dot, &[x, w]);
+            let y = scaled(&mut b, y, 1.0 / 64.0);
+            let y = plus(&mut b, y, bias);
+            outputs.push(scaled(&mut b, y, 0.5));
+            let low = b.op(Operation::Dot, &[x, down]);
+            let low = scaled(&mut b, low, 1.0 / 64.0);
+            let high = b.op(Operation::Dot, &[low, up]);
+            let base = b.op(Operation::Dot, &[x, w]);
+            let base = scaled(&mut b, base, 1.0 / 64.0);
+            let sum = b.g.binary(BinaryOp::Add, base, high).unwrap();
+            outputs.push(plus(&mut b, sum, bias));
+        }
+    }
+    let x = b.input(dtype, &[4, k]);
+    let y = b.op(Operation::Dot, &[x, by_rows]);
+    let y = scaled(&mut b, y, 1.0 / 64.0);
+    let twice = plus(&mut b, y, bias);
+    outputs.push(plus(&mut b, twice, part));
+    let column = b.input(dtype, &[4, 1]);
+    let y = b.op(Operation::Dot, &[x, by_columns]);
+    let y = scaled(&mut b, y, 1.0 / 64.0);
+    outputs.push(plus(&mut b, y, column));
+    b.task(format!("products of {dtype} with a bias"), outputs, 4.0 * tolerance(dtype))
+}
+
+#[test]
+fn products_with_a_bias_equal_the_oracle() {
+    check_all("biased", &FLOATS.map(biased));
+}
+
 pub(super) fn all() -> Vec<Task> {
-    [all_losses(), all_quantised(), FLOATS.map(products).to_vec(), all_thin()].concat()
+    let plain = [all_losses(), all_quantised(), FLOATS.map(products).to_vec(), all_thin()];
+    [&plain.concat()[..], &FLOATS.map(biased)].concat()
 }

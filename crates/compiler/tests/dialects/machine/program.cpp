@@ -5,6 +5,7 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <optional>
 
 namespace machine {
 namespace {
@@ -121,11 +122,15 @@ struct Place {
     }
 };
 
-/// As the library of a backend: `out = alpha a b`, or `out += alpha a b`.
+/// As the library of a backend: `out = alpha a b`, or `out += alpha a b`, and a bias for every row.
 void product(Reader& in, Buffers& buffers) {
     const auto alpha = in.get<double>();
     const bool accumulate = in.size() != 0;
-    const Place a(in, buffers), b(in, buffers), out(in, buffers);
+    const bool has_bias = in.size() != 0;
+    const Place a(in, buffers), b(in, buffers);
+    std::optional<Place> bias;
+    if (has_bias) bias.emplace(in, buffers);
+    const Place out(in, buffers);
     const size_t rank = out.dims.size(), rows = out.dims[rank - 2], cols = out.dims[rank - 1], inner = a.dims[rank - 1];
     size_t batches = 1;
     for (size_t d = 0; d + 2 < rank; ++d) batches *= out.dims[d];
@@ -135,7 +140,8 @@ void product(Reader& in, Buffers& buffers) {
                 double sum = 0;
                 for (size_t k = 0; k < inner; ++k) sum += a.get(a.at(batch, row, k)) * b.get(b.at(batch, k, col));
                 const long at = out.at(batch, row, col);
-                out.set(at, alpha * sum + (accumulate ? out.get(at) : 0));
+                const double more = bias ? bias->get(bias->offset + long(col) * bias->strides[0]) : 0;
+                out.set(at, alpha * sum + (accumulate ? out.get(at) : 0) + more);
             }
         }
     }
