@@ -153,7 +153,7 @@ pub fn plan(g: &ComputationGraph, target: &Target, donated: &[bool]) -> Result<P
     let mut g = pass::simplify(&g)?;
     if target.max_low_rank == 0 {
         // A target that makes a LoRA branch as one step needs its two products as they are.
-        g = pass::share_factors(&g)?;
+        g = pass::join_sums(&pass::share_factors(&g)?)?;
     }
     let g = pass::split_reductions(&g, target.max_reduce)?;
     let mut lowered = lower::lower(&g, target, inputs);

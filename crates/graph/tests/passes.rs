@@ -39,7 +39,7 @@ fn split_reductions(g: &ComputationGraph, rng: &mut Rng) -> Result<ComputationGr
 /// The passes of a plan, in its order.
 fn all(g: &ComputationGraph, rng: &mut Rng) -> Result<ComputationGraph> {
     let g = expand_some(g, rng)?;
-    let g = pass::share_factors(&pass::simplify(&g)?)?;
+    let g = pass::join_sums(&pass::share_factors(&pass::simplify(&g)?)?)?;
     split_reductions(&g, rng)
 }
 

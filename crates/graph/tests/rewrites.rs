@@ -341,3 +341,48 @@ fn a_product_that_needs_another_one_is_not_joined_with_it() {
     let (_, got) = products(&pass::share_factors(&g).unwrap(), &values);
     assert_eq!(got, want);
 }
+
+#[test]
+fn thin_products_that_are_added_up_are_one() {
+    let dims: [&[usize]; 7] =
+        [&[40, 4], &[4, 48], &[40, 8], &[48, 8], &[40, 64], &[64, 48], &[40, 48]];
+    let (mut g, ids, values) = counted(&dims);
+    let [x, a, y, b, wide, c, base] = ids[..] else { unreachable!() };
+    let b = g.transpose(b).unwrap();
+    let [thin, other, deep] =
+        [(x, a), (y, b), (wide, c)].map(|(l, r)| g.add(Operation::Dot, &[l, r]).unwrap());
+    let add = |g: &mut ComputationGraph, a, b| g.binary(BinaryOp::Add, a, b).unwrap();
+    let first = add(&mut g, thin, base);
+    let second = add(&mut g, deep, other);
+    let sum = add(&mut g, first, second);
+    g.outputs = vec![sum];
+    let (before, want) = products(&g, &values);
+    let (after, got) = products(&pass::join_sums(&g).unwrap(), &values);
+    assert_eq!((before, after), (3, 2));
+    assert_eq!(got, want);
+    // One that something else reads stays.
+    g.outputs = vec![sum, thin];
+    let (_, want) = products(&g, &values);
+    let (after, got) = products(&pass::join_sums(&g).unwrap(), &values);
+    assert_eq!(after, 3);
+    assert_eq!(got, want);
+}
+
+#[test]
+fn factors_that_lie_side_by_side_anyway_are_summed_over_in_their_order() {
+    let (mut g, ids, values) = counted(&[&[40, 4], &[4, 48], &[40, 8], &[8, 48]]);
+    let [x, a, y, b] = ids[..] else { unreachable!() };
+    let [thin, other] = [(x, a), (y, b)].map(|(l, r)| g.add(Operation::Dot, &[l, r]).unwrap());
+    let sum = g.binary(BinaryOp::Add, thin, other).unwrap();
+    let beside = g.concat(1, &[y, x]).unwrap();
+    g.outputs = vec![sum, beside];
+    let (_, want) = products(&g, &values);
+    let joined = pass::join_sums(&g).unwrap();
+    let (after, got) = products(&joined, &values);
+    let live = joined.live();
+    let count =
+        |id: &NodeId| live[id.index()] && matches!(joined[*id].op, Operation::Concat { .. });
+    // [y x], and its factors.
+    assert_eq!((after, joined.ids().filter(count).count()), (1, 2));
+    assert_eq!(got, want);
+}
