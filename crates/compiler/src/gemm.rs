@@ -59,6 +59,12 @@ impl Gemm {
         self.terms().map(|term| term.alpha)
     }
 
+    /// Of the product, in whatever shape it is seen.
+    pub(crate) fn shape(&self) -> Shape {
+        let (a, b) = (self.a.layout.shape, self.b.layout.shape);
+        a.with(a.rank() - 1, b[b.rank() - 1])
+    }
+
     fn scale(&mut self, by: f64) {
         self.alpha *= by;
         self.more.iter_mut().for_each(|term| term.alpha *= by);
@@ -71,13 +77,9 @@ impl Gemm {
 
     /// Whether both give results of one shape, and so few that one call adds them up.
     fn adds_up_with(&self, other: &Gemm, target: &Target) -> bool {
-        let shape = |gemm: &Gemm| {
-            let (a, b) = (gemm.a.layout.shape, gemm.b.layout.shape);
-            a.with(a.rank() - 1, b[b.rank() - 1])
-        };
         let products = 2 + self.more.len() + other.more.len();
         let has_bias = self.bias.is_some() || other.bias.is_some();
-        products <= target.max_products && !has_bias && shape(self) == shape(other)
+        products <= target.max_products && !has_bias && self.shape() == other.shape()
     }
 }
 

@@ -43,6 +43,27 @@ impl Layout {
         (0..self.shape.rank() - 2).all(|d| self.shape[d] == 1 || self.strides[d] == 0)
     }
 
+    /// The part of it that has this shape and begins at `start` along `dim`.
+    pub(crate) fn part(&self, dim: usize, start: usize, shape: Shape) -> Layout {
+        let mut part = *self;
+        part.offset += start as isize * part.strides[dim];
+        part.shape = shape;
+        part
+    }
+
+    /// Parts of these shapes, one behind the other along `dim`.
+    pub(crate) fn side_by_side(
+        &self,
+        dim: usize,
+        shapes: impl Iterator<Item = Shape>,
+    ) -> impl Iterator<Item = Layout> {
+        shapes.scan(0, move |start, shape| {
+            let part = self.part(dim, *start, shape);
+            *start += shape[dim];
+            Some(part)
+        })
+    }
+
     /// This layout seen through the view `op` of result shape `shape`; `None` if `op` is no view, or needs a copy.
     pub fn view(&self, op: &Operation, shape: Shape) -> Option<Layout> {
         let mut out = Layout { shape, strides: [0; MAX_RANK], offset: self.offset };

@@ -10,6 +10,7 @@
 //! This crate knows no device: it reads a [`Target`] (plain data) and writes a [`Plan`] (plain data).
 
 mod analysis;
+mod concat;
 mod cost;
 mod emit;
 mod error;

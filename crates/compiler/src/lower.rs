@@ -10,7 +10,7 @@ pub(crate) use unit::Unit;
 use crate::analysis::{Analysis, Kind, Located};
 use crate::emit::{self, Draft, Stored};
 use crate::region::Regions;
-use crate::{PlanInput, Target, gemm, low_rank, schedule};
+use crate::{PlanInput, Target, concat, gemm, low_rank, schedule};
 use metal_candle_graph::{ComputationGraph, DType, NodeId, Operation, Shape, TensorType};
 use rustc_hash::FxHashMap;
 
@@ -65,11 +65,12 @@ pub(crate) fn lower(g: &ComputationGraph, target: &Target, inputs: Vec<PlanInput
     let cheap = emit::cheap(&a);
     let regions = Regions::form(&a, &cheap, target);
     low_rank::join(&mut a, &mut gemms, &regions, target.max_low_rank);
+    let placed = concat::place(&a, &gemms);
     let outputs: Vec<Output> = (0..g.outputs.len()).map(|i| output(&a, i)).collect();
     let mut stored = Stored::new(&a, &regions, cheap);
     let units = unit::units(&a, &gemms, &regions, &outputs, &mut stored);
-    let drafts: Vec<Drafts> =
-        units.iter().map(|unit| draft::draft(&a, &gemms, &stored, unit, &outputs)).collect();
+    let draft = |unit| draft::draft(&a, (&gemms, &placed), &stored, unit, &outputs);
+    let drafts: Vec<Drafts> = units.iter().map(draft).collect();
     let order = schedule::order(&units, &drafts, &regions);
     assemble(&a, &regions, inputs, outputs, drafts, &order)
 }

@@ -5,15 +5,17 @@ use crate::lower::{Drafts, Unit};
 use crate::region::Regions;
 use metal_candle_graph::NodeId;
 use rustc_hash::FxHashMap;
+use smallvec::SmallVec;
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
 /// The positions of `units` in the order in which they run.
 pub(crate) fn order(units: &[Unit], drafts: &[Drafts], regions: &Regions) -> Vec<usize> {
-    let mut writer: FxHashMap<NodeId, usize> = FxHashMap::default();
+    // Parts of a value may be written by several.
+    let mut writers: FxHashMap<NodeId, SmallVec<[usize; 1]>> = FxHashMap::default();
     for (unit, drafts) in drafts.iter().enumerate() {
         for out in drafts.steps.iter().flat_map(|d| &d.outs) {
-            writer.insert(out.base, unit);
+            writers.entry(out.base).or_default().push(unit);
         }
     }
     let mut readers: Vec<Vec<usize>> = vec![Vec::new(); units.len()];
@@ -21,7 +23,9 @@ pub(crate) fn order(units: &[Unit], drafts: &[Drafts], regions: &Regions) -> Vec
     for (unit, drafts) in drafts.iter().enumerate() {
         let mut needs: Vec<usize> = drafts
             .reads()
-            .filter_map(|id| writer.get(&id).copied())
+            .filter_map(|id| writers.get(&id))
+            .flatten()
+            .copied()
             .filter(|needed| *needed != unit)
             .collect();
         needs.sort_unstable();

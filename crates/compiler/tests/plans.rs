@@ -278,3 +278,26 @@ fn a_plan_prints_steps_slots_offsets_peak_and_reasons() {
         assert!(text.contains(part), "{part} in\n{text}");
     }
 }
+
+#[test]
+fn products_write_where_a_concatenation_wants_them() {
+    let mut g = ComputationGraph::new();
+    let [x, y] = [0, 1].map(|i| g.input(i, f32(&[48, 64])));
+    let [a, b] = [2, 3].map(|i| g.input(i, f32(&[64, 8])));
+    let given = g.input(4, f32(&[48, 5]));
+    let [first, second] = [(x, a), (y, b)].map(|(l, r)| g.add(Operation::Dot, &[l, r]).unwrap());
+    g.outputs = vec![g.concat(1, &[first, given, second]).unwrap()];
+    let plan = planned(&g, &[]);
+    let work = |step: &Step| (step.label.clone(), step.outs[0].layout.offset, step.outs[0].slot);
+    let slot = Slot::Output(0);
+    let works: Vec<_> = plan.steps.iter().map(work).collect();
+    let expected = [("matmul", 0), ("matmul", 13), ("copy", 8)];
+    assert_eq!(works, expected.map(|(label, at)| (label.to_owned(), at, slot)), "{plan}");
+
+    // Transposed, as the gradients of factors are; one that something else reads is copied.
+    let turned = [first, second].map(|part| g.transpose(part).unwrap());
+    g.outputs = vec![g.concat(0, &turned).unwrap(), second];
+    let plan = planned(&g, &[]);
+    assert_eq!(plan.steps.len(), 3, "{plan}");
+    assert_eq!(plan.steps[0].outs[0].layout.strides(), [1, 48], "{plan}");
+}

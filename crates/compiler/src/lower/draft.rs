@@ -4,11 +4,12 @@ use super::Output;
 use super::call::library_call;
 use super::unit::Unit;
 use crate::analysis::{Analysis, Kind, Located};
+use crate::concat::Placed;
 use crate::emit::{Draft, Emitter, Stored};
 use crate::gemm::{Gemm, Gemms};
 use crate::library::LibraryCall;
 use crate::{Layout, Work};
-use metal_candle_graph::{Composite, NodeId, Operation, Shape};
+use metal_candle_graph::{Composite, NodeId, Operation};
 
 /// The steps of one unit, and what an in-place step starts from.
 pub(crate) struct Drafts {
@@ -18,7 +19,7 @@ pub(crate) struct Drafts {
 
 pub(super) fn draft(
     a: &Analysis,
-    gemms: &Gemms,
+    (gemms, placed): (&Gemms, &Placed),
     stored: &Stored,
     unit: &Unit,
     outputs: &[Output],
@@ -26,7 +27,7 @@ pub(super) fn draft(
     let one = |draft| Drafts { steps: vec![draft], base: None };
     match unit {
         Unit::Region(index) => one(Emitter::region(stored, *index)),
-        Unit::Gemm(id) => draft_gemm(a, gemms, *id),
+        Unit::Gemm(id) => draft_gemm(a, gemms, placed, *id),
         Unit::Materialise(id) => one(Emitter::position(stored, own(a, *id))),
         Unit::Output(i) => {
             let Output::Copied(key) = outputs[*i] else {
@@ -36,17 +37,16 @@ pub(super) fn draft(
             let out = Located { base: key, layout: Layout::contiguous(value.layout.shape) };
             one(Emitter::copy(stored, value, out, a.node(value.base).ty.dtype))
         }
-        Unit::Call(ids) => draft_call(a, stored, ids),
+        Unit::Call(ids) => draft_call(a, placed, stored, ids),
     }
 }
 
-fn draft_gemm(a: &Analysis, gemms: &Gemms, id: NodeId) -> Drafts {
+fn draft_gemm(a: &Analysis, gemms: &Gemms, placed: &Placed, id: NodeId) -> Drafts {
     let gemm = &gemms[&id];
     // The result has the shape of the product, whatever view the addition saw.
     let result = |id: NodeId, gemm: &Gemm| {
-        let (l, r) = (&gemm.a.layout.shape, &gemm.b.layout.shape);
-        let rank = l.rank();
-        Located { base: id, layout: Layout::contiguous(l.with(rank - 1, r[rank - 1])) }
+        let own = Located { base: id, layout: Layout::contiguous(gemm.shape()) };
+        placed.get(&id).copied().unwrap_or(own)
     };
     let mut outs = vec![result(id, gemm)];
     let base = gemm.addend.map(|id| result(id, gemm));
@@ -75,7 +75,7 @@ fn draft_gemm(a: &Analysis, gemms: &Gemms, id: NodeId) -> Drafts {
     Drafts { steps: vec![draft], base }
 }
 
-fn draft_call(a: &Analysis, stored: &Stored, ids: &[NodeId]) -> Drafts {
+fn draft_call(a: &Analysis, placed: &Placed, stored: &Stored, ids: &[NodeId]) -> Drafts {
     let id = ids[0];
     let operands: Vec<Located> = a.operands(id).collect();
     let copy = |value: Located, layout: Layout| {
@@ -86,11 +86,14 @@ fn draft_call(a: &Analysis, stored: &Stored, ids: &[NodeId]) -> Drafts {
     match a.node(id).op {
         Operation::Concat { dim } => {
             let parts = operands.iter().map(|part| part.layout.shape);
-            let places = side_by_side(&whole.layout, dim, parts);
-            done(operands.iter().zip(places).map(|(part, place)| copy(*part, place)).collect())
+            let places = whole.layout.side_by_side(dim, parts);
+            let copied = operands.iter().zip(places);
+            // The others are made there.
+            let copied = copied.filter(|(part, _)| !placed.contains_key(&part.base));
+            done(copied.map(|(part, place)| copy(*part, place)).collect())
         }
         Operation::Pad { dim, before, value, .. } => {
-            let inner = part_of(&whole.layout, dim, before, operands[0].layout.shape);
+            let inner = whole.layout.part(dim, before, operands[0].layout.shape);
             done(vec![Emitter::fill(stored, whole, value), copy(operands[0], inner)])
         }
         Operation::ScatterAdd { .. }
@@ -126,27 +129,6 @@ fn own(a: &Analysis, id: NodeId) -> Located {
 fn plain(a: &Analysis, call: LibraryCall, args: Vec<Located>, ids: &[NodeId]) -> Draft {
     let outs = ids.iter().map(|id| own(a, *id)).collect();
     Draft { label: call.name().into(), work: Work::Call(call), args, outs }
-}
-
-/// The part of `whole` that has this shape and begins at `start` along `dim`.
-fn part_of(whole: &Layout, dim: usize, start: usize, shape: Shape) -> Layout {
-    let mut part = *whole;
-    part.offset += start as isize * part.strides[dim];
-    part.shape = shape;
-    part
-}
-
-/// Parts of these shapes, one behind the other along `dim`.
-fn side_by_side(
-    whole: &Layout,
-    dim: usize,
-    shapes: impl Iterator<Item = Shape>,
-) -> impl Iterator<Item = Layout> {
-    shapes.scan(0, move |start, shape| {
-        let part = part_of(whole, dim, *start, shape);
-        *start += shape[dim];
-        Some(part)
-    })
 }
 
 /// The update of a slice with a rotary embedding.

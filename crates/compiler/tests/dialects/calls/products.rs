@@ -210,6 +210,19 @@ fn products(dtype: DType) -> Task {
         let y = b.op(Operation::Dot, &[x, w]);
         outputs.push(scaled(&mut b, y));
     }
+    // Where a concatenation wants them, of few rows and of many.
+    for m in [3, 70] {
+        let right = [by_rows, by_columns, ragged];
+        let mut part = |w| {
+            let x = b.input(dtype, &[m, k]);
+            let y = b.op(Operation::Dot, &[x, w]);
+            scaled(&mut b, y)
+        };
+        let (columns, rows) = (right.map(&mut part), [by_rows, by_columns].map(&mut part));
+        outputs.push(b.g.concat(1, &columns).unwrap());
+        let rows = rows.map(|part| b.g.transpose(part).unwrap());
+        outputs.push(b.g.concat(0, &rows).unwrap());
+    }
     let x = b.input(dtype, &[2, 1, k]);
     outputs.push(b.op(Operation::Dot, &[x, of_batch]));
     let every = b.g.broadcast_to(by_columns, Shape::new(&[2, k, n]).unwrap()).unwrap();
