@@ -1,7 +1,7 @@
 //! A library call as what a GPU does for it: kernels and products, in order.
 //!
 //! ```text
-//! gemm, thin, low_rank, index, along, rope, quant, cross_entropy
+//! gemm, small, thin, low_rank, index, along, rope, quant, cross_entropy
 //!        which template of a header, with which extents and places
 //! attention, attention_few
 //!        tiles of scores; attention_shape ── what they are specialised by; kernel ── the text around them
@@ -23,6 +23,7 @@ mod kernel;
 mod low_rank;
 mod quant;
 mod rope;
+mod small;
 mod thin;
 mod walk;
 

@@ -13,7 +13,7 @@ pub struct Dialect {
     /// What to tell the compiler.
     pub options: &'static [&'static str],
     /// What the kernels rely on, once before all of them: the dialect's own words, then what all dialects share.
-    pub(super) headers: [&'static str; 19],
+    pub(super) headers: [&'static str; 20],
     /// The beginning of a kernel's definition, up to its first parameter.
     pub(super) kernel: &'static str,
     /// A parameter that is read.
@@ -50,7 +50,7 @@ impl Dialect {
     pub(super) const fn headers(
         own: &'static str,
         tensor_cores: [&'static str; 6],
-    ) -> [&'static str; 19] {
+    ) -> [&'static str; 20] {
         let [mma, thin, wgmma, flash_products, flash, flash_grad] = tensor_cores;
         [
             own,
@@ -60,6 +60,7 @@ impl Dialect {
             include_str!("call/along.h"),
             include_str!("call/rope.h"),
             include_str!("call/gemm.h"),
+            include_str!("call/small.h"),
             include_str!("call/low_rank.h"),
             include_str!("call/quant.h"),
             include_str!("call/cross_entropy.h"),

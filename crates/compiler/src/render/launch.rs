@@ -37,6 +37,8 @@ pub struct Limits {
     pub widening_products: bool,
     /// Rows of a product up to which a rendered kernel multiplies instead of the library; 0 for none.
     pub few_rows: usize,
+    /// Tiles of a product's result up to which it does so, too.
+    pub few_tiles: usize,
     /// What the workspace of a call takes at most, about.
     pub workspace_bytes: usize,
 }
@@ -50,6 +52,8 @@ pub enum TensorCores {
     Wgmma,
 }
 
+/// Tiles of a small product that a multiprocessor works on at once.
+const TILES: usize = 2;
 /// A few matrices of 16 bits that keep a large device busy.
 const WORKSPACE_BYTES: usize = 256 << 20;
 
@@ -66,6 +70,7 @@ impl Limits {
             tensor_cores: None,
             widening_products: true,
             few_rows: 4,
+            few_tiles: multiprocessors * TILES,
             workspace_bytes: WORKSPACE_BYTES,
         }
     }
@@ -99,6 +104,7 @@ impl Limits {
             tensor_cores: None,
             widening_products: false,
             few_rows: 4,
+            few_tiles: 0,
             workspace_bytes: WORKSPACE_BYTES,
         }
     }

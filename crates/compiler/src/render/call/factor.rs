@@ -163,3 +163,28 @@ pub(super) fn rows(layout: &Layout) -> Option<Layout> {
     let shape = Shape::new(&[rows, cols]).expect("metal-candle bug: fewer dims");
     Some(Layout { shape, strides, offset: layout.offset })
 }
+
+/// Its leading dims as rows.
+pub(super) fn matrix(place: &Place) -> Option<Place> {
+    Some(Place { layout: rows(&place.layout)?, ..place.clone() })
+}
+
+/// The last two dims, if there is one matrix for all others.
+pub(super) fn one_matrix(place: &Place) -> Option<Place> {
+    let (mut layout, rank) = (place.layout, place.layout.shape.rank());
+    let dims = [rank - 2, rank - 1];
+    layout.shape = Shape::new(&dims.map(|dim| layout.shape[dim])).ok()?;
+    layout.strides[..2].copy_from_slice(&dims.map(|dim| place.layout.strides[dim]));
+    place.layout.is_one_matrix().then(|| Place { layout, ..place.clone() })
+}
+
+/// Of rows and columns, of a matrix.
+pub(super) fn strides(place: &Place) -> [isize; 2] {
+    [place.layout.strides[0], place.layout.strides[1]]
+}
+
+/// No further element of a matrix is counted.
+pub(super) fn reach(place: &Place) -> usize {
+    let of_dim = |dim: usize| place.layout.shape[dim] * strides(place)[dim].unsigned_abs();
+    place.layout.offset.unsigned_abs() + of_dim(0) + of_dim(1)
+}

@@ -1,9 +1,9 @@
-//! Products: the library's, but for those of few rows, and those that [sum over few](super::thin).
+//! Products: the library's, but for those of few rows, of [few tiles](super::small), and those that [sum over few](super::thin).
 
 use super::draft::{BLOCK, Draft, Gpu};
 use super::quant::vector;
 use super::walk::Walk;
-use super::{Call, Part, Place, Product, thin};
+use super::{Call, Part, Place, Product, small, thin};
 use crate::render::launch::SIMD;
 use crate::render::{Binding, Launch, scalar};
 use crate::{Layout, Operand};
@@ -26,6 +26,7 @@ pub(super) fn gemm(
     let mut product = product(args, 0, out, alpha, accumulate);
     product.bias = args.get(2).map(|bias| place(Binding::Arg(2), bias));
     let part = few_rows(gpu, args, out, alpha, accumulate)
+        .or_else(|| small::product(gpu, &product))
         .or_else(|| thin::product(gpu, &product))
         .unwrap_or(Part::Product(product));
     Call { parts: vec![part], workspace_bytes: 0 }

@@ -2,11 +2,10 @@
 //! result, and a library that is made for large tiles takes longer.
 
 use super::draft::{BLOCK, Draft, Gpu};
-use super::factor::{at_start, rows};
-use super::{Part, Place, Product};
+use super::factor::{at_start, matrix, one_matrix, reach, strides};
+use super::{Part, Product};
 use crate::render::launch::SIMD;
 use crate::render::{Launch, Team};
-use metal_candle_graph::Shape;
 
 /// The most that is summed over.
 const THIN: usize = 64;
@@ -78,30 +77,6 @@ pub(super) fn product(gpu: Gpu<'_>, product: &Product) -> Option<Part> {
         shared_bytes: 0,
     };
     Some(draft.finish(launch))
-}
-
-/// Its leading dims as rows.
-fn matrix(place: &Place) -> Option<Place> {
-    Some(Place { layout: rows(&place.layout)?, ..place.clone() })
-}
-
-/// The last two dims, if there is one matrix for all others.
-fn one_matrix(place: &Place) -> Option<Place> {
-    let (mut layout, rank) = (place.layout, place.layout.shape.rank());
-    let dims = [rank - 2, rank - 1];
-    layout.shape = Shape::new(&dims.map(|dim| layout.shape[dim])).ok()?;
-    layout.strides[..2].copy_from_slice(&dims.map(|dim| place.layout.strides[dim]));
-    place.layout.is_one_matrix().then(|| Place { layout, ..place.clone() })
-}
-
-fn strides(place: &Place) -> [isize; 2] {
-    [place.layout.strides[0], place.layout.strides[1]]
-}
-
-/// No further element is counted.
-fn reach(place: &Place) -> usize {
-    let of_dim = |dim: usize| place.layout.shape[dim] * strides(place)[dim].unsigned_abs();
-    place.layout.offset.unsigned_abs() + of_dim(0) + of_dim(1)
 }
 
 fn is_run(elements: isize) -> bool {

@@ -299,6 +299,65 @@ fn thin_products_of_many_rows_are_a_kernel_on_tensor_cores() {
     }
 }
 
+/// Rows in two dims, what is summed over, and columns: a tile, a part of one, several; more parts of a sum than there are lanes
+/// for them, and fewer.
+const SMALL: [[usize; 4]; 6] = [
+    [1, 5, 136, 40],
+    [3, 11, 100, 68],
+    [1, 70, 512, 8],
+    [2, 10, 7, 30],
+    [1, 16, 4, 16],
+    [1, 48, 65, 70],
+];
+
+/// Factors as they lie and transposed, with gaps and without; onto another product, and with a bias.
+fn small_products(dtype: DType) -> Task {
+    let mut b = Build::new();
+    let mut outputs = Vec::new();
+    let scaled =
+        |b: &mut Build, x: NodeId| b.g.binary_scalar(BinaryOp::Mul, x, 1.0 / 64.0).unwrap();
+    for [batch, rows, k, n] in SMALL {
+        let by_rows = b.input(dtype, &[k, n]);
+        let by_columns = b.input(dtype, &[n, k]);
+        let by_columns = b.g.transpose(by_columns).unwrap();
+        let ragged = b.input(dtype, &[k, n + 3]);
+        let ragged = b.op(Operation::Slice { dim: 1, start: 1, len: n, step: 1 }, &[ragged]);
+        let bias = b.input(dtype, &[n]);
+        for (turn, w) in [by_rows, by_columns, ragged].into_iter().enumerate() {
+            let x = match turn {
+                0 => b.input(dtype, &[batch, rows, k]),
+                1 => {
+                    let x = b.input(dtype, &[k, batch * rows]);
+                    let x = b.g.transpose(x).unwrap();
+                    b.g.reshape(x, Shape::new(&[batch, rows, k]).unwrap()).unwrap()
+                }
+                _ => {
+                    let x = b.input(dtype, &[batch, rows, k + 5]);
+                    b.op(Operation::Slice { dim: 2, start: 3, len: k, step: 1 }, &[x])
+                }
+            };
+            let w = b.g.broadcast_to(w, Shape::new(&[batch, k, n]).unwrap()).unwrap();
+            let y = b.op(Operation::Dot, &[x, w]);
+            let y = scaled(&mut b, y);
+            let (low, high) = (b.input(dtype, &[batch, rows, 4]), b.input(dtype, &[4, n]));
+            let high = b.g.broadcast_to(high, Shape::new(&[batch, 4, n]).unwrap()).unwrap();
+            let low = b.op(Operation::Dot, &[low, high]);
+            let sum = b.g.binary(BinaryOp::Add, low, y).unwrap();
+            let shape = b.g.shape(sum);
+            let every = b.g.broadcast_to(bias, shape).unwrap();
+            outputs.push(b.g.binary(BinaryOp::Add, sum, every).unwrap());
+            let y = b.op(Operation::Dot, &[x, w]);
+            outputs.push(b.g.binary_scalar(BinaryOp::Mul, y, 1.0 / 32.0).unwrap());
+        }
+    }
+    b.task(format!("small products of {dtype}"), outputs, 4.0 * tolerance(dtype))
+}
+
+#[test]
+fn small_products_equal_the_oracle() {
+    check_all("small", &FLOATS.map(small_products));
+}
+
 /// `x w + bias` of few rows and of many, and the same with a LoRA branch; a bias that is a part of a vector; one of a product
 /// that is scaled afterwards; what looks like one, and is added after the product.
 fn biased(dtype: DType) -> Task {
@@ -354,5 +413,5 @@ fn products_with_a_bias_equal_the_oracle() {
 
 pub(super) fn all() -> Vec<Task> {
     let plain = [all_losses(), all_quantised(), FLOATS.map(products).to_vec(), all_thin()];
-    [&plain.concat()[..], &FLOATS.map(biased)].concat()
+    [&plain.concat()[..], &FLOATS.map(biased), &FLOATS.map(small_products)].concat()
 }
