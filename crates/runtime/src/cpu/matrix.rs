@@ -1,6 +1,6 @@
 //! Matrices in memory, as the GEMM takes them.
 
-use crate::cpu::number::Number;
+use crate::cpu::number::{Number, Real};
 use crate::element::Element;
 use std::marker::PhantomData;
 
@@ -221,7 +221,7 @@ impl<'a, T: Element> MatMut<'a, T> {
     }
 }
 
-impl<T: Number> MatMut<'_, T> {
+impl<T: Number<Acc: Real>> MatMut<'_, T> {
     /// Writes `row` to every row, or adds it to what is there.
     pub(crate) fn start_rows_from(&mut self, row: &[T], accumulate: bool) {
         assert_eq!(row.len(), self.cols, "metal-candle bug: a row of another length");
