@@ -45,7 +45,7 @@ FN void product(DEVICE const T* a, DEVICE const T* b, DEVICE const T* bias, DEVI
         for (i32 i = 0; i < PATCH; ++i) {
             for (i32 j = 0; j < PATCH; ++j) sum[i][j] = A(0);
         }
-#pragma unroll 2
+#pragma unroll 4
         for (I k = part * PATCH; k < K::INNER; k += PARTS * PATCH) {
             A left[PATCH][PATCH], right[PATCH][PATCH];
             load_patch<K::A_READS, K::A_ROW, K::A_COL>(a + K::A_START, first_row + row, k, I(K::ROWS), I(K::INNER), left);
