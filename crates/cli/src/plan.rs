@@ -42,6 +42,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let path = model.source().path()?;
     // A plan is data: it can be made for a device that is not here.
     let device = model.device().named();
+    args.train.check(&device)?;
     let decoder = load_outline(&path, model.base(), &device)?;
     let decoder = args.cache.of(decoder.with_activations(model.activations(&device)));
     let decoder = Arc::new(decoder);
@@ -52,7 +53,10 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let page = match args.full {
         true => outline.plan.to_string(),
         false => {
-            let workspaces = workspaces(&device, &outline)?;
+            let mut workspaces = workspaces(&device, &outline)?;
+            if let Some(workspaces) = workspaces.as_mut().filter(|_| args.train.prepacks()) {
+                workspaces.push(outline.prepacked(&device));
+            }
             Summary { what, outline: &outline, parts: &parts, device, workspaces }.to_string()
         }
     };

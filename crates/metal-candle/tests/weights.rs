@@ -3,6 +3,8 @@
 
 #[path = "weights/nf4.rs"]
 mod nf4;
+#[path = "weights/prepacked.rs"]
+mod prepacked;
 #[path = "support/random_model.rs"]
 #[allow(dead_code, reason = "shared with other tests")]
 mod random_model;

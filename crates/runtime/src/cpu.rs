@@ -3,6 +3,7 @@
 //! ```text
 //! executable ─ the walk over a plan's steps
 //! results ─ what comes out of it, and the memory for it
+//! prepacked ─ weights that are packed once for all runs
 //! kernel ─ the tile interpreter
 //! view ─── operands as strided views      matrix ─ the same for the GEMM
 //! number ─ element types and accumulators math ─── loops over rows
@@ -25,6 +26,7 @@ mod math;
 mod matrix;
 mod number;
 mod parallel;
+mod prepacked;
 mod quant;
 mod results;
 mod rope;
@@ -34,6 +36,7 @@ mod simd;
 mod view;
 
 pub(crate) use executable::CpuExecutable;
+pub(crate) use prepacked::workspace as prepacked_workspace;
 pub(crate) use scratch::workspaces;
 
 use metal_candle_compiler::LibraryCall;

@@ -93,6 +93,14 @@ pub(crate) trait Backend: Send + Sync {
     /// See [`Executable::keeping_spares`].
     fn keep_spares(&mut self) {}
 
+    /// See [`Executable::prepacking`].
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory)
+    fn prepack(&mut self, _plan: &Plan) -> Result<()> {
+        Ok(())
+    }
+
     /// See [`Executable::spare_bytes`].
     fn spare_bytes(&self) -> usize {
         0
@@ -167,6 +175,21 @@ impl Executable {
     pub fn keeping_spares(mut self) -> Executable {
         self.backend.keep_spares();
         self
+    }
+
+    /// For whoever repeats the run on the CPU: lays out the matrices that are held, and that products of many rows read, once and
+    /// for all as the loops of those products take them, and not in every run. The results have the same bits.
+    ///
+    /// It takes their memory once more, or twice where one is read along both of its axes, as a trained model's weights are:
+    /// forward along the one, backward along the other ([`Executable::workspaces`] says how much). Executables that hold the same
+    /// matrices share it. Candle tensors, whose elements others may write, and weights in blocks stay as they are. Elsewhere,
+    /// nothing is done: there, products read a matrix as it lies.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory)
+    pub fn prepacking(mut self) -> Result<Executable> {
+        self.backend.prepack(&self.plan)?;
+        Ok(self)
     }
 
     /// What it runs.

@@ -54,4 +54,11 @@ impl Device {
             other => return Err(other.missing()),
         })
     }
+
+    /// What an executable of `plan` that is [prepacking](crate::Executable::prepacking) holds here for it, if it holds the inputs of
+    /// which `is_held` is true. Other executables that hold the same may share it.
+    pub fn prepacked(&self, plan: &Plan, is_held: impl Fn(usize) -> bool) -> Workspace {
+        let on_cpu = matches!(self, Device::Cpu);
+        crate::cpu::prepacked_workspace(plan, |input| on_cpu && is_held(input))
+    }
 }

@@ -83,6 +83,7 @@ pub(super) fn all(model: &Path, encoder: &Path, quick: bool) -> Vec<Row> {
     }
     let trained = [("f32", "qv"), ("bf16", "qv"), ("q4_1", "qv"), ("bf16", "all"), ("q4_1", "all")];
     rows.extend(trained.map(|(base, targets)| train(model, base, targets)));
+    rows.push(train_prepacked(model));
     let tokens = if quick { 16 } else { 128 };
     rows.extend([decode(model, tokens), overhead(model, tokens), prefill(model)]);
     rows.extend(["f32", "bf16", "q8_0"].map(|base| embed(encoder, base, [64, 64])));
@@ -173,6 +174,16 @@ fn train(model: &Path, base: &'static str, targets: &str) -> Row {
         is_model: true,
         note,
     }
+}
+
+/// The step in bf16 whose frozen matrices are laid out once.
+fn train_prepacked(model: &Path) -> Row {
+    let mut row = train(model, "bf16", "qv");
+    row.name += ", prepacked weights";
+    row.work["prepack"] = json!(true);
+    row.peers = &[];
+    row.note = Some("`train --prepack-weights`: the step above, in the memory that is listed");
+    row
 }
 
 const GENERATION_NOTE: Option<&str> = Some("transformers takes the blocks apart to bf16");
@@ -302,7 +313,7 @@ mod tests {
         names.sort_unstable();
         names.dedup();
         assert_eq!(names.len(), rows.len());
-        // The row without peers is a part of another one's time.
+        // Those without peers are a part of another row's time, or another way to it.
         let mut compared = rows.iter().filter(|row| !row.peers.is_empty());
         assert!(compared.all(|row| !row.floor.ceilings().is_empty()));
     }

@@ -1,6 +1,9 @@
 //! What is planned is what is done.
 
 use crate::{data, fails, model, run, succeeds, text};
+use serde_json::{Value, json};
+use std::io::Write;
+use std::path::Path;
 
 #[test]
 fn the_plan_of_a_training_is_the_one_that_it_makes() {
@@ -93,4 +96,61 @@ fn planning_reads_no_weights() {
     let output = run(&["plan", "--model", &model, "--target-modules", "no_such_layer"]);
     assert_eq!(output.status.code(), Some(1));
     assert!(text(&output.stderr).contains("no_such_layer"));
+}
+
+/// A folder of a Llama of one layer of 64 features, its weights a file with a header and a hole: enough to be planned.
+fn headers(folder: &Path) -> String {
+    let config = r#"{"model_type": "llama", "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 1,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 96, "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 256, "tie_word_embeddings": true}"#;
+    std::fs::write(folder.join("config.json"), config).unwrap();
+    let layer = [
+        ("input_layernorm", vec![64]),
+        ("post_attention_layernorm", vec![64]),
+        ("self_attn.q_proj", vec![64, 64]),
+        ("self_attn.k_proj", vec![64, 64]),
+        ("self_attn.v_proj", vec![64, 64]),
+        ("self_attn.o_proj", vec![64, 64]),
+        ("mlp.gate_proj", vec![160, 64]),
+        ("mlp.up_proj", vec![160, 64]),
+        ("mlp.down_proj", vec![64, 160]),
+    ];
+    let layer = layer.map(|(name, dims)| (format!("model.layers.0.{name}.weight"), dims));
+    let outer = [("embed_tokens", vec![96, 64]), ("norm", vec![64])];
+    let outer = outer.map(|(name, dims)| (format!("model.{name}.weight"), dims));
+    let mut end = 0;
+    let tensors = outer.into_iter().chain(layer).map(|(name, shape)| {
+        let start = end;
+        end += 2 * shape.iter().product::<u64>();
+        let tensor = json!({"dtype": "BF16", "shape": shape, "data_offsets": [start, end]});
+        (name, tensor)
+    });
+    let header = Value::Object(tensors.collect()).to_string();
+    let mut file = std::fs::File::create(folder.join("model.safetensors")).unwrap();
+    file.write_all(&(header.len() as u64).to_le_bytes()).unwrap();
+    file.write_all(header.as_bytes()).unwrap();
+    file.set_len(8 + header.len() as u64 + end).unwrap();
+    folder.to_str().unwrap().to_owned()
+}
+
+#[test]
+fn prepacked_weights_are_listed_beside_the_same_plan() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = headers(folder.path());
+    let flags = ["plan", "--model", &model, "--dtype", "bf16", "--device"];
+    let plain = succeeds(&[&flags[..], &["cpu"]].concat());
+    let prepacking = succeeds(&[&flags[..], &["cpu", "--prepack-weights"]].concat());
+    assert!(!plain.contains("prepacked weights"), "{plain}");
+    // Both orders of four matrices, and one of q, k and v, before which nothing is trained, in KiB.
+    let weights = (2 * (2 * (64 * 64 + 3 * 64 * 160) + 3 * 64 * 64)) >> 10;
+    let listed = prepacking.lines().find(|line| line.contains("prepacked weights")).unwrap();
+    let words: Vec<&str> = listed.split_whitespace().collect();
+    let [.., size, "KiB"] = words[..] else { panic!("{listed}") };
+    let listed: f64 = size.parse().unwrap();
+    // Twice as much where bf16 is widened to be multiplied.
+    assert!((weights as f64..2.5 * weights as f64).contains(&listed), "{listed} for {weights}");
+    let peak = |page: &str| number(page, "peak", " bytes exactly");
+    assert_eq!(peak(&prepacking), peak(&plain));
+    let elsewhere = [&flags[..], &["cuda", "--prepack-weights"]].concat();
+    fails(&elsewhere, &["--prepack-weights", "cpu", "got cuda"]);
 }

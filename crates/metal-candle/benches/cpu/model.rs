@@ -20,10 +20,13 @@ use std::time::{Duration, Instant};
 pub(crate) const VOCABULARY: usize = 8192;
 
 /// Of `{"work": "train", "model": PATH, "base": "bf16", "activations": "bf16", "targets": "qv", "batch": 4, "seq": 256,
-/// "rank": 8}`: AdamW at 1e-4, clipped to 1, on rows of packed text in file order.
+/// "rank": 8}`: AdamW at 1e-4, clipped to 1, on rows of packed text in file order; with `"prepack": true`, weights are laid
+/// out once.
 pub(crate) fn train(row: &Value) -> Result<Prepared, Failure> {
     let (mut step, batches, shape) = training(row)?;
-    let planned = step.plan(shape)?.peak_bytes();
+    let (plan, workspaces) = step.plan_with_workspaces(shape)?;
+    let beside = workspaces.iter().filter(|workspace| !workspace.shared);
+    let planned = plan.peak_bytes() + beside.map(|workspace| workspace.bytes).sum::<usize>();
     let mut next = 0;
     let mut prepared = Prepared::new(move || {
         let metrics = step.run(&batches[next % batches.len()], 1e-4)?;
@@ -55,7 +58,10 @@ pub(crate) fn training(row: &Value) -> Result<(TrainStep, Vec<Batch>, StepShape)
     let config = LoraConfig { r, lora_alpha: 16.0, target_modules, ..LoraConfig::default() };
     let adapter = LoRAAdapter::new(config, decoder.modules(), 0, &Device::Cpu)?;
     let optimizer = AdamWConfig::default();
-    let step = TrainStep::new(Arc::new(decoder), adapter, optimizer, 1.0, 0)?;
+    let mut step = TrainStep::new(Arc::new(decoder), adapter, optimizer, 1.0, 0)?;
+    if row.get("prepack").is_some_and(|prepack| *prepack == true) {
+        step = step.prepacking();
+    }
     Ok((step, batches, StepShape { batch, seq, accumulated: 1, packed: false }))
 }
 

@@ -349,7 +349,8 @@ impl Builder<'_> {
                     LazyTensor::from_bytes(stored.bytes, dtype, &stored.shape, self.device)?
                 } else {
                     let floats = self.source.dequantise(name, &stored, dtype)?;
-                    LazyTensor::from_tensor(&floats)?.to_device(self.device)?
+                    // Memory of its own: Candle's would be locked in every run, as others may write it.
+                    LazyTensor::from_tensor(&floats)?.to_device(self.device)?.into_owned()?
                 }
             }
             (Read::Headers, _) => LazyTensor::placeholder(dims, dtype, self.device)?,

@@ -19,6 +19,10 @@ pub struct TrainingConfig {
     pub max_seq_length: usize,
     /// Whether several examples share a row, kept apart in attention, so that little is padding.
     pub packing: bool,
+    /// Whether frozen matrices are laid out once for the CPU's products, for more memory ([`Compiled::prepacking`]).
+    ///
+    /// [`Compiled::prepacking`]: crate::Compiled::prepacking
+    pub prepack_weights: bool,
     /// The learning rate over the iterations.
     pub schedule: LRScheduler,
     /// The optimizer.
@@ -53,6 +57,7 @@ impl Default for TrainingConfig {
             grad_accumulation_steps: 1,
             max_seq_length: 2048,
             packing: false,
+            prepack_weights: false,
             schedule: LRScheduler::Constant { rate: 1e-5 },
             optimizer: AdamWConfig::default(),
             max_gradient_norm: 1.0,

@@ -2,7 +2,7 @@
 
 use super::StepShape;
 use crate::error::ErrorKind;
-use crate::{Device, Plan, Result};
+use crate::{Device, Plan, Result, Workspace};
 
 /// Rows shorter than this are not worth proposing.
 const SHORTEST: usize = 32;
@@ -15,13 +15,13 @@ const SHORTEST: usize = 32;
 pub(super) fn check(
     device: &Device,
     shape: StepShape,
-    plan: impl Fn(StepShape) -> Result<Plan>,
+    plan: impl Fn(StepShape) -> Result<(Plan, Vec<Workspace>)>,
 ) -> Result<()> {
     let Some(memory) = device.memory() else { return Ok(()) };
     let wanted = |shape| {
-        let plan = plan(shape)?;
+        let (plan, workspaces) = plan(shape)?;
         // What all plans share is there already.
-        let own = device.workspaces(&plan)?.into_iter().filter(|workspace| !workspace.shared);
+        let own = workspaces.into_iter().filter(|workspace| !workspace.shared);
         Ok(plan.allocated_bytes() + own.map(|workspace| workspace.bytes).sum::<usize>())
     };
     compare(*device, shape, memory.free_bytes, wanted)

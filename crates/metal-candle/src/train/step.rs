@@ -10,7 +10,10 @@ use crate::io::data::Batch;
 use crate::lazy::one_device;
 use crate::models::Decoder;
 use crate::nn::LoRAAdapter;
-use crate::{Compiled, DType, Device, LazyTensor, Outline, Recording, Result, World, compile};
+use crate::{
+    Compiled, DType, Device, LazyTensor, Outline, Plan, Recording, Result, Workspace, World,
+    compile,
+};
 use std::sync::Arc;
 
 /// What one step did.
@@ -94,6 +97,7 @@ pub struct TrainStep {
     seed: i64,
     device: Device,
     ranks: Option<Ranks>,
+    prepacks: bool,
 }
 
 impl TrainStep {
@@ -148,7 +152,17 @@ impl TrainStep {
             seed,
             device,
             ranks: None,
+            prepacks: false,
         })
+    }
+
+    /// On the CPU, lays out the frozen matrices once, as the products of all steps take them: [`Compiled::prepacking`] says what that
+    /// takes. The numbers stay the same, bit for bit.
+    #[must_use]
+    pub fn prepacking(mut self) -> TrainStep {
+        (self.step, self.evaluate) = (self.step.prepacking(), self.evaluate.prepacking());
+        self.prepacks = true;
+        self
     }
 
     /// Trains together with the other ranks of a world: each is given the same batches and takes the rows of its own
@@ -164,6 +178,7 @@ impl TrainStep {
         }
         self.traced.in_world = true;
         let step = self.traced.clone().compiled(self.optimizer, self.max_gradient_norm);
+        let step = if self.prepacks { step.prepacking() } else { step };
         self.step = step.within(Arc::clone(&world));
         self.diagnose = self.traced.clone().norms().within(Arc::clone(&world));
         self.ranks = Some(Ranks::new(world));
@@ -281,10 +296,25 @@ impl TrainStep {
     ///
     /// # Errors
     /// Where the step could not be traced.
-    pub fn plan(&self, shape: StepShape) -> Result<metal_candle_compiler::Plan> {
+    pub fn plan(&self, shape: StepShape) -> Result<Plan> {
+        Ok(self.own_outline(shape)?.plan)
+    }
+
+    /// [`TrainStep::plan`], and what its runs hold on the device beside it.
+    ///
+    /// # Errors
+    /// Where the step could not be traced, or the device cannot run it.
+    pub fn plan_with_workspaces(&self, shape: StepShape) -> Result<(Plan, Vec<Workspace>)> {
+        let outline = self.own_outline(shape)?;
+        let mut workspaces = self.device.workspaces(&outline.plan)?;
+        workspaces.extend(self.prepacks.then(|| outline.prepacked(&self.device)));
+        Ok((outline.plan, workspaces))
+    }
+
+    fn own_outline(&self, shape: StepShape) -> Result<Outline> {
         let mut args = self.state.clone();
         args.extend(shape.arguments(&self.device, self.traced.in_world)?);
-        self.step.plan(&args)
+        self.step.outline(&args)
     }
 
     /// What the next step on these batches would compute, and from what. Its results are AdamW's corrections, the norm of

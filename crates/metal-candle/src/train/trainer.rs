@@ -11,7 +11,7 @@ use crate::io::data::{Batch, Batcher, Example, Order};
 use crate::io::file;
 use crate::models::Decoder;
 use crate::nn::LoRAAdapter;
-use crate::{Outline, Plan, Result, World};
+use crate::{Outline, Plan, Result, Workspace, World};
 use serde_json::{Map, Value};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -56,6 +56,7 @@ impl Trainer {
         let (norm, seed) = (config.max_gradient_norm, config.seed);
         let base = Arc::clone(&decoder);
         let step = TrainStep::new(base, adapter, config.optimizer, norm, seed)?;
+        let step = if config.prepack_weights { step.prepacking() } else { step };
         Ok(Trainer { config, decoder, step, stop: Arc::default() })
     }
 
@@ -138,7 +139,7 @@ impl Trainer {
             file::check_writable(folder)?;
         }
         let shape = self.config.shape(Some(train), self.ranks())?;
-        fit::check(self.decoder.device(), shape, |shape| self.step.plan(shape))?;
+        fit::check(self.decoder.device(), shape, |shape| self.step.plan_with_workspaces(shape))?;
         let progress = self.start(batches, &settings, &mut report)?;
         self.check_ranks(&settings, &progress)?;
         let window = Window::start();
@@ -206,6 +207,14 @@ impl Trainer {
     /// Where they make no batch, or the step cannot be traced.
     pub fn plan(&self, train: &[Example]) -> Result<Plan> {
         self.step.plan(self.config.shape(Some(train), self.ranks())?)
+    }
+
+    /// [`Trainer::plan`], and what its runs hold on the device beside it.
+    ///
+    /// # Errors
+    /// As [`Trainer::plan`].
+    pub fn plan_with_workspaces(&self, train: &[Example]) -> Result<(Plan, Vec<Workspace>)> {
+        self.step.plan_with_workspaces(self.config.shape(Some(train), self.ranks())?)
     }
 
     /// The step of a training with this configuration on the largest batches that `train` makes, or

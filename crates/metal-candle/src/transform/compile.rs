@@ -6,7 +6,9 @@ use crate::lazy::{LazyTensor, Leaf, Trace, Vacant, one_device, trace};
 use crate::{Device, Error, Result};
 use metal_candle_compiler::{OutputSource, Plan};
 use metal_candle_graph::TensorType;
-use metal_candle_runtime::{AsyncGraphExecutor, Buffer, Executable, InFlight, Timing, World};
+use metal_candle_runtime::{
+    AsyncGraphExecutor, Buffer, Executable, InFlight, Timing, Workspace, World,
+};
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -34,6 +36,7 @@ pub struct Compiled {
     donated: Vec<usize>,
     /// Over whose ranks it sums.
     world: Option<Arc<World>>,
+    prepacks: bool,
     /// Most recently used last.
     traced: Mutex<Vec<Arc<Traced>>>,
 }
@@ -45,6 +48,15 @@ pub struct Outline {
     pub plan: Plan,
     /// One for each of the plan's inputs.
     pub inputs: Vec<InputSource>,
+}
+
+impl Outline {
+    /// What the function's calls hold on this device beside the plan's memory if it is [prepacking](Compiled::prepacking): what it
+    /// captures has no bytes yet, so all of it is taken for what can be prepacked.
+    pub fn prepacked(&self, device: &Device) -> Workspace {
+        let is_captured = |i: usize| matches!(self.inputs[i], InputSource::Captured(_));
+        device.prepacked(&self.plan, is_captured)
+    }
 }
 
 /// Where an input of a plan comes from.
@@ -97,7 +109,7 @@ pub fn compile(
     f: impl Fn(&[LazyTensor]) -> Result<Vec<LazyTensor>> + Send + Sync + 'static,
 ) -> Compiled {
     let (f, donated, traced) = (Box::new(f), Vec::new(), Mutex::new(Vec::new()));
-    Compiled { f, donated, world: None, traced }
+    Compiled { f, donated, world: None, prepacks: false, traced }
 }
 
 impl Compiled {
@@ -113,6 +125,19 @@ impl Compiled {
     #[must_use]
     pub fn within(mut self, world: Arc<World>) -> Compiled {
         self.world = Some(world);
+        self
+    }
+
+    /// On the CPU, lays out the matrices that the function captures, once and for all, as its products of many rows take them, instead
+    /// of in every call. The results have the same bits.
+    ///
+    /// It takes their memory once more, or twice where a call multiplies by a matrix and by its transpose, as a step of training
+    /// does with frozen weights: [`Outline::prepacked`] says how much. Functions that capture the same matrices share it, and it
+    /// is let go with the last of them. Candle tensors and weights in blocks stay as they are; so does all on other devices,
+    /// which read matrices as they lie.
+    #[must_use]
+    pub fn prepacking(mut self) -> Compiled {
+        self.prepacks = true;
         self
     }
 
@@ -266,12 +291,15 @@ impl Compiled {
         });
         let updated = updated.collect();
         let executable = Executable::holding(plan, &device, self.world.as_ref(), captured);
-        let executable = Arc::new(executable.at_caller()?.keeping_spares());
+        let mut executable = executable.at_caller()?.keeping_spares();
+        if self.prepacks {
+            executable = executable.prepacking().at_caller()?;
+        }
         let inputs = trace.leaves.into_iter().filter(|leaf| held(leaf).is_none()).collect();
         Ok(Traced {
             types: args.iter().map(LazyTensor::ty).collect(),
             device,
-            executable,
+            executable: Arc::new(executable),
             inputs,
             results,
             updated,

@@ -1,6 +1,7 @@
 //! A plan made ready to run on the CPU, and one run of it.
 
 use super::kernel::Program;
+use super::prepacked::{Held, Prepacked};
 use super::results::Results;
 use super::view::{Arg, Out};
 use crate::arena::Arena;
@@ -43,6 +44,8 @@ pub(crate) struct CpuExecutable {
     inputs: Arc<Inputs>,
     /// Inputs that are held and live in a Candle storage, by the storage.
     shared: Vec<(usize, u32)>,
+    /// What the panels take that the steps have.
+    prepacked: Option<Workspace>,
 }
 
 /// What is fixed about a step.
@@ -51,6 +54,8 @@ struct Prepared {
     program: Option<Program>,
     args: SmallVec<[Place; 4]>,
     outs: SmallVec<[Place; 2]>,
+    /// By argument, its panels, if they were packed before; empty if none were.
+    prepacked: Vec<Option<Arc<Held>>>,
     /// Element operations, of a call an estimate.
     work: u64,
     parallel: bool,
@@ -135,6 +140,7 @@ impl CpuExecutable {
             world,
             shared: inputs.held().filter_map(|(i, buffer)| shared(buffer, i)).collect(),
             inputs,
+            prepacked: None,
         })
     }
 
@@ -245,8 +251,18 @@ impl Backend for CpuExecutable {
         self.results.spare_bytes()
     }
 
+    fn prepack(&mut self, plan: &Plan) -> Result<()> {
+        let prepacked = Prepacked::new(plan, &self.inputs)?;
+        for (i, (prepared, step)) in self.steps.iter_mut().zip(&plan.steps).enumerate() {
+            let of: Vec<_> = (0..step.args.len()).map(|arg| prepacked.of(i, arg)).collect();
+            prepared.prepacked = if of.iter().any(Option::is_some) { of } else { Vec::new() };
+        }
+        self.prepacked = Some(prepacked.workspace());
+        Ok(())
+    }
+
     fn workspaces(&self) -> Vec<Workspace> {
-        super::workspaces()
+        super::workspaces().into_iter().chain(self.prepacked).collect()
     }
 
     fn allocated_arena_bytes(&self) -> usize {
@@ -319,6 +335,7 @@ impl Prepared {
             program,
             args: step.args.iter().map(place).collect(),
             outs: step.outs.iter().map(place).collect(),
+            prepacked: Vec::new(),
             work,
             parallel: work >= least,
         }
@@ -362,8 +379,11 @@ impl Prepared {
                 let args = self.args.iter().zip(&step.args);
                 let outs = self.outs.iter().zip(&step.outs);
                 // SAFETY: the caller's promise; a call's outputs share memory with nothing.
-                let args: SmallVec<[Arg; 8]> =
+                let mut args: SmallVec<[Arg; 8]> =
                     args.map(|(place, o)| unsafe { Arg::new(at(place), o) }).collect();
+                for (arg, held) in args.iter_mut().zip(&self.prepacked) {
+                    *arg = arg.keeping(held.as_deref().map(Held::kept));
+                }
                 // SAFETY: as above.
                 let mut outs: SmallVec<[Out; 4]> =
                     outs.map(|(place, o)| unsafe { Out::new(at(place), o) }).collect();

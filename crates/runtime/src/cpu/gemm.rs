@@ -5,6 +5,7 @@
 //! pack ───── operands laid out for the kernels     micro ─── one tile, whose sums stay in registers
 //! few_rows ─ a few rows times a matrix as it lies  thin ──── what is made of it
 //! lanes ──── vectors of every instruction set      sum ───── products that are added up as they are made
+//! kept ───── factors that are packed once
 //! ```
 //!
 //! The rows and columns of the result are split among threads, never the sums: any number of them gives the same bits.
@@ -12,6 +13,7 @@
 
 mod blocked;
 pub(crate) mod few_rows;
+mod kept;
 mod lanes;
 mod micro;
 mod multiply;
@@ -25,6 +27,9 @@ use crate::cpu::view::{Arg, Out, offset_of};
 use crate::cpu::{parallel, scratch};
 use crate::element::Element;
 use crate::team;
+use kept::Keeping;
+pub(crate) use kept::{FactorShape, Kept};
+use metal_candle_compiler::Layout;
 use metal_candle_graph::DType;
 pub(crate) use multiply::{Multiply, Product};
 pub(crate) use pack::{Factor, Source};
@@ -41,22 +46,29 @@ pub(crate) fn call(args: &[Arg], outs: &mut [Out], alpha: f64, accumulate: bool,
     };
     for_float!(out.dtype(), T => {
         let bias = bias.first().map(|bias| bias.read::<T>().run(0));
-        let bias = bias.as_ref().map(|bias| bias.row_slice(0).expect("metal-candle bug: a bias with gaps"));
-        Batch::<T>::new(a, b, out).run(parallel, |mut out, a, b, parallel| {
-            if let Some(bias) = bias {
-                out.start_rows_from(bias, accumulate);
+        let row = |bias: &Mat<'_, T>| bias.row_slice(0).expect("metal-candle bug: a bias with gaps");
+        let alpha = <T as Number>::Acc::from_f64(alpha);
+        Batch::<T>::new(a, b, out).run(parallel, |mut out, a, b, kept, parallel| {
+            if let Some(bias) = &bias {
+                out.start_rows_from(row(bias), accumulate);
             }
-            let accumulate = accumulate || bias.is_some();
-            gemm(out, a, b, <T as Number>::Acc::from_f64(alpha), accumulate, parallel);
+            gemm_keeping(out, [a, b], kept, alpha, accumulate || bias.is_some(), parallel);
         });
     });
 }
 
 /// Products of one shape at regular distances.
-struct Batch<T> {
+struct Batch<'a, T> {
     a: *const T,
     b: *const T,
     out: *mut T,
+    /// Those of a and b.
+    kept: [Option<&'a Kept>; 2],
+    shape: BatchShape,
+}
+
+/// How many products, and of what shape.
+struct BatchShape {
     m: usize,
     n: usize,
     k: usize,
@@ -68,39 +80,25 @@ struct Batch<T> {
 }
 
 // SAFETY: the pointers are those of an `Arg`, an `Arg` and an `Out`, which `run` hands out product by product.
-unsafe impl<T: Sync> Sync for Batch<T> {}
+unsafe impl<T: Sync> Sync for Batch<'_, T> {}
 
-impl<T: Float> Batch<T> {
-    fn new(a: &Arg, b: &Arg, out: &mut Out) -> Batch<T> {
-        let (out_shape, (data, out_strides)) = (out.shape(), out.data::<T>());
-        let (a, b) = (a.read::<T>(), b.read::<T>());
-        let rank = out_shape.rank();
-        let [m, n, k] = [out_shape[rank - 2], out_shape[rank - 1], a.shape()[rank - 1]];
-        for (operand, extents) in [(a.shape(), [m, k]), (b.shape(), [k, n])] {
-            let batched = operand.dims()[..rank - 2] == out_shape.dims()[..rank - 2];
+impl BatchShape {
+    /// Of a, b and out.
+    fn new(layouts: [&Layout; 3]) -> BatchShape {
+        let [a, b, out] = layouts.map(|layout| layout.shape);
+        let rank = out.rank();
+        let [m, n, k] = [out[rank - 2], out[rank - 1], a[rank - 1]];
+        for (operand, extents) in [(a, [m, k]), (b, [k, n])] {
+            let batched = operand.dims()[..rank - 2] == out.dims()[..rank - 2];
             let fits = batched && operand.dims()[rank - 2..] == extents;
-            assert!(
-                fits,
-                "metal-candle bug: gemm of {} and {} to {out_shape}",
-                a.shape(),
-                b.shape()
-            );
+            assert!(fits, "metal-candle bug: gemm of {a} and {b} to {out}");
         }
-        let row_col = |stride: &dyn Fn(usize) -> isize| [stride(rank - 2), stride(rank - 1)];
-        let all = [&|d| a.stride(d), &|d| b.stride(d), &|d| out_strides[d]] as [&dyn Fn(_) -> _; 3];
-        let mut it = Batch {
-            a: a.as_ptr(),
-            b: b.as_ptr(),
-            out: data,
-            m,
-            n,
-            k,
-            strides: all.map(row_col),
-            extents: SmallVec::new(),
-            batch: Default::default(),
-        };
-        for d in (0..rank - 2).rev().filter(|d| out_shape[*d] != 1) {
-            it.add_dim(out_shape[d], all.map(|stride| stride(d)));
+        let row_col = |layout: &Layout| [layout.strides[rank - 2], layout.strides[rank - 1]];
+        let strides = layouts.map(row_col);
+        let (extents, batch) = (SmallVec::new(), Default::default());
+        let mut it = BatchShape { m, n, k, strides, extents, batch };
+        for d in (0..rank - 2).rev().filter(|d| out[*d] != 1) {
+            it.add_dim(out[d], layouts.map(|layout| layout.strides[d]));
         }
         it.extents.reverse();
         it.batch.iter_mut().for_each(|strides| strides.reverse());
@@ -127,36 +125,63 @@ impl<T: Float> Batch<T> {
             strides.push(stride);
         }
     }
+}
+
+impl<'a, T: Float> Batch<'a, T> {
+    fn new(a: &Arg<'a>, b: &Arg<'a>, out: &mut Out) -> Batch<'a, T> {
+        let shape = BatchShape::new([a.layout(), b.layout(), out.layout()]);
+        let kept = [a.kept(), b.kept()];
+        let (a, b) = (a.read::<T>().as_ptr(), b.read::<T>().as_ptr());
+        Batch { a, b, out: out.data::<T>().0, kept, shape }
+    }
 
     /// Runs every product: several at a time if there are enough of them, else each on all threads. Either
     /// way gives the same bits.
     fn run(
         &self,
         parallel: bool,
-        product: impl Fn(MatMut<'_, T>, Mat<'_, T>, Mat<'_, T>, bool) + Send + Sync,
+        product: impl Fn(MatMut<'_, T>, Mat<'_, T>, Mat<'_, T>, KeptPair<'a>, bool) + Send + Sync,
     ) {
-        let products: usize = self.extents.iter().product();
+        let BatchShape { m, n, k, strides, extents, batch } = &self.shape;
+        let (m, n, k) = (*m, *n, *k);
+        let products: usize = extents.iter().product();
+        // Those of a whole operand.
+        let kept = if products == 1 { self.kept } else { [None; 2] };
         let side_by_side = parallel && products >= team::threads();
         parallel::for_each(side_by_side, products, |i| {
-            let [a, b, out] = [0, 1, 2].map(|x| offset_of(i, &self.extents, &self.batch[x]));
-            let (m, n, k, strides) = (self.m, self.n, self.k, &self.strides);
+            let [a, b, out] = [0, 1, 2].map(|x| offset_of(i, extents, &batch[x]));
             // SAFETY: the operands' elements, as `Arg` and `Out` promise; products write disjoint parts of an
             // output whose elements are distinct.
             unsafe {
                 let a = Mat::new(self.a.wrapping_offset(a), [m, k], strides[0]);
                 let b = Mat::new(self.b.wrapping_offset(b), [k, n], strides[1]);
                 let out = MatMut::new(self.out.wrapping_offset(out), [m, n], strides[2]);
-                product(out, a, b, parallel && !side_by_side);
+                product(out, a, b, kept, parallel && !side_by_side);
             }
         });
     }
 }
 
+/// The kept panels of two factors, if there are any.
+type KeptPair<'a> = [Option<&'a Kept>; 2];
+
 /// `out = alpha · a b`, added to what is there if `accumulate`.
 pub(crate) fn gemm<T: Multiply<Acc: Real>>(
-    mut out: MatMut<'_, T>,
+    out: MatMut<'_, T>,
     a: Mat<'_, T>,
     b: Mat<'_, T>,
+    alpha: T::Acc,
+    accumulate: bool,
+    parallel: bool,
+) {
+    gemm_keeping(out, [a, b], [None; 2], alpha, accumulate, parallel);
+}
+
+/// [`gemm`] of factors some of which may be packed already.
+fn gemm_keeping<T: Multiply<Acc: Real>>(
+    mut out: MatMut<'_, T>,
+    [a, b]: [Mat<'_, T>; 2],
+    kept: KeptPair,
     alpha: T::Acc,
     accumulate: bool,
     parallel: bool,
@@ -176,10 +201,12 @@ pub(crate) fn gemm<T: Multiply<Acc: Real>>(
     let turned = match (out.rows(), out.cols()) {
         (1, _) => b.row_stride() == 1,
         (_, 1) => a.col_stride() != 1 && a.row_stride() == 1,
-        _ => out.col_stride() != 1 && out.row_stride() == 1,
+        _ => is_turned([out.row_stride(), out.col_stride()]),
     };
-    let (mut out, a, b) =
-        if turned { (out.transposed(), b.transposed(), a.transposed()) } else { (out, a, b) };
+    let (mut out, a, b, kept) = match turned {
+        true => (out.transposed(), b.transposed(), a.transposed(), [kept[1], kept[0]]),
+        false => (out, a, b, kept),
+    };
     if out.cols() == 1 && a.col_stride() == 1 {
         return times_vector(out, a, b, alpha, accumulate, parallel);
     }
@@ -188,7 +215,15 @@ pub(crate) fn gemm<T: Multiply<Acc: Real>>(
     if T::multiply_thin(&mut out, a, b, product, parallel) {
         return;
     }
-    T::multiply(out, T::factor(&a), T::factor(&b.transposed()), product, parallel);
+    let b = b.transposed();
+    let a = Keeping { factor: T::factor(&a), kept: kept[0] };
+    let b = Keeping { factor: T::factor(&b), kept: kept[1] };
+    T::multiply(out, &a, &b, product, parallel);
+}
+
+/// Whether a result of several rows and columns is made column by column: they lie side by side, unlike rows.
+fn is_turned([row_stride, col_stride]: [isize; 2]) -> bool {
+    col_stride != 1 && row_stride == 1
 }
 
 /// [`gemm`] for a result that is summed on this thread, of factors of dtype `T` or made of such: if that is bf16, they

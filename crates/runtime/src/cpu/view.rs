@@ -1,9 +1,10 @@
 //! Operands as typed, strided views: the pointers stay in this file, the kernels see slices and rows.
 
+use crate::cpu::gemm::Kept;
 use crate::cpu::matrix::Mat;
 use crate::cpu::number::{Accumulator, Number};
 use crate::element::Element;
-use metal_candle_compiler::Operand;
+use metal_candle_compiler::{Layout, Operand};
 use metal_candle_graph::{DType, MAX_RANK, Shape};
 use std::marker::PhantomData;
 
@@ -12,6 +13,7 @@ use std::marker::PhantomData;
 pub(crate) struct Arg<'a> {
     base: *const u8,
     operand: &'a Operand,
+    kept: Option<&'a Kept>,
 }
 
 // SAFETY: memory that nobody writes.
@@ -24,7 +26,7 @@ impl<'a> Arg<'a> {
     /// Every element that the operand's layout reaches from `base`, the start of its buffer, is initialised
     /// and aligned, and nobody writes it during `'a`.
     pub(crate) unsafe fn new(base: *const u8, operand: &'a Operand) -> Arg<'a> {
-        Arg { base, operand }
+        Arg { base, operand, kept: None }
     }
 
     pub(crate) fn dtype(&self) -> DType {
@@ -33,6 +35,19 @@ impl<'a> Arg<'a> {
 
     pub(crate) fn shape(&self) -> &'a Shape {
         &self.operand.layout.shape
+    }
+
+    /// A matrix whose panels, as a factor of this call, were packed before.
+    pub(crate) fn keeping(self, kept: Option<&'a Kept>) -> Arg<'a> {
+        Arg { kept, ..self }
+    }
+
+    pub(crate) fn kept(&self) -> Option<&'a Kept> {
+        self.kept
+    }
+
+    pub(crate) fn layout(&self) -> &'a Layout {
+        &self.operand.layout
     }
 
     pub(crate) fn read<T: Element>(&self) -> Strided<'a, T> {
@@ -85,9 +100,13 @@ impl<'a> Out<'a> {
         &self.operand.layout.shape
     }
 
+    pub(crate) fn layout(&self) -> &'a Layout {
+        &self.operand.layout
+    }
+
     /// What has been written, to be read while nobody writes more.
     pub(crate) fn written(&self) -> Arg<'_> {
-        Arg { base: self.base, operand: self.operand }
+        Arg { base: self.base, operand: self.operand, kept: None }
     }
 
     /// The elements, dense.

@@ -1,9 +1,11 @@
 //! Which kernels the products of a dtype go to.
 
+use super::kept::Panels;
 use super::pack::Factor;
 use super::{blocked, micro};
 use crate::cpu::matrix::{Mat, MatMut};
 use crate::cpu::number::Number;
+use crate::element::Element;
 use half::{bf16, f16};
 use metal_candle_graph::DType;
 
@@ -42,6 +44,9 @@ pub(crate) trait Multiply: Number {
         product: Product<Self::Acc>,
         parallel: bool,
     );
+
+    /// The panels that [`Multiply::multiply`] makes of a factor, by `[rows or columns, k]`, as `a` (side 0) or `b` (side 1).
+    fn panels(extents: [usize; 2], side: usize) -> Panels;
 }
 
 /// Dtypes that are summed in f32.
@@ -73,6 +78,13 @@ macro_rules! summed_in_f32 {
             ) {
                 summed_in_f32(out, a, b, product, parallel);
             }
+
+            fn panels(extents: [usize; 2], side: usize) -> Panels {
+                match micro::for_bf16_pairs().filter(|_| <$ty>::DTYPE == DType::BF16) {
+                    Some(kernels) => Panels::new(kernels, extents, side),
+                    None => Panels::new(micro::for_f32(), extents, side),
+                }
+            }
         }
     )*};
 }
@@ -95,6 +107,10 @@ impl Multiply for f64 {
         parallel: bool,
     ) {
         blocked::product::<f64, f64>(micro::for_f64(), out, [a, b], &product, parallel);
+    }
+
+    fn panels(extents: [usize; 2], side: usize) -> Panels {
+        Panels::new(micro::for_f64(), extents, side)
     }
 }
 

@@ -25,6 +25,11 @@ pub(crate) trait Source<P>: Sync {
     fn in_place(&self, _outer: usize, _k: usize) -> Option<(*const P, usize)> {
         None
     }
+
+    /// What [`Source::pack`] would give, if that lies packed already: then so do all panels of these `k`.
+    fn packed(&self, _outer: Range<usize>, _k: Range<usize>, _width: usize) -> Option<&[P]> {
+        None
+    }
 }
 
 /// A factor that packs itself for whatever kernels there are.
@@ -33,6 +38,7 @@ impl<S: Source<u32> + Source<f32> + Source<f64>> Factor for S {}
 
 /// What is packed, whatever it is packed of.
 pub(super) trait Word: Pod {
+    const KIND: Kind;
     const ZERO: Self;
     /// Consecutive elements along `k`.
     const STEPS: usize;
@@ -41,9 +47,18 @@ pub(super) trait Word: Pod {
     fn scaled(self, by: f64) -> Self;
 }
 
+/// The words that there are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    Pairs,
+    F32,
+    F64,
+}
+
 macro_rules! float_words {
-    ($($ty:ty),*) => {$(
+    ($($ty:ty: $kind:ident),*) => {$(
         impl Word for $ty {
+            const KIND: Kind = Kind::$kind;
             const ZERO: $ty = 0.0;
             const STEPS: usize = 1;
             #[inline(always)]
@@ -53,10 +68,11 @@ macro_rules! float_words {
         }
     )*};
 }
-float_words!(f32, f64);
+float_words!(f32: F32, f64: F64);
 
 /// Pairs of bf16.
 impl Word for u32 {
+    const KIND: Kind = Kind::Pairs;
     const ZERO: u32 = 0;
     const STEPS: usize = 2;
     #[inline(always)]

@@ -7,6 +7,7 @@
 //!
 //! So the result is written once, and of 16 bits, rounded once.
 
+use super::kept::Keeping;
 use super::pack::{Factor, Source, Word};
 use super::{Batch, Product};
 use crate::cpu::matrix::{Mat, MatMut};
@@ -41,8 +42,8 @@ pub(crate) fn call(
         if !as_one(&terms, alphas, accumulate, parallel) {
             for (i, (term, alpha)) in terms.iter().zip(alphas).enumerate() {
                 let alpha = <T as Number>::Acc::from_f64(*alpha);
-                term.run(parallel, |out, a, b, parallel| {
-                    super::gemm(out, a, b, alpha, accumulate || i > 0, parallel);
+                term.run(parallel, |out, a, b, kept, parallel| {
+                    super::gemm_keeping(out, [a, b], kept, alpha, accumulate || i > 0, parallel);
                 });
             }
         }
@@ -51,35 +52,46 @@ pub(crate) fn call(
 
 /// All of it as one product, if that is worth it; whether it was made.
 fn as_one<T: Float>(terms: &[Batch<T>], alphas: &[f64], accumulate: bool, parallel: bool) -> bool {
-    let Some((alpha, [m, n])) = alphas.first().zip(terms.first().map(|term| [term.m, term.n]))
+    let Some((alpha, [m, n])) =
+        alphas.first().zip(terms.first().map(|term| [term.shape.m, term.shape.n]))
     else {
         return false;
     };
     // What they are scaled by in front of the scale of all.
     let scales = alphas.iter().map(|a| a / alpha);
     let is_exact = |scale: f64| T::DTYPE != DType::BF16 || scale.log2().fract() == 0.0;
-    let fits = terms.iter().all(|term| term.extents.is_empty() && [term.m, term.n] == [m, n])
-        && terms.iter().any(|term| term.k >= MIN_DEPTH)
+    let shapes = || terms.iter().map(|term| &term.shape);
+    let fits = shapes().all(|shape| shape.extents.is_empty() && [shape.m, shape.n] == [m, n])
+        && shapes().any(|shape| shape.k >= MIN_DEPTH)
         && m >= MIN_ROWS
         && n >= MIN_COLS
-        && terms[0].strides[2][1] == 1
+        && terms[0].shape.strides[2][1] == 1
         && scales.clone().all(|scale| scale.is_normal() && is_exact(scale));
     if !fits {
         return false;
     }
     // SAFETY: the operands' elements, as `Arg` promises.
-    let rows = |term: &Batch<T>| unsafe { Mat::new(term.a, [m, term.k], term.strides[0]) };
+    let rows =
+        |term: &Batch<T>| unsafe { Mat::new(term.a, [m, term.shape.k], term.shape.strides[0]) };
     // SAFETY: the same.
-    let cols = |term: &Batch<T>| unsafe { Mat::new(term.b, [term.k, n], term.strides[1]) };
+    let cols =
+        |term: &Batch<T>| unsafe { Mat::new(term.b, [term.shape.k, n], term.shape.strides[1]) };
     let a: SmallVec<[Mat<T>; 4]> = terms.iter().map(rows).collect();
     let b: SmallVec<[Mat<T>; 4]> = terms.iter().map(|term| cols(term).transposed()).collect();
+    let keeping = |rows, kept| Keeping { factor: T::factor(rows), kept };
+    let factors: SmallVec<[[Keeping; 2]; 4]> = a
+        .iter()
+        .zip(&b)
+        .zip(terms)
+        .map(|((a, b), term)| [keeping(a, term.kept[0]), keeping(b, term.kept[1])])
+        .collect();
     let (mut left, mut right) = (Beside::default(), Beside::default());
-    for (((a, b), term), scale) in a.iter().zip(&b).zip(terms).zip(scales) {
-        left.push(T::factor(a), term.k, scale);
-        right.push(T::factor(b), term.k, 1.0);
+    for (([a, b], term), scale) in factors.iter().zip(terms).zip(scales) {
+        left.push(a, term.shape.k, scale);
+        right.push(b, term.shape.k, 1.0);
     }
     // SAFETY: the result's elements, as `Out` promises.
-    let out = unsafe { MatMut::new(terms[0].out, [m, n], terms[0].strides[2]) };
+    let out = unsafe { MatMut::new(terms[0].out, [m, n], terms[0].shape.strides[2]) };
     let alpha = T::Acc::from_f64(*alpha);
     let product = Product { extents: [m, n, left.k], alpha, accumulate, rounded: false };
     T::multiply(out, &left, &right, product, parallel);
@@ -129,6 +141,13 @@ macro_rules! packed_to {
                         to.iter_mut().for_each(|word| *word = word.scaled(*scale));
                     }
                 }
+            }
+
+            fn packed(&self, outer: Range<usize>, k: Range<usize>, width: usize) -> Option<&[$word]> {
+                let covers = |part: &&Part| part.start <= k.start && k.end <= part.start + part.len;
+                let Part { factor, scale, start, .. } = self.parts.iter().find(covers)?;
+                let own = k.start - start..k.end - start;
+                if *scale == 1.0 { factor.packed(outer, own, width) } else { None }
             }
         }
     )*};

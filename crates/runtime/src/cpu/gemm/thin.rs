@@ -16,6 +16,8 @@ use half::bf16;
 /// The longest thin side, and that of pairs.
 const THIN: usize = 16;
 const THIN_PAIRS: usize = 24;
+/// Of sides longer than this, nothing is thin.
+pub(super) const LONGEST: usize = THIN_PAIRS;
 /// Rows of the result that a task makes; and where the thick factor lies across them, so that a task reads some
 /// cache lines of each of its rows.
 const TASK: usize = 32;
