@@ -5,6 +5,7 @@
 //! pack ───── operands laid out for the kernels     micro ─── one tile, whose sums stay in registers
 //! few_rows ─ a few rows times a matrix as it lies  thin ──── what is made of it
 //! lanes ──── vectors of every instruction set      sum ───── products that are added up as they are made
+//! prepacked ─ factors that several products share
 //! ```
 //!
 //! The rows and columns of the result are split among threads, never the sums: any number of them gives the same bits.
@@ -16,6 +17,7 @@ mod lanes;
 mod micro;
 mod multiply;
 mod pack;
+mod prepacked;
 pub(crate) mod sum;
 mod thin;
 
@@ -148,8 +150,20 @@ impl<T: Float> Batch<T> {
 
 /// `out = alpha · a b`, added to what is there if `accumulate`.
 pub(crate) fn gemm<T: Multiply<Acc: Real>>(
-    mut out: MatMut<'_, T>,
+    out: MatMut<'_, T>,
     a: Mat<'_, T>,
+    b: Mat<'_, T>,
+    alpha: T::Acc,
+    accumulate: bool,
+    parallel: bool,
+) {
+    gemm_or(out, (a, None), b, alpha, accumulate, parallel);
+}
+
+/// [`gemm`] of rows that were packed before, perhaps.
+fn gemm_or<T: Multiply<Acc: Real>>(
+    mut out: MatMut<'_, T>,
+    (a, packed): (Mat<'_, T>, Option<&dyn Factor>),
     b: Mat<'_, T>,
     alpha: T::Acc,
     accumulate: bool,
@@ -182,7 +196,9 @@ pub(crate) fn gemm<T: Multiply<Acc: Real>>(
     if T::multiply_thin(&mut out, a, b, product, parallel) {
         return;
     }
-    T::multiply(out, T::factor(&a), T::factor(&b.transposed()), product, parallel);
+    // What was packed as rows of a is no columns of b.
+    let rows = packed.filter(|_| !turned).unwrap_or_else(|| T::factor(&a));
+    T::multiply(out, rows, T::factor(&b.transposed()), product, parallel);
 }
 
 /// [`gemm`] for a result that is summed on this thread, of factors of dtype `T` or made of such: if that is bf16, they
@@ -203,9 +219,27 @@ pub(crate) fn gemm_of<T: Float, A, B>(
     gemm_factors(out, a, b, alpha, accumulate, T::DTYPE == DType::BF16);
 }
 
+/// `out = a b` on this thread, as [`gemm_of`], of rows that were [packed before](Multiply::prepacked): for a result that may
+/// be rounded if `T` is bf16.
+pub(crate) fn gemm_of_packed<T: Float>(
+    out: MatMut<'_, T::Acc>,
+    (a, packed): (Mat<'_, T>, &dyn Factor),
+    b: Mat<'_, T>,
+) {
+    let alpha = T::Acc::from_f64(1.0);
+    if T::DTYPE == T::Acc::DTYPE {
+        let a = (a.widened(&mut []), Some(packed));
+        return gemm_or(out, a, b.widened(&mut []), alpha, false, false);
+    }
+    let extents = [out.rows(), out.cols(), a.cols()];
+    let rounded = T::DTYPE == DType::BF16;
+    let product = Product { extents, alpha, accumulate: false, rounded };
+    multiply_factors(out, [packed, T::factor(&b.transposed())], product);
+}
+
 /// [`gemm`] on this thread, of factors that are packed as they are, and may be rounded to bf16 if `rounded`.
 pub(crate) fn gemm_factors<S: Real, A: Multiply<Acc = S>, B: Multiply<Acc = S>>(
-    mut out: MatMut<'_, S>,
+    out: MatMut<'_, S>,
     a: Mat<'_, A>,
     b: Mat<'_, B>,
     alpha: S,
@@ -215,10 +249,19 @@ pub(crate) fn gemm_factors<S: Real, A: Multiply<Acc = S>, B: Multiply<Acc = S>>(
     let extents = [out.rows(), out.cols(), a.cols()];
     let fits = extents == [a.rows(), b.cols(), b.rows()];
     assert!(fits, "metal-candle bug: gemm of matrices that do not fit");
-    if !extents.contains(&0) {
-        let product = Product { extents, alpha, accumulate, rounded };
-        S::multiply(out, A::factor(&a), B::factor(&b.transposed()), product, false);
-    } else if !accumulate {
+    let product = Product { extents, alpha, accumulate, rounded };
+    multiply_factors(out, [A::factor(&a), B::factor(&b.transposed())], product);
+}
+
+/// A product on this thread, of factors that pack themselves, or were packed before; any extent may be 0.
+pub(crate) fn multiply_factors<S: Real>(
+    mut out: MatMut<'_, S>,
+    [a, b]: [&dyn Factor; 2],
+    product: Product<S>,
+) {
+    if !product.extents.contains(&0) {
+        S::multiply(out, a, b, product, false);
+    } else if !product.accumulate {
         out.fill(S::ZERO);
     }
 }

@@ -54,7 +54,7 @@ pub(super) fn product<P, T>(
             out: &target,
             operands,
             extents: [m, n],
-            widths: [kernels.max_rows(), 2 * kernels.lanes],
+            widths: kernels.widths(),
             k: start..(start + slice_len).min(k),
             alpha: product.alpha,
             accumulate: product.accumulate || start != 0,
@@ -85,12 +85,23 @@ struct Run<'a, P: 'static, T: Number<Acc: 'static>> {
     accumulate: bool,
 }
 
-/// Panels of one operand, one after the other: those of `range`.
+/// Panels of one operand, one after the other.
 struct Panels<'p, P> {
-    packed: &'p [P],
     first: usize,
-    /// Whether whole panels were left where they lie.
-    in_place: bool,
+    count: usize,
+    lie: Lie,
+    packed: &'p [P],
+}
+
+/// Where panels are.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Lie {
+    /// Packed for this product.
+    Packed,
+    /// Packed before, and kept by the operand.
+    Kept,
+    /// Those that are as wide as they come are left where the operand lies, the others packed.
+    InPlace,
 }
 
 impl<P: Pod + Send + Sync, T: Number<Acc: Real>> Run<'_, P, T> {
@@ -100,24 +111,30 @@ impl<P: Pod + Send + Sync, T: Number<Acc: Real>> Run<'_, P, T> {
         let panels = [0, 1].map(|side| self.extents[side].div_ceil(self.widths[side]));
         let at_a_time = (MAX_WHOLE / self.widths[whole]).max(1);
         let group = if panels[other] >= TASKS * GROUP { GROUP } else { 1 };
-        let in_place = other == 1
-            && panels[0] <= FEW_PANELS
-            && self.operands[1].in_place(0, self.k.start).is_some();
+        let lie = [0, 1].map(|side| self.lie(side, panels[0]));
+        let room = |side: usize, count| match lie[side] {
+            Lie::Kept => 0,
+            Lie::Packed | Lie::InPlace => count * self.panel_len(side),
+        };
         for first in (0..panels[whole]).step_by(at_a_time) {
             let count = at_a_time.min(panels[whole] - first);
-            scratch::with(count * self.panel_len(whole), |packed: &mut [P]| {
-                self.pack_all(whole, first, count, packed, parallel);
-                let whole_panels = Panels { packed, first, in_place: false };
+            scratch::with(room(whole, count), |packed: &mut [P]| {
+                // All tasks read them: what lies in place would be read anew by each.
+                let lie_whole = if lie[whole] == Lie::Kept { Lie::Kept } else { Lie::Packed };
+                if lie_whole == Lie::Packed {
+                    self.pack_all(whole, first, count, packed, parallel);
+                }
+                let whole_panels = Panels { first, count, lie: lie_whole, packed };
                 parallel::for_each(parallel, panels[other].div_ceil(group), |task| {
                     let first = task * group;
                     let count = group.min(panels[other] - first);
-                    scratch::with(count * self.panel_len(other), |packed: &mut [P]| {
+                    scratch::with(room(other, count), |packed: &mut [P]| {
                         for (i, to) in packed.chunks_exact_mut(self.panel_len(other)).enumerate() {
-                            if !(in_place && self.is_whole(other, first + i)) {
+                            if lie[other] == Lie::Packed || !self.is_whole(other, first + i) {
                                 self.pack(other, first + i, to);
                             }
                         }
-                        let panels = Panels { packed, first, in_place };
+                        let panels = Panels { first, count, lie: lie[other], packed };
                         if whole == 0 {
                             self.tiles(&whole_panels, &panels);
                         } else {
@@ -127,6 +144,25 @@ impl<P: Pod + Send + Sync, T: Number<Acc: Real>> Run<'_, P, T> {
                 });
             });
         }
+    }
+
+    /// Where the panels of an operand are to be read, of so many panels of a.
+    fn lie(&self, side: usize, a_panels: usize) -> Lie {
+        if self.kept(side, 0).is_some() {
+            return Lie::Kept;
+        }
+        let few = side == 1 && a_panels <= FEW_PANELS;
+        match few && self.operands[1].in_place(0, self.k.start).is_some() {
+            true => Lie::InPlace,
+            false => Lie::Packed,
+        }
+    }
+
+    /// A panel that the operand keeps.
+    fn kept(&self, side: usize, panel: usize) -> Option<&[P]> {
+        let range = self.range(side, panel);
+        let width = self.kernels.width(side, range.len());
+        self.operands[side].packed(range, self.k.clone(), width)
     }
 
     /// Packed steps of this slice.
@@ -144,17 +180,9 @@ impl<P: Pod + Send + Sync, T: Number<Acc: Real>> Run<'_, P, T> {
         start..(start + self.widths[side]).min(self.extents[side])
     }
 
-    /// The width at which a panel is packed: that of the smallest tile that holds it.
-    fn width(&self, side: usize, len: usize) -> usize {
-        match side {
-            0 => self.kernels.of_rows(len).0,
-            _ => len.next_multiple_of(self.kernels.lanes),
-        }
-    }
-
     fn pack(&self, side: usize, panel: usize, to: &mut [P]) {
         let range = self.range(side, panel);
-        let width = self.width(side, range.len());
+        let width = self.kernels.width(side, range.len());
         self.operands[side].pack(range, self.k.clone(), width, to);
     }
 
@@ -175,18 +203,29 @@ impl<P: Pod + Send + Sync, T: Number<Acc: Real>> Run<'_, P, T> {
         self.range(side, panel).len() == self.widths[side]
     }
 
+    /// Panel `i` of these.
+    fn panel<'p>(&'p self, side: usize, of: &Panels<'p, P>, i: usize) -> &'p [P] {
+        if of.lie == Lie::Kept {
+            let kept = self.kept(side, of.first + i);
+            return kept.expect("metal-candle bug: not all panels are kept");
+        }
+        let len = self.panel_len(side);
+        &of.packed[i * len..(i + 1) * len]
+    }
+
     /// Every panel of `a` with every panel of `b`.
     fn tiles(&self, a: &Panels<P>, b: &Panels<P>) {
-        let [a_len, b_len] = [self.panel_len(0), self.panel_len(1)];
-        for (j, b_panel) in b.packed.chunks_exact(b_len).enumerate() {
+        for j in 0..b.count {
             let cols = self.range(1, b.first + j);
-            let lies = match b.in_place && self.is_whole(1, b.first + j) {
+            let lies = match b.lie == Lie::InPlace && self.is_whole(1, b.first + j) {
                 true => self.operands[1].in_place(cols.start, self.k.start),
                 false => None,
             };
-            let b_panel = lies.unwrap_or((b_panel.as_ptr(), self.width(1, cols.len())));
-            for (i, a_panel) in a.packed.chunks_exact(a_len).enumerate() {
-                self.tile(a_panel, b_panel, self.range(0, a.first + i), cols.clone());
+            let b_panel = lies.unwrap_or_else(|| {
+                (self.panel(1, b, j).as_ptr(), self.kernels.width(1, cols.len()))
+            });
+            for i in 0..a.count {
+                self.tile(self.panel(0, a, i), b_panel, self.range(0, a.first + i), cols.clone());
             }
         }
     }

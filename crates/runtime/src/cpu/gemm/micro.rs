@@ -43,6 +43,20 @@ impl<P, S> Kernels<P, S> {
         self.by_rows[0].0
     }
 
+    /// Rows of a panel of `a`, and columns of one of `b`.
+    pub(super) fn widths(&self) -> [usize; 2] {
+        [self.max_rows(), 2 * self.lanes]
+    }
+
+    /// The width at which a panel of `a` (side 0) or `b` (side 1) is packed that holds `len` of its rows or columns: that of the
+    /// smallest tile.
+    pub(super) fn width(&self, side: usize, len: usize) -> usize {
+        match side {
+            0 => self.of_rows(len).0,
+            _ => len.next_multiple_of(self.lanes),
+        }
+    }
+
     /// The shortest tile that holds `rows`.
     pub(super) fn of_rows(&self, rows: usize) -> &'static (usize, [MicroFn<P, S>; 2]) {
         let fits = self.by_rows.iter().rev().find(|(height, _)| *height >= rows);

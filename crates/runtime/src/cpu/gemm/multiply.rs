@@ -1,6 +1,8 @@
 //! Which kernels the products of a dtype go to.
 
+use super::micro::Kernels;
 use super::pack::Factor;
+use super::prepacked;
 use super::{blocked, micro};
 use crate::cpu::matrix::{Mat, MatMut};
 use crate::cpu::number::Number;
@@ -42,6 +44,16 @@ pub(crate) trait Multiply: Number {
         product: Product<Self::Acc>,
         parallel: bool,
     );
+
+    /// Gives `f` a factor of `[rows, k]`, packed as the left one of products with such a result; `rounded` as the
+    /// [`Product`] says it.
+    fn prepacked<R>(
+        factor: &dyn Factor,
+        extents: [usize; 2],
+        rounded: bool,
+        parallel: bool,
+        f: impl FnOnce(&dyn Factor) -> R,
+    ) -> R;
 }
 
 /// Dtypes that are summed in f32.
@@ -73,6 +85,19 @@ macro_rules! summed_in_f32 {
             ) {
                 summed_in_f32(out, a, b, product, parallel);
             }
+
+            fn prepacked<R>(
+                factor: &dyn Factor,
+                extents: [usize; 2],
+                rounded: bool,
+                parallel: bool,
+                f: impl FnOnce(&dyn Factor) -> R,
+            ) -> R {
+                match pairs::<$ty>(rounded) {
+                    Some(kernels) => prepacked::with(kernels, factor, extents, parallel, f),
+                    None => prepacked::with(micro::for_f32(), factor, extents, parallel, f),
+                }
+            }
         }
     )*};
 }
@@ -96,6 +121,16 @@ impl Multiply for f64 {
     ) {
         blocked::product::<f64, f64>(micro::for_f64(), out, [a, b], &product, parallel);
     }
+
+    fn prepacked<R>(
+        factor: &dyn Factor,
+        extents: [usize; 2],
+        _rounded: bool,
+        parallel: bool,
+        f: impl FnOnce(&dyn Factor) -> R,
+    ) -> R {
+        prepacked::with(micro::for_f64(), factor, extents, parallel, f)
+    }
 }
 
 fn summed_in_f32<T: Number<Acc = f32>>(
@@ -105,10 +140,14 @@ fn summed_in_f32<T: Number<Acc = f32>>(
     product: Product<f32>,
     parallel: bool,
 ) {
-    // Factors of a bf16 result are bf16 already, or as good as.
-    let rounded = product.rounded || T::DTYPE == DType::BF16;
-    match micro::for_bf16_pairs().filter(|_| rounded) {
+    match pairs::<T>(product.rounded) {
         Some(kernels) => blocked::product::<u32, T>(kernels, out, [a, b], &product, parallel),
         None => blocked::product::<f32, T>(micro::for_f32(), out, [a, b], &product, parallel),
     }
+}
+
+/// Kernels for pairs of bf16, if the factors may be rounded to it and there are such.
+fn pairs<T: Number>(rounded: bool) -> Option<&'static Kernels<u32, f32>> {
+    // Factors of a bf16 result are bf16 already, or as good as.
+    micro::for_bf16_pairs().filter(|_| rounded || T::DTYPE == DType::BF16)
 }

@@ -25,6 +25,11 @@ pub(crate) trait Source<P>: Sync {
     fn in_place(&self, _outer: usize, _k: usize) -> Option<(*const P, usize)> {
         None
     }
+
+    /// What [`Source::pack`] would give, if that lies packed already: then so do all panels of these `k`.
+    fn packed(&self, _outer: Range<usize>, _k: Range<usize>, _width: usize) -> Option<&[P]> {
+        None
+    }
 }
 
 /// A factor that packs itself for whatever kernels there are.
