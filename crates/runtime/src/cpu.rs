@@ -35,6 +35,7 @@ mod view;
 
 pub(crate) use executable::CpuExecutable;
 pub(crate) use scratch::workspaces;
+pub(crate) use simd::prefetch;
 
 use metal_candle_compiler::LibraryCall;
 use metal_candle_graph::Result;
