@@ -157,6 +157,11 @@ impl LazyTensor {
         LazyTensor(Arc::new(Node { ty, device, name: None, detached: false, state }))
     }
 
+    /// Asks for what these handles hold, which is about to be read.
+    pub(crate) fn prefetch<'x>(handles: impl IntoIterator<Item = &'x LazyTensor>) {
+        metal_candle_runtime::prefetch(handles.into_iter().map(|handle| &handle.0));
+    }
+
     /// Whether both are handles to one tensor.
     pub(crate) fn is_same(&self, other: &LazyTensor) -> bool {
         self.key() == other.key()

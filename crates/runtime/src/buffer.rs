@@ -3,6 +3,7 @@
 use crate::candle::Shared;
 use crate::element::{Data, Element};
 use crate::mapped::{self, Mapped, MappedBytes};
+use crate::prefetch::prefetch;
 use crate::spares::{Owned, Spares};
 use crate::{Device, Error, Result};
 use candle_core::Tensor;
@@ -274,6 +275,11 @@ impl Buffer {
                 Memory::Device(memory) => memory.duplicate()?.into_tensor(shape),
             },
         }
+    }
+
+    /// Asks for what these know of their memory, which is about to be read.
+    pub(crate) fn prefetch(buffers: &[Buffer]) {
+        prefetch(buffers.iter().map(|buffer| &buffer.memory));
     }
 
     pub(crate) fn memory(&self) -> &Memory {

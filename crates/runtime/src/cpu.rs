@@ -38,6 +38,7 @@ mod view;
 pub(crate) use executable::CpuExecutable;
 pub(crate) use prepacked::workspace as prepacked_workspace;
 pub(crate) use scratch::workspaces;
+pub(crate) use simd::prefetch;
 
 use metal_candle_compiler::LibraryCall;
 use metal_candle_graph::Result;

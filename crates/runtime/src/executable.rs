@@ -257,6 +257,7 @@ impl Executable {
 
     /// What the backend is to be given of these inputs, once they have been looked at.
     fn checked(&self, mut given: Vec<Buffer>) -> Result<Vec<Buffer>> {
+        Buffer::prefetch(&given);
         self.inputs.check(&self.plan, &mut given)?;
         Ok(if self.backend.holds_inputs() { given } else { self.inputs.all(given) })
     }

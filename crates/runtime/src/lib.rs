@@ -36,6 +36,7 @@ mod parts;
 mod pending;
 #[cfg(any(feature = "cuda", feature = "metal"))]
 mod places;
+mod prefetch;
 mod run_memories;
 mod spares;
 mod team;
@@ -54,5 +55,6 @@ pub use executor::AsyncGraphExecutor;
 pub use in_flight::InFlight;
 pub use mapped::MappedBytes;
 pub use pending::Pending;
+pub use prefetch::prefetch;
 pub use workspaces::Workspace;
 pub use world::{Rendezvous, World, WorldError};

@@ -251,8 +251,9 @@ impl Generator {
         tokens: usize,
         cache: &mut KVCache,
     ) -> Vec<LazyTensor> {
-        cache.values = results.split_off(first + self.decoder.config.num_layers);
-        cache.keys = results.split_off(first);
+        // Into the vectors that they were taken out of, which have room for them.
+        cache.values.extend(results.drain(first + self.decoder.config.num_layers..));
+        cache.keys.extend(results.drain(first..));
         cache.advance(tokens);
         results
     }

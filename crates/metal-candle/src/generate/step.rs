@@ -112,8 +112,8 @@ pub(super) fn outline(decoder: Arc<Decoder>, shape: DecodeShape) -> Result<Outli
 
 /// The arguments of [`one`]; keys and values are taken out of the cache.
 pub(super) fn arguments(ids: &[u32], cache: &mut KVCache) -> Result<Vec<LazyTensor>> {
-    let mut args = tokens(ids, cache)?;
-    args.reserve_exact(cache.keys.len() + cache.values.len());
+    let mut args = Vec::with_capacity(ONE_ARGS + cache.keys.len() + cache.values.len());
+    args.extend(tokens(ids, cache)?);
     args.append(&mut cache.keys);
     args.append(&mut cache.values);
     Ok(args)
@@ -121,20 +121,21 @@ pub(super) fn arguments(ids: &[u32], cache: &mut KVCache) -> Result<Vec<LazyTens
 
 /// What the step of these tokens would compute, and from what; the cache stays as it is.
 pub(super) fn recording(step: &Compiled, ids: &[u32], cache: &KVCache) -> Result<Recording> {
-    let args = [tokens(ids, cache)?, cache.keys.clone(), cache.values.clone()].concat();
+    let args = [&tokens(ids, cache)?[..], &cache.keys, &cache.values].concat();
     step.recording(&args)
 }
 
 /// The arguments of [`one`] before keys and values.
-fn tokens(ids: &[u32], cache: &KVCache) -> Result<Vec<LazyTensor>> {
+fn tokens(ids: &[u32], cache: &KVCache) -> Result<[LazyTensor; ONE_ARGS]> {
     let padded = match ids.len() {
         1 => 1,
         n => n.next_multiple_of(PREFILL_BUCKET).min(cache.capacity() - cache.len()),
     };
     // Padding stands after the prompt: nothing that counts sees it, and later tokens overwrite it.
-    let mut row = ids.to_vec();
+    let mut row = Vec::with_capacity(padded);
+    row.extend_from_slice(ids);
     row.resize(padded, 0);
-    Ok(vec![
+    Ok([
         LazyTensor::from_vec(row, &[1, padded], cache.device())?,
         scalar(cache.len(), cache.device())?,
         scalar(ids.len() - 1, cache.device())?,

@@ -204,9 +204,11 @@ impl LazyTensor {
     pub(crate) fn give_away(mut self) -> Result<(Buffer, Option<Vacant>)> {
         if let Some(node) = Arc::get_mut(&mut self.0) {
             let state = node.state.get_mut().unwrap_or_else(PoisonError::into_inner);
-            match std::mem::replace(state, State::Placeholder) {
-                State::Ready(buffer) => return Ok((buffer, Some(Vacant(self)))),
-                other => *state = other,
+            // Looked at before it is moved: an operation, which is far larger, stays.
+            if matches!(state, State::Ready(_))
+                && let State::Ready(buffer) = std::mem::replace(state, State::Placeholder)
+            {
+                return Ok((buffer, Some(Vacant(self))));
             }
         }
         Ok((self.into_buffer()?, None))
@@ -244,6 +246,11 @@ impl LazyTensor {
 pub(crate) struct Vacant(LazyTensor);
 
 impl Vacant {
+    /// Asks for what is left of these handles, which are about to be filled.
+    pub(crate) fn prefetch<'v>(handles: impl IntoIterator<Item = &'v Vacant>) {
+        LazyTensor::prefetch(handles.into_iter().map(|Vacant(handle)| handle));
+    }
+
     /// A value of the type that the one before had, on the same device.
     pub(crate) fn fill(mut self, buffer: Buffer) -> LazyTensor {
         let node =

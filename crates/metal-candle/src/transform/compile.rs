@@ -9,6 +9,7 @@ use metal_candle_graph::TensorType;
 use metal_candle_runtime::{
     AsyncGraphExecutor, Buffer, Executable, InFlight, Timing, Workspace, World,
 };
+use smallvec::SmallVec;
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -256,6 +257,7 @@ impl Compiled {
 
     #[track_caller]
     fn traced(&self, args: &[LazyTensor]) -> Result<Arc<Traced>> {
+        LazyTensor::prefetch(args);
         {
             let mut traced = self.traced.lock().unwrap_or_else(PoisonError::into_inner);
             if let Some(at) = traced.iter().rposition(|t| t.takes(args)) {
@@ -343,8 +345,8 @@ impl Traced {
     /// What the executable is to be given: the arguments that the plan takes.
     #[track_caller]
     fn bind(&self, args: Vec<LazyTensor>) -> Result<Bound> {
-        let (mut buffers, mut vacant) =
-            (Vec::with_capacity(args.len()), Vec::with_capacity(args.len()));
+        let mut buffers: SmallVec<[Option<Buffer>; 64]> = SmallVec::with_capacity(args.len());
+        let mut vacant = Vec::with_capacity(args.len());
         for arg in args {
             let (buffer, handle) = arg.give_away()?;
             buffers.push(Some(buffer));
@@ -370,6 +372,8 @@ impl Traced {
     }
 
     fn results(&self, values: Vec<Buffer>, vacant: &mut [Option<Vacant>]) -> Vec<LazyTensor> {
+        // The run has driven them out of the caches.
+        Vacant::prefetch(vacant.iter().flatten());
         let values = values.into_iter().enumerate();
         values.map(|(i, value)| self.result(i, value, vacant)).collect()
     }

@@ -18,7 +18,7 @@ use metal_candle_graph::composite::CrossEntropyAttrs;
 use metal_candle_graph::{Error, Result};
 use std::ops::Range;
 use sums::{Sums, larger, rescale};
-use weight::{Chunk, Weight};
+use weight::{Chunk, Rows, Weight};
 
 /// Rows of one block.
 const ROWS: usize = 512;
@@ -175,11 +175,13 @@ impl<'a, T: Float> Linear<'a, T> {
         let parts = chunks.clamp(1, MAX_PARTS);
         let (rows, len) = (block.len(), Sums::<T::Acc>::len(block.len(), d));
         scratch::with(parts * len, |memory: &mut [T::Acc]| {
-            parallel::for_each_chunk(parallel, memory, len, |part, memory| {
-                let mut sums = Sums::empty(memory, rows, d);
-                for chunk in part * chunks / parts..(part + 1) * chunks / parts {
-                    self.chunk(block.clone(), chunk, d, &mut sums);
-                }
+            self.weight.packed(self.x_of(&block), parallel, |x| {
+                parallel::for_each_chunk(parallel, memory, len, |part, memory| {
+                    let mut sums = Sums::empty(memory, rows, d);
+                    for chunk in part * chunks / parts..(part + 1) * chunks / parts {
+                        self.chunk(block.clone(), x, chunk, d, &mut sums);
+                    }
+                });
             });
             let mut parts = memory.chunks_exact_mut(len).map(|memory| Sums::over(memory, rows, d));
             let mut all = parts.next().expect("metal-candle bug: classes in no part");
@@ -193,12 +195,24 @@ impl<'a, T: Float> Linear<'a, T> {
         chunk * CLASSES..((chunk + 1) * CLASSES).min(self.classes)
     }
 
-    fn chunk(&self, block: Range<usize>, chunk: usize, d: usize, sums: &mut Sums<T::Acc>) {
+    /// The rows of a block, `[rows, d]`.
+    fn x_of(&self, block: &Range<usize>) -> Mat<'_, T> {
+        Mat::dense(&self.x[block.start * self.d..block.end * self.d], block.len(), self.d)
+    }
+
+    fn chunk(
+        &self,
+        block: Range<usize>,
+        x: Rows<'_, T>,
+        chunk: usize,
+        d: usize,
+        sums: &mut Sums<T::Acc>,
+    ) {
         let classes = self.classes_of(chunk);
         let (rows, cols) = (block.len(), classes.len());
         let wide = self.weight.wide_len(cols * self.d);
         scratch::split([rows * cols, wide], |[logits, wide]: [&mut [T::Acc]; 2]| {
-            let weight = self.logits(block.clone(), classes.clone(), logits, wide);
+            let weight = self.logits(x, classes.clone(), logits, wide);
             for (r, logits) in logits.chunks_exact_mut(cols).enumerate() {
                 let label = self.label(block.start + r);
                 if classes.contains(&label) {
@@ -231,7 +245,7 @@ impl<'a, T: Float> Linear<'a, T> {
     /// `logits = x weightᵀ` of a block and a chunk; gives the chunk's weight, `[classes, d]`.
     fn logits<'b>(
         &self,
-        block: Range<usize>,
+        x: Rows<'_, T>,
         classes: Range<usize>,
         logits: &mut [T::Acc],
         wide: &'b mut [T::Acc],
@@ -239,8 +253,7 @@ impl<'a, T: Float> Linear<'a, T> {
     where
         'a: 'b,
     {
-        let x = Mat::dense(&self.x[block.start * self.d..block.end * self.d], block.len(), self.d);
-        let out = MatMut::dense(logits, block.len(), classes.len());
+        let out = MatMut::dense(logits, x.len(), classes.len());
         let weight = self.weight.rows(classes, wide);
         weight.logits(out, x);
         weight

@@ -190,6 +190,9 @@ impl CpuExecutable {
         let team = team.filter(|_| self.parallel);
         let timing = clock.as_ref().map(|clock| clock.timing);
         let whole = timing.map(|_| Instant::now());
+        if let (Some(Timing::Steps), Some(clock)) = (timing, clock.as_deref_mut()) {
+            clock.seconds.reserve(self.steps.len());
+        }
         let mut walk = || {
             for (index, (prepared, step)) in self.steps.iter().zip(&plan.steps).enumerate() {
                 at = index;

@@ -5,7 +5,7 @@
 //! pack ───── operands laid out for the kernels     micro ─── one tile, whose sums stay in registers
 //! few_rows ─ a few rows times a matrix as it lies  thin ──── what is made of it
 //! lanes ──── vectors of every instruction set      sum ───── products that are added up as they are made
-//! kept ───── factors that are packed once
+//! kept ───── factors that are packed once          shared ── the same for the products of one call
 //! ```
 //!
 //! The rows and columns of the result are split among threads, never the sums: any number of them gives the same bits.
@@ -18,6 +18,7 @@ mod lanes;
 mod micro;
 mod multiply;
 mod pack;
+mod shared;
 pub(crate) mod sum;
 mod thin;
 
@@ -45,12 +46,14 @@ pub(crate) fn call(args: &[Arg], outs: &mut [Out], alpha: f64, accumulate: bool,
         panic!("metal-candle bug: gemm takes two operands and gives one")
     };
     for_float!(out.dtype(), T => {
-        let bias = bias.first().map(|bias| bias.read::<T>().run(0));
-        let row = |bias: &Mat<'_, T>| bias.row_slice(0).expect("metal-candle bug: a bias with gaps");
+        let bias = bias.first().map(|bias| {
+            let row = bias.read::<T>().run(0).row_slice(0);
+            row.expect("metal-candle bug: a bias with gaps")
+        });
         let alpha = <T as Number>::Acc::from_f64(alpha);
         Batch::<T>::new(a, b, out).run(parallel, |mut out, a, b, kept, parallel| {
-            if let Some(bias) = &bias {
-                out.start_rows_from(row(bias), accumulate);
+            if let Some(bias) = bias {
+                out.start_rows_from(bias, accumulate);
             }
             gemm_keeping(out, [a, b], kept, alpha, accumulate || bias.is_some(), parallel);
         });
@@ -177,11 +180,26 @@ pub(crate) fn gemm<T: Multiply<Acc: Real>>(
     gemm_keeping(out, [a, b], [None; 2], alpha, accumulate, parallel);
 }
 
-/// [`gemm`] of factors some of which may be packed already.
+/// [`gemm`] of matrices whose panels may be kept.
 fn gemm_keeping<T: Multiply<Acc: Real>>(
-    mut out: MatMut<'_, T>,
+    out: MatMut<'_, T>,
     [a, b]: [Mat<'_, T>; 2],
     kept: KeptPair,
+    alpha: T::Acc,
+    accumulate: bool,
+    parallel: bool,
+) {
+    let columns = b.transposed();
+    let [rows, columns] = [(&a, kept[0]), (&columns, kept[1])]
+        .map(|(matrix, kept)| Keeping { factor: T::factor(matrix), kept });
+    gemm_with(out, [a, b], [Some(&rows), Some(&columns)], alpha, accumulate, parallel);
+}
+
+/// [`gemm`] of matrices, of which these are the factors where there are any: rows of a, and columns of b.
+fn gemm_with<T: Multiply<Acc: Real>>(
+    mut out: MatMut<'_, T>,
+    [a, b]: [Mat<'_, T>; 2],
+    factors: [Option<&dyn Factor>; 2],
     alpha: T::Acc,
     accumulate: bool,
     parallel: bool,
@@ -203,9 +221,9 @@ fn gemm_keeping<T: Multiply<Acc: Real>>(
         (_, 1) => a.col_stride() != 1 && a.row_stride() == 1,
         _ => is_turned([out.row_stride(), out.col_stride()]),
     };
-    let (mut out, a, b, kept) = match turned {
-        true => (out.transposed(), b.transposed(), a.transposed(), [kept[1], kept[0]]),
-        false => (out, a, b, kept),
+    let (mut out, a, b, factors) = match turned {
+        true => (out.transposed(), b.transposed(), a.transposed(), [factors[1], factors[0]]),
+        false => (out, a, b, factors),
     };
     if out.cols() == 1 && a.col_stride() == 1 {
         return times_vector(out, a, b, alpha, accumulate, parallel);
@@ -216,9 +234,10 @@ fn gemm_keeping<T: Multiply<Acc: Real>>(
         return;
     }
     let b = b.transposed();
-    let a = Keeping { factor: T::factor(&a), kept: kept[0] };
-    let b = Keeping { factor: T::factor(&b), kept: kept[1] };
-    T::multiply(out, &a, &b, product, parallel);
+    let [rows, columns] = factors;
+    let rows = rows.unwrap_or_else(|| T::factor(&a));
+    let columns = columns.unwrap_or_else(|| T::factor(&b));
+    T::multiply(out, rows, columns, product, parallel);
 }
 
 /// Whether a result of several rows and columns is made column by column: they lie side by side, unlike rows.
@@ -244,9 +263,27 @@ pub(crate) fn gemm_of<T: Float, A, B>(
     gemm_factors(out, a, b, alpha, accumulate, T::DTYPE == DType::BF16);
 }
 
+/// `out = a b` on this thread, as [`gemm_of`], of rows that were [packed before](Multiply::packed_once): for a result that may
+/// be rounded if `T` is bf16.
+pub(crate) fn gemm_of_packed<T: Float>(
+    out: MatMut<'_, T::Acc>,
+    (a, packed): (Mat<'_, T>, &dyn Factor),
+    b: Mat<'_, T>,
+) {
+    let alpha = T::Acc::from_f64(1.0);
+    if T::DTYPE == T::Acc::DTYPE {
+        let matrices = [a.widened(&mut []), b.widened(&mut [])];
+        return gemm_with(out, matrices, [Some(packed), None], alpha, false, false);
+    }
+    let extents = [out.rows(), out.cols(), a.cols()];
+    let rounded = T::DTYPE == DType::BF16;
+    let product = Product { extents, alpha, accumulate: false, rounded };
+    multiply_factors(out, [packed, T::factor(&b.transposed())], product);
+}
+
 /// [`gemm`] on this thread, of factors that are packed as they are, and may be rounded to bf16 if `rounded`.
 pub(crate) fn gemm_factors<S: Real, A: Multiply<Acc = S>, B: Multiply<Acc = S>>(
-    mut out: MatMut<'_, S>,
+    out: MatMut<'_, S>,
     a: Mat<'_, A>,
     b: Mat<'_, B>,
     alpha: S,
@@ -256,10 +293,19 @@ pub(crate) fn gemm_factors<S: Real, A: Multiply<Acc = S>, B: Multiply<Acc = S>>(
     let extents = [out.rows(), out.cols(), a.cols()];
     let fits = extents == [a.rows(), b.cols(), b.rows()];
     assert!(fits, "metal-candle bug: gemm of matrices that do not fit");
-    if !extents.contains(&0) {
-        let product = Product { extents, alpha, accumulate, rounded };
-        S::multiply(out, A::factor(&a), B::factor(&b.transposed()), product, false);
-    } else if !accumulate {
+    let product = Product { extents, alpha, accumulate, rounded };
+    multiply_factors(out, [A::factor(&a), B::factor(&b.transposed())], product);
+}
+
+/// A product on this thread, of factors that pack themselves, or were packed before; any extent may be 0.
+pub(crate) fn multiply_factors<S: Real>(
+    mut out: MatMut<'_, S>,
+    [a, b]: [&dyn Factor; 2],
+    product: Product<S>,
+) {
+    if !product.extents.contains(&0) {
+        S::multiply(out, a, b, product, false);
+    } else if !product.accumulate {
         out.fill(S::ZERO);
     }
 }

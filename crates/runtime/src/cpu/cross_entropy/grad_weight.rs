@@ -1,5 +1,6 @@
 //! The cotangent of the weight.
 
+use super::weight::Rows;
 use super::{CLASSES, Linear, ROWS};
 use crate::cpu::gemm::gemm_factors;
 use crate::cpu::matrix::{Mat, MatMut};
@@ -34,9 +35,9 @@ impl<T: Float> Linear<'_, T> {
                 for start in (0..n).step_by(ROWS) {
                     let block = start..(start + ROWS).min(n);
                     let dlogits = &mut dlogits[..block.len() * cols];
-                    self.logits(block.clone(), classes.clone(), dlogits, wide);
+                    let x = self.x_of(&block);
+                    self.logits(Rows::unpacked(&x), classes.clone(), dlogits, wide);
                     self.logits_vjp(block.clone(), &classes, &logsumexp, &dy, dlogits);
-                    let x = Mat::dense(&self.x[start * d..block.end * d], block.len(), d);
                     let dlogits = Mat::dense(dlogits, block.len(), cols).transposed();
                     let dw = MatMut::dense(dw, cols, d);
                     gemm_factors(dw, dlogits, x, T::Acc::from_f64(1.0), true, false);

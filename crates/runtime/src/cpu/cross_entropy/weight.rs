@@ -1,11 +1,14 @@
 //! The weight of the classes, dense or in blocks, chunk by chunk.
 
-use crate::cpu::gemm::{gemm_factors, gemm_of};
+use crate::cpu::gemm::{
+    Factor, Multiply, Product, gemm_factors, gemm_of, gemm_of_packed, multiply_factors,
+};
 use crate::cpu::matrix::{Mat, MatMut};
 use crate::cpu::number::{Float, Number, Real};
 use crate::cpu::quant::Blocks;
 use crate::cpu::scratch;
 use crate::cpu::view::{Arg, Strided};
+use metal_candle_graph::DType;
 use metal_candle_graph::composite::CrossEntropyAttrs;
 use std::ops::Range;
 
@@ -40,6 +43,23 @@ impl<'a, T: Float> Weight<'a, T> {
         }
     }
 
+    /// Packs rows of x for [`Chunk::logits`]: every chunk multiplies them. Gives `f` them so.
+    pub(super) fn packed<R>(
+        &self,
+        x: Mat<'_, T>,
+        parallel: bool,
+        f: impl FnOnce(Rows<'_, T>) -> R,
+    ) -> R {
+        let rounded = match self {
+            Weight::Dense(_) => T::DTYPE == DType::BF16,
+            Weight::Blocks(_) => true,
+        };
+        let extents = [x.rows(), x.cols()];
+        T::Acc::packed_once(T::factor(&x), extents, rounded, parallel, |factor| {
+            f(Rows { x, factor })
+        })
+    }
+
     /// The scratch that a [`Chunk`] of `len` elements needs.
     pub(super) fn wide_len(&self, len: usize) -> usize {
         match self {
@@ -60,6 +80,24 @@ impl<'a, T: Float> Weight<'a, T> {
     }
 }
 
+/// Rows of x, `[rows, d]`, and as a factor of products with a [`Chunk`]: packed before, or themselves.
+#[derive(Clone, Copy)]
+pub(super) struct Rows<'a, T> {
+    x: Mat<'a, T>,
+    factor: &'a dyn Factor,
+}
+
+impl<'a, T: Float> Rows<'a, T> {
+    /// Rows that each product packs for itself.
+    pub(super) fn unpacked(x: &'a Mat<'a, T>) -> Rows<'a, T> {
+        Rows { x: *x, factor: T::factor(x) }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.x.rows()
+    }
+}
+
 /// Some rows of the weight, `[classes, d]`. Products with what was rounded once round their other factor, too.
 pub(super) enum Chunk<'a, T: Float> {
     Dense(Mat<'a, T>),
@@ -68,11 +106,14 @@ pub(super) enum Chunk<'a, T: Float> {
 
 impl<T: Float> Chunk<'_, T> {
     /// `logits = x weightᵀ`
-    pub(super) fn logits(&self, logits: MatMut<'_, T::Acc>, x: Mat<'_, T>) {
-        let one = T::Acc::from_f64(1.0);
+    pub(super) fn logits(&self, logits: MatMut<'_, T::Acc>, Rows { x, factor }: Rows<'_, T>) {
         match self {
-            Chunk::Dense(w) => gemm_of::<T, _, _>(logits, x, w.transposed(), one, false),
-            Chunk::Unpacked(w) => gemm_factors(logits, x, w.transposed(), one, false, true),
+            Chunk::Dense(w) => gemm_of_packed::<T>(logits, (x, factor), w.transposed()),
+            Chunk::Unpacked(w) => {
+                let (extents, alpha) = ([x.rows(), w.rows(), x.cols()], T::Acc::from_f64(1.0));
+                let product = Product { extents, alpha, accumulate: false, rounded: true };
+                multiply_factors(logits, [factor, T::Acc::factor(w)], product);
+            }
         }
     }
 

@@ -47,7 +47,7 @@ impl Panels {
     }
 
     /// Where the words are of a panel and some `k`, if they are in one place.
-    fn place<P: Word>(
+    pub(super) fn place<P: Word>(
         &self,
         outer: &Range<usize>,
         k: &Range<usize>,
@@ -69,20 +69,43 @@ impl Panels {
         Some(start..start + k.len().div_ceil(P::STEPS) * width)
     }
 
+    pub(super) fn count(&self) -> usize {
+        self.extents[0].div_ceil(self.widths[0])
+    }
+
+    /// What a panel holds, and how wide it is.
+    fn of(&self, panel: usize) -> (Range<usize>, usize) {
+        let ([outers, _], [whole, last]) = (self.extents, self.widths);
+        let outer = panel * whole..((panel + 1) * whole).min(outers);
+        let width = if outer.len() == whole { whole } else { last };
+        (outer, width)
+    }
+
+    /// Where the words of a panel are.
+    pub(super) fn range_of<P: Word>(&self, panel: usize) -> Range<usize> {
+        let steps = self.extents[1].div_ceil(P::STEPS);
+        let start = panel * steps * self.widths[0];
+        start..start + steps * self.of(panel).1
+    }
+
+    pub(super) fn pack_one<P: Word>(
+        &self,
+        panel: usize,
+        factor: &(impl Source<P> + ?Sized),
+        to: &mut [P],
+    ) {
+        let (outer, width) = self.of(panel);
+        factor.pack(outer, 0..self.extents[1], width, to);
+    }
+
     fn pack<P: Word>(&self, factor: &(impl Source<P> + ?Sized), to: &mut [P]) {
-        let ([outers, len], [whole, last]) = (self.extents, self.widths);
-        let words = (len.div_ceil(P::STEPS) * whole).max(1);
-        for (start, to) in (0..outers).step_by(whole).zip(to.chunks_mut(words)) {
-            let outer = start..(start + whole).min(outers);
-            let width = if outer.len() == whole { whole } else { last };
-            factor.pack(outer, 0..len, width, to);
+        for panel in 0..self.count() {
+            self.pack_one(panel, factor, &mut to[self.range_of::<P>(panel)]);
         }
     }
 
-    fn words<P: Word>(&self) -> usize {
-        let ([outers, len], [whole, last]) = (self.extents, self.widths);
-        let before = (outers.div_ceil(whole).max(1) - 1) * whole;
-        len.div_ceil(P::STEPS) * (before + last)
+    pub(super) fn words<P: Word>(&self) -> usize {
+        self.count().checked_sub(1).map_or(0, |last| self.range_of::<P>(last).end)
     }
 }
 
@@ -182,7 +205,7 @@ impl FactorShape {
     }
 
     pub(crate) fn panels(&self) -> Panels {
-        for_float!(self.dtype, T => <T as Multiply>::panels(self.extents, self.side))
+        for_float!(self.dtype, T => <T as Multiply>::panels(self.extents, self.side, false))
     }
 
     /// The factor, in a buffer that starts there.

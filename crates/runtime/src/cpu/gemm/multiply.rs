@@ -1,11 +1,12 @@
 //! Which kernels the products of a dtype go to.
 
 use super::kept::Panels;
+use super::micro::Kernels;
 use super::pack::Factor;
+use super::shared;
 use super::{blocked, micro};
 use crate::cpu::matrix::{Mat, MatMut};
 use crate::cpu::number::Number;
-use crate::element::Element;
 use half::{bf16, f16};
 use metal_candle_graph::DType;
 
@@ -45,8 +46,19 @@ pub(crate) trait Multiply: Number {
         parallel: bool,
     );
 
-    /// The panels that [`Multiply::multiply`] makes of a factor, by `[rows or columns, k]`, as `a` (side 0) or `b` (side 1).
-    fn panels(extents: [usize; 2], side: usize) -> Panels;
+    /// The panels that [`Multiply::multiply`] makes of a factor, by `[rows or columns, k]`, as `a` (side 0) or `b` (side 1);
+    /// `rounded` as the [`Product`] says it.
+    fn panels(extents: [usize; 2], side: usize, rounded: bool) -> Panels;
+
+    /// Gives `f` a factor of `[rows, k]`, packed as the left one of products with such a result; `rounded` as the
+    /// [`Product`] says it.
+    fn packed_once<R>(
+        factor: &dyn Factor,
+        extents: [usize; 2],
+        rounded: bool,
+        parallel: bool,
+        f: impl FnOnce(&dyn Factor) -> R,
+    ) -> R;
 }
 
 /// Dtypes that are summed in f32.
@@ -79,10 +91,24 @@ macro_rules! summed_in_f32 {
                 summed_in_f32(out, a, b, product, parallel);
             }
 
-            fn panels(extents: [usize; 2], side: usize) -> Panels {
-                match micro::for_bf16_pairs().filter(|_| <$ty>::DTYPE == DType::BF16) {
+            fn panels(extents: [usize; 2], side: usize, rounded: bool) -> Panels {
+                match pairs::<$ty>(rounded) {
                     Some(kernels) => Panels::new(kernels, extents, side),
                     None => Panels::new(micro::for_f32(), extents, side),
+                }
+            }
+
+            fn packed_once<R>(
+                factor: &dyn Factor,
+                extents: [usize; 2],
+                rounded: bool,
+                parallel: bool,
+                f: impl FnOnce(&dyn Factor) -> R,
+            ) -> R {
+                let panels = <$ty>::panels(extents, 0, rounded);
+                match pairs::<$ty>(rounded) {
+                    Some(_) => shared::with::<u32, R>(panels, factor, parallel, f),
+                    None => shared::with::<f32, R>(panels, factor, parallel, f),
                 }
             }
         }
@@ -109,8 +135,18 @@ impl Multiply for f64 {
         blocked::product::<f64, f64>(micro::for_f64(), out, [a, b], &product, parallel);
     }
 
-    fn panels(extents: [usize; 2], side: usize) -> Panels {
+    fn panels(extents: [usize; 2], side: usize, _rounded: bool) -> Panels {
         Panels::new(micro::for_f64(), extents, side)
+    }
+
+    fn packed_once<R>(
+        factor: &dyn Factor,
+        extents: [usize; 2],
+        rounded: bool,
+        parallel: bool,
+        f: impl FnOnce(&dyn Factor) -> R,
+    ) -> R {
+        shared::with::<f64, R>(f64::panels(extents, 0, rounded), factor, parallel, f)
     }
 }
 
@@ -121,10 +157,14 @@ fn summed_in_f32<T: Number<Acc = f32>>(
     product: Product<f32>,
     parallel: bool,
 ) {
-    // Factors of a bf16 result are bf16 already, or as good as.
-    let rounded = product.rounded || T::DTYPE == DType::BF16;
-    match micro::for_bf16_pairs().filter(|_| rounded) {
+    match pairs::<T>(product.rounded) {
         Some(kernels) => blocked::product::<u32, T>(kernels, out, [a, b], &product, parallel),
         None => blocked::product::<f32, T>(micro::for_f32(), out, [a, b], &product, parallel),
     }
+}
+
+/// Kernels for pairs of bf16, if the factors may be rounded to it and there are such.
+fn pairs<T: Number>(rounded: bool) -> Option<&'static Kernels<u32, f32>> {
+    // Factors of a bf16 result are bf16 already, or as good as.
+    micro::for_bf16_pairs().filter(|_| rounded || T::DTYPE == DType::BF16)
 }

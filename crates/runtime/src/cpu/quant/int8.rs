@@ -32,8 +32,10 @@ const ROWS: usize = 6;
 const COLS: usize = 32;
 /// Fours of a part.
 const STEPS: usize = LEN / 4;
-/// Elements of the rows that are packed at a time, if they are not fewer than a panel: they stay in the second cache.
-const PACKED: usize = 1 << 19;
+/// Elements of the rows that are packed at a time, if they are not fewer than a panel. Each time, the weights are packed
+/// anew, which costs more than that the rows outgrow the second cache somewhat: a panel of them is read once for a panel of
+/// weights, in order, and some bytes a cycle.
+const PACKED: usize = 1 << 20;
 
 /// The loops for a format.
 #[derive(Clone, Copy)]

@@ -41,6 +41,12 @@ pub(super) unsafe fn tile<const R: usize, const HALVES: usize, const OFFSET: i32
             for half in 0..HALVES {
                 let x_sums = x_scales.add((1 + half) * R);
                 let mut products = [[_mm512_setzero_si512(); 2]; R];
+                if OFFSET != 0 {
+                    for (i, products) in products.iter_mut().enumerate() {
+                        let offset = _mm512_set1_epi32((*x_sums.add(i)).cast_signed());
+                        *products = [offset; 2];
+                    }
+                }
                 for step in half * STEPS / HALVES..(half + 1) * STEPS / HALVES {
                     let w = [0, 16].map(|v| w.add(step * COLS + v));
                     let w = [_mm512_loadu_si512(w[0].cast()), _mm512_loadu_si512(w[1].cast())];
@@ -55,17 +61,13 @@ pub(super) unsafe fn tile<const R: usize, const HALVES: usize, const OFFSET: i32
                 let scales = [_mm512_loadu_ps(at), _mm512_loadu_ps(at.add(16))];
                 for (i, (sums, products)) in sums.iter_mut().zip(products).enumerate() {
                     let x_scale = _mm512_set1_ps(*x_scales.add(i).cast::<f32>());
-                    let offset = _mm512_set1_epi32((*x_sums.add(i)).cast_signed());
                     for v in 0..2 {
-                        let products = match OFFSET {
-                            0 => products[v],
-                            _ => _mm512_add_epi32(products[v], offset),
-                        };
-                        let scale = _mm512_mul_ps(scales[v], x_scale);
-                        sums[v] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products), scale, sums[v]);
+                        let (scale, product) = (_mm512_mul_ps(scales[v], x_scale), products[v]);
+                        sums[v] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(product), scale, sums[v]);
                         if OFFSET == 0 {
                             let shifts = _mm512_loadu_ps(at.add(HALVES * COLS + v * 16));
-                            sums[v] = _mm512_fmadd_ps(shifts, _mm512_castsi512_ps(offset), sums[v]);
+                            let x_sum = _mm512_set1_ps(*x_sums.add(i).cast::<f32>());
+                            sums[v] = _mm512_fmadd_ps(shifts, x_sum, sums[v]);
                         }
                     }
                 }
