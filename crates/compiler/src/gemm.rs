@@ -104,11 +104,7 @@ pub(crate) fn find(a: &mut Analysis, target: &Target) -> Gemms {
                 gemms.insert(id, Gemm::of(lhs, rhs, l * r));
             }
             Operation::Binary(BinaryOp::Mul) => absorb_scale(a, id, &mut gemms),
-            Operation::Binary(BinaryOp::Add) => {
-                if !(target.adds_bias && absorb_bias(a, id, &mut gemms)) {
-                    absorb_addend(a, id, &mut gemms, target);
-                }
-            }
+            Operation::Binary(BinaryOp::Add) => absorb_term(a, id, &mut gemms, target),
             _ => {}
         }
     }
@@ -161,6 +157,14 @@ fn absorb_scale(a: &mut Analysis, id: NodeId, gemms: &mut Gemms) {
     let Some(base) = sole_product(a, gemms, x, id) else { return };
     if gemms.get(&base).is_some_and(Gemm::is_plain) {
         move_result(a, gemms, base, id, |gemm| gemm.scale(scale));
+    }
+}
+
+/// What is added to a product: a bias, or another product.
+fn absorb_term(a: &mut Analysis, id: NodeId, gemms: &mut Gemms, target: &Target) {
+    let is_bias = target.adds_bias && absorb_bias(a, id, gemms);
+    if !is_bias {
+        absorb_addend(a, id, gemms, target);
     }
 }
 
