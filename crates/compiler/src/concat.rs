@@ -36,13 +36,6 @@ fn seen_as(view: &Layout, shape: &Shape, part: &Layout) -> Option<Layout> {
     if *view == Layout::contiguous(*shape) {
         return Some(*part);
     }
-    let turned = |layout: &Layout| {
-        let mut layout = *layout;
-        let [rows, cols] = [layout.shape[0], layout.shape[1]];
-        layout.shape = layout.shape.with(0, cols).with(1, rows);
-        layout.strides.swap(0, 1);
-        layout
-    };
-    let is_turned = shape.rank() == 2 && *view == turned(&Layout::contiguous(*shape));
-    is_turned.then(|| turned(part))
+    let is_turned = shape.rank() == 2 && *view == Layout::contiguous(*shape).transposed();
+    is_turned.then(|| part.transposed())
 }

@@ -43,6 +43,14 @@ impl Layout {
         (0..self.shape.rank() - 2).all(|d| self.shape[d] == 1 || self.strides[d] == 0)
     }
 
+    /// A matrix as its transpose.
+    pub(crate) fn transposed(&self) -> Layout {
+        let [rows, cols] = [0, 1].map(|d| self.shape[d]);
+        let mut layout = Layout { shape: self.shape.with(0, cols).with(1, rows), ..*self };
+        layout.strides.swap(0, 1);
+        layout
+    }
+
     /// The part of it that has this shape and begins at `start` along `dim`.
     pub(crate) fn part(&self, dim: usize, start: usize, shape: Shape) -> Layout {
         let mut part = *self;

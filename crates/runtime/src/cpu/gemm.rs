@@ -34,6 +34,7 @@ use metal_candle_compiler::Layout;
 use metal_candle_graph::DType;
 pub(crate) use multiply::{Multiply, Product};
 pub(crate) use pack::{Factor, Source};
+pub(crate) use shared::packed_once;
 use smallvec::SmallVec;
 
 /// Results of one task of a matrix-vector product.
@@ -263,7 +264,7 @@ pub(crate) fn gemm_of<T: Float, A, B>(
     gemm_factors(out, a, b, alpha, accumulate, T::DTYPE == DType::BF16);
 }
 
-/// `out = a b` on this thread, as [`gemm_of`], of rows that were [packed before](Multiply::packed_once): for a result that may
+/// `out = a b` on this thread, as [`gemm_of`], of rows that were [packed before](packed_once): for a result that may
 /// be rounded if `T` is bf16.
 pub(crate) fn gemm_of_packed<T: Float>(
     out: MatMut<'_, T::Acc>,

@@ -47,11 +47,7 @@ impl Place {
     }
 
     pub(super) fn transposed(&self) -> Place {
-        let mut layout = self.layout;
-        let [rows, cols] = [0, 1].map(|d| self.layout.shape[d]);
-        layout.shape = layout.shape.with(0, cols).with(1, rows);
-        layout.strides.swap(0, 1);
-        Place { layout, ..self.clone() }
+        Place { layout: self.layout.transposed(), ..self.clone() }
     }
 }
 
@@ -184,7 +180,13 @@ pub(super) fn strides(place: &Place) -> [isize; 2] {
 }
 
 /// No further element of a matrix is counted.
-pub(super) fn reach(place: &Place) -> usize {
+fn reach(place: &Place) -> usize {
     let of_dim = |dim: usize| place.layout.shape[dim] * strides(place)[dim].unsigned_abs();
     place.layout.offset.unsigned_abs() + of_dim(0) + of_dim(1)
+}
+
+/// What counts the elements of matrices: a loop may count a tile of every slice too far before it ends.
+pub(super) fn index_type(matrices: [&Place; 3]) -> &'static str {
+    let furthest = matrices.into_iter().map(reach).max().unwrap_or(0);
+    if furthest < 1 << 30 { "i32" } else { "i64" }
 }

@@ -1,7 +1,7 @@
 //! Products of f32 whose result is a few tiles: a library that gives each block a long sum leaves a device idle.
 
 use super::draft::{BLOCK, Draft, Gpu};
-use super::factor::{at_start, matrix, one_matrix, reach, strides};
+use super::factor::{at_start, index_type, matrix, one_matrix, strides};
 use super::{Part, Product};
 use crate::render::launch::SIMD;
 use crate::render::scalar;
@@ -31,7 +31,6 @@ pub(super) fn product(gpu: Gpu<'_>, product: &Product) -> Option<Part> {
         return None;
     }
     let bias = product.bias.as_ref().map(at_start);
-    let furthest = [&a, &b, &out].into_iter().map(reach).max().unwrap_or(0);
     let ([a_row, a_col], [b_row, b_col]) = (strides(&a), strides(&b));
     let a_reads = reads([a_row, a_col], [rows, inner], a.layout.offset);
     let b_reads = reads([b_col, b_row], [cols, inner], b.layout.offset);
@@ -42,7 +41,7 @@ pub(super) fn product(gpu: Gpu<'_>, product: &Product) -> Option<Part> {
         .writes(out.binding, "out", dtype)
         .numbers(dtype)
         .aligned(PATCH * dtype.size_bytes())
-        .typedef("I", if furthest < 1 << 30 { "i32" } else { "i64" })
+        .typedef("I", index_type([&a, &b, &out]))
         .function("A", "alpha", &format!("{:?}", product.alpha))
         .constant("ROWS", rows as i64)
         .constant("COLS", cols as i64)

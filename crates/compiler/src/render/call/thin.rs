@@ -2,7 +2,7 @@
 //! result, and a library that is made for large tiles takes longer.
 
 use super::draft::{BLOCK, Draft, Gpu};
-use super::factor::{at_start, matrix, one_matrix, reach, strides};
+use super::factor::{at_start, index_type, matrix, one_matrix, strides};
 use super::{Part, Product};
 use crate::render::launch::SIMD;
 use crate::render::{Launch, Team};
@@ -46,7 +46,6 @@ pub(super) fn product(gpu: Gpu<'_>, product: &Product) -> Option<Part> {
     // Half of what can run: each has some rows to use its part of b for.
     let slices = (gpu.limits.resident_threads / 2 / SIMD).div_ceil(strips);
     let slices = slices.clamp(1, tiles.div_ceil(2));
-    let furthest = [&a, &b, &out].into_iter().map(reach).max().unwrap_or(0);
     let [b_row, b_col] = strides(&b);
     let draft = Draft::new(gpu, "gemm", "thin::product")
         .reads(a.binding, "a", dtype)
@@ -54,8 +53,7 @@ pub(super) fn product(gpu: Gpu<'_>, product: &Product) -> Option<Part> {
         .reads_if(bias.as_ref().map(|bias| bias.binding), "bias", dtype)
         .writes(out.binding, "out", dtype)
         .aligned(RUN * dtype.size_bytes())
-        // A loop counts a tile of every slice too far before it ends.
-        .typedef("I", if furthest < 1 << 30 { "i32" } else { "i64" })
+        .typedef("I", index_type([&a, &b, &out]))
         .function("f32", "alpha", &format!("{:?}", product.alpha))
         .constant("ROWS", rows as i64)
         .constant("COLS", cols as i64)

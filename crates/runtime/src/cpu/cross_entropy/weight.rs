@@ -1,7 +1,7 @@
 //! The weight of the classes, dense or in blocks, chunk by chunk.
 
 use crate::cpu::gemm::{
-    Factor, Multiply, Product, gemm_factors, gemm_of, gemm_of_packed, multiply_factors,
+    Factor, Multiply, Product, gemm_factors, gemm_of, gemm_of_packed, multiply_factors, packed_once,
 };
 use crate::cpu::matrix::{Mat, MatMut};
 use crate::cpu::number::{Float, Number, Real};
@@ -55,7 +55,7 @@ impl<'a, T: Float> Weight<'a, T> {
             Weight::Blocks(_) => true,
         };
         let extents = [x.rows(), x.cols()];
-        T::Acc::packed_once(T::factor(&x), extents, rounded, parallel, |factor| {
+        packed_once::<T::Acc, _>(T::factor(&x), extents, rounded, parallel, |factor| {
             f(Rows { x, factor })
         })
     }

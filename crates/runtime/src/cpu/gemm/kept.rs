@@ -38,6 +38,10 @@ impl Panels {
         Panels { kind: P::KIND, extents, widths: [width, last] }
     }
 
+    pub(super) fn kind(&self) -> Kind {
+        self.kind
+    }
+
     pub(crate) fn len_bytes(&self) -> usize {
         match self.kind {
             Kind::Pairs => self.words::<u32>() * size_of::<u32>(),

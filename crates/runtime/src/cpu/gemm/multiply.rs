@@ -3,7 +3,6 @@
 use super::kept::Panels;
 use super::micro::Kernels;
 use super::pack::Factor;
-use super::shared;
 use super::{blocked, micro};
 use crate::cpu::matrix::{Mat, MatMut};
 use crate::cpu::number::Number;
@@ -49,16 +48,6 @@ pub(crate) trait Multiply: Number {
     /// The panels that [`Multiply::multiply`] makes of a factor, by `[rows or columns, k]`, as `a` (side 0) or `b` (side 1);
     /// `rounded` as the [`Product`] says it.
     fn panels(extents: [usize; 2], side: usize, rounded: bool) -> Panels;
-
-    /// Gives `f` a factor of `[rows, k]`, packed as the left one of products with such a result; `rounded` as the
-    /// [`Product`] says it.
-    fn packed_once<R>(
-        factor: &dyn Factor,
-        extents: [usize; 2],
-        rounded: bool,
-        parallel: bool,
-        f: impl FnOnce(&dyn Factor) -> R,
-    ) -> R;
 }
 
 /// Dtypes that are summed in f32.
@@ -97,20 +86,6 @@ macro_rules! summed_in_f32 {
                     None => Panels::new(micro::for_f32(), extents, side),
                 }
             }
-
-            fn packed_once<R>(
-                factor: &dyn Factor,
-                extents: [usize; 2],
-                rounded: bool,
-                parallel: bool,
-                f: impl FnOnce(&dyn Factor) -> R,
-            ) -> R {
-                let panels = <$ty>::panels(extents, 0, rounded);
-                match pairs::<$ty>(rounded) {
-                    Some(_) => shared::with::<u32, R>(panels, factor, parallel, f),
-                    None => shared::with::<f32, R>(panels, factor, parallel, f),
-                }
-            }
         }
     )*};
 }
@@ -137,16 +112,6 @@ impl Multiply for f64 {
 
     fn panels(extents: [usize; 2], side: usize, _rounded: bool) -> Panels {
         Panels::new(micro::for_f64(), extents, side)
-    }
-
-    fn packed_once<R>(
-        factor: &dyn Factor,
-        extents: [usize; 2],
-        rounded: bool,
-        parallel: bool,
-        f: impl FnOnce(&dyn Factor) -> R,
-    ) -> R {
-        shared::with::<f64, R>(f64::panels(extents, 0, rounded), factor, parallel, f)
     }
 }
 

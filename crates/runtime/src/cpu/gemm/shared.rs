@@ -1,7 +1,8 @@
 //! Rows that several products have in common, as their left factor, packed once for all of them.
 
+use super::Multiply;
 use super::kept::Panels;
-use super::pack::{Factor, Source, Word};
+use super::pack::{Factor, Kind, Source, Word};
 use crate::cpu::parallel::{self, Parts};
 use crate::cpu::scratch;
 use std::ops::Range;
@@ -13,8 +14,25 @@ pub(super) struct Shared<'a, P> {
     packed: &'a [P],
 }
 
-/// Gives `f` a factor whose panels lie in scratch memory, for products by the kernels that they are made for.
-pub(super) fn with<P, R>(
+/// Gives `f` a factor of `[rows, k]`, packed in scratch memory as the left one of products of `T`; `rounded` as their
+/// [`Product`](super::Product) says it.
+pub(crate) fn packed_once<T: Multiply, R>(
+    factor: &dyn Factor,
+    extents: [usize; 2],
+    rounded: bool,
+    parallel: bool,
+    f: impl FnOnce(&dyn Factor) -> R,
+) -> R {
+    let panels = T::panels(extents, 0, rounded);
+    match panels.kind() {
+        Kind::Pairs => with::<u32, R>(panels, factor, parallel, f),
+        Kind::F32 => with::<f32, R>(panels, factor, parallel, f),
+        Kind::F64 => with::<f64, R>(panels, factor, parallel, f),
+    }
+}
+
+/// The same in words of `P`.
+fn with<P, R>(
     panels: Panels,
     factor: &dyn Factor,
     parallel: bool,
@@ -106,7 +124,7 @@ mod tests {
             out
         };
         let counted = Counted { factor: T::factor(&a), times: AtomicUsize::new(0) };
-        let twice = T::Acc::packed_once(&counted, [m, k], rounded, false, |packed| {
+        let twice = packed_once::<T::Acc, _>(&counted, [m, k], rounded, false, |packed| {
             let times = counted.times.load(Ordering::Relaxed);
             let twice = [multiply(packed), multiply(packed)];
             assert_eq!(counted.times.load(Ordering::Relaxed), times, "it was packed again");
