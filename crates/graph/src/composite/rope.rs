@@ -88,6 +88,18 @@ fn join(
     }
 }
 
+/// `-table`. Of a table that is repeated for batch and heads, only the table is computed and read.
+fn negated(g: &mut ComputationGraph, table: NodeId) -> Result<NodeId> {
+    let op = g[table].op;
+    match op {
+        Operation::Broadcast(_) => {
+            let once = negated(g, g[table].inputs[0])?;
+            g.add(op, &[once])
+        }
+        _ => g.unary(UnaryOp::Neg, table),
+    }
+}
+
 /// The rotation back. cos and sin are tables of the positions and have no gradient.
 pub(super) fn rope_vjp(
     g: &mut ComputationGraph,
@@ -95,7 +107,7 @@ pub(super) fn rope_vjp(
     inputs: &[NodeId],
     dy: NodeId,
 ) -> Result<Vec<Option<NodeId>>> {
-    let back = g.unary(UnaryOp::Neg, inputs[2])?;
+    let back = negated(g, inputs[2])?;
     let dx = g.add(Operation::Composite(Composite::Rope { layout }), &[dy, inputs[1], back])?;
     Ok(vec![Some(dx), None, None])
 }

@@ -342,3 +342,22 @@ fn composites(dtype: DType) -> Vec<(Composite, Vec<TensorType>)> {
         (Composite::LinearCrossEntropy(loss), vec![x(&[3, 4]), x(&[7, 4]), labels]),
     ]
 }
+
+#[test]
+fn a_table_repeated_for_heads_is_turned_back_as_the_table_itself() {
+    let mut g = ComputationGraph::new();
+    let x = g.input(0, ty(DType::F32, &[2, 5, 3, 4]));
+    let [cos, sin] = [1, 2].map(|i| g.input(i, ty(DType::F32, &[5, 1, 2])));
+    let of_all = Shape::new(&[2, 5, 3, 2]).unwrap();
+    let [cos, sin] = [cos, sin].map(|table| g.broadcast_to(table, of_all).unwrap());
+    let rope = Composite::Rope { layout: RopeLayout::Half };
+    let y = g.add(Operation::Composite(rope), &[x, cos, sin]).unwrap();
+    let y = g.unary(UnaryOp::Sqr, y).unwrap();
+    let loss = sum_all(&mut g, y);
+    let before = g.len();
+    gradients(&mut g, loss, &[trainable(x, "x")]).unwrap();
+    let negated =
+        g.nodes()[before..].iter().filter(|node| node.op == Operation::Unary(UnaryOp::Neg));
+    let shapes: Vec<Vec<usize>> = negated.map(|node| node.shape().dims().to_vec()).collect();
+    assert_eq!(shapes, [[1, 5, 1, 2]]);
+}
