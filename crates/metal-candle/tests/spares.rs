@@ -111,6 +111,26 @@ fn threads_that_call_at_once_have_results_of_their_own() {
 }
 
 #[test]
+fn threads_whose_first_calls_meet_share_one_memory() {
+    if !testbed::is_on_cpu("threads_whose_first_calls_meet_share_one_memory", SPARES) {
+        return;
+    }
+    // Each of them traces the function, and only then both go on.
+    let both = Barrier::new(2);
+    let f = compile(move |x: &[LazyTensor]| {
+        both.wait();
+        Ok(vec![x[0].affine(1.0, 1.0)?])
+    });
+    let f = &f;
+    let results: Vec<LazyTensor> = thread::scope(|scope| {
+        let threads = [1.0, 2.0].map(|value| scope.spawn(move || call(f, &full(value))));
+        threads.map(|thread| thread.join().unwrap()).into()
+    });
+    drop(results);
+    assert_eq!(f.spare_bytes(), BYTES);
+}
+
+#[test]
 fn a_plan_that_is_evaluated_keeps_no_spare() {
     let x = full(1.0);
     let y = x.affine(3.0, 1.0).unwrap();

@@ -11,7 +11,7 @@ use metal_candle_runtime::{
 };
 use smallvec::SmallVec;
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 type Function = dyn Fn(&[LazyTensor]) -> Result<Vec<LazyTensor>> + Send + Sync;
 
@@ -71,6 +71,14 @@ pub enum InputSource {
 
 /// Traces kept of one function: shapes beyond that are traced anew, the least recently used first.
 const CAPACITY: usize = 32;
+
+/// The trace for arguments of these types, which becomes the most recently used one.
+fn known(traces: &mut Vec<Arc<Traced>>, args: &[LazyTensor]) -> Option<Arc<Traced>> {
+    let at = traces.iter().rposition(|traced| traced.takes(args))?;
+    let found = traces.remove(at);
+    traces.push(Arc::clone(&found));
+    Some(found)
+}
 
 struct Traced {
     types: Vec<TensorType>,
@@ -245,36 +253,37 @@ impl Compiled {
     /// The scratch memory that is held now: [`Plan::arena_bytes`] of every shape that was called,
     /// once for each call in flight. Results, and the [spares](Compiled::spare_bytes) of them, come on top.
     pub fn allocated_arena_bytes(&self) -> usize {
-        let traced = self.traced.lock().unwrap_or_else(PoisonError::into_inner);
-        traced.iter().map(|t| t.executable.allocated_arena_bytes()).sum()
+        self.traces().iter().map(|t| t.executable.allocated_arena_bytes()).sum()
     }
 
     /// The memory of results that nobody holds any more, kept for later calls.
     pub fn spare_bytes(&self) -> usize {
-        let traced = self.traced.lock().unwrap_or_else(PoisonError::into_inner);
-        traced.iter().map(|t| t.executable.spare_bytes()).sum()
+        self.traces().iter().map(|t| t.executable.spare_bytes()).sum()
     }
 
     #[track_caller]
     fn traced(&self, args: &[LazyTensor]) -> Result<Arc<Traced>> {
         LazyTensor::prefetch(args);
-        {
-            let mut traced = self.traced.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Some(at) = traced.iter().rposition(|t| t.takes(args)) {
-                let found = traced.remove(at);
-                traced.push(Arc::clone(&found));
-                return Ok(found);
-            }
+        if let Some(known) = known(&mut self.traces(), args) {
+            return Ok(known);
         }
         one_device("a call of a compiled function", args)?;
         // Tracing runs the caller's code, which may call this function: not under the lock.
         let new = Arc::new(self.trace(args)?);
-        let mut traced = self.traced.lock().unwrap_or_else(PoisonError::into_inner);
-        if traced.len() == CAPACITY {
-            traced.remove(0);
+        let mut traces = self.traces();
+        // Another thread may have called meanwhile: there is one trace, with one memory, for both.
+        if let Some(known) = known(&mut traces, args) {
+            return Ok(known);
         }
-        traced.push(Arc::clone(&new));
+        if traces.len() == CAPACITY {
+            traces.remove(0);
+        }
+        traces.push(Arc::clone(&new));
         Ok(new)
+    }
+
+    fn traces(&self) -> MutexGuard<'_, Vec<Arc<Traced>>> {
+        self.traced.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     #[track_caller]
