@@ -8,7 +8,6 @@ use anyhow::{Result, bail};
 use metal_candle::generate::{DecodeShape, Generator};
 use metal_candle::graph::TensorType;
 use metal_candle::models::{Decoder, load_outline};
-use metal_candle::nn::LoRAAdapter;
 use metal_candle::train::Trainer;
 use metal_candle::{Device, InputSource, Outline, Workspace};
 use std::fmt::{self, Write as _};
@@ -78,8 +77,7 @@ type Parts = Vec<(&'static str, usize)>;
 
 fn training(args: &Args, decoder: Arc<Decoder>) -> Result<(String, Outline, Parts)> {
     let config = args.train.config();
-    let adapter =
-        LoRAAdapter::new(args.train.lora(), decoder.modules(), config.seed, decoder.device())?;
+    let adapter = args.train.adapter_outline(&decoder)?;
     let examples = args.train.examples_for_plan()?;
     let seq = config.max_seq_length.min(decoder.config.max_position_embeddings);
     let outline = Trainer::outline(decoder, &adapter, &config, examples.as_deref())?;

@@ -1,5 +1,6 @@
 //! `metal-candle train`
 
+mod adapter;
 mod chart;
 mod events;
 mod observer;
@@ -10,14 +11,15 @@ use crate::columns::DataArgs;
 use crate::model::ModelArgs;
 use crate::ui::{is_quiet, note, progress};
 use crate::units::Bytes;
+use adapter::AdapterArgs;
 use anyhow::{Result, bail};
 use indicatif::ProgressBar;
+use metal_candle::io::GgufFile;
 use metal_candle::io::data::{
     Batcher, Dataset, Example, Examples, Rows, TokenizeOptions, tokenize,
 };
-use metal_candle::io::peft::TargetModules;
 use metal_candle::io::tokenizer::Tokenizer;
-use metal_candle::io::{GgufFile, LoraConfig};
+use metal_candle::models::Decoder;
 use metal_candle::nn::LoRAAdapter;
 use metal_candle::train::{AdamWConfig, LRScheduler, Report, Trainer, TrainingConfig};
 use metal_candle::{Device, Plan, Workspace};
@@ -79,18 +81,8 @@ pub(crate) struct Args {
     /// Where the adapter goes (PEFT's format)
     #[arg(long, default_value = "adapters")]
     adapter_path: PathBuf,
-    /// Rank of the adapter
-    #[arg(long, default_value_t = 8)]
-    lora_rank: usize,
-    /// The branch is scaled by alpha / rank
-    #[arg(long, default_value_t = 16.0)]
-    lora_alpha: f64,
-    /// Probability of dropping an input of the branch
-    #[arg(long, default_value_t = 0.0)]
-    lora_dropout: f64,
-    /// The layers to adapt: names as PEFT matches them, or all-linear
-    #[arg(long, value_delimiter = ',', default_value = "q_proj,v_proj")]
-    target_modules: Vec<String>,
+    #[command(flatten)]
+    adapter: AdapterArgs,
     /// Train the completions only, not the prompts
     #[arg(long)]
     mask_prompt: bool,
@@ -144,15 +136,20 @@ impl Args {
         &self.model
     }
 
-    pub(crate) fn lora(&self) -> LoraConfig {
-        LoraConfig {
-            base_model_name_or_path: Some(self.model.name()),
-            r: self.lora_rank,
-            lora_alpha: self.lora_alpha,
-            lora_dropout: self.lora_dropout,
-            target_modules: targets(&self.target_modules),
-            ..LoraConfig::default()
-        }
+    /// The adapter that training begins with.
+    ///
+    /// # Errors
+    /// Where it does not fit the base.
+    pub(crate) fn adapter(&self, base: &Decoder) -> Result<LoRAAdapter> {
+        self.adapter.of(base, self.model.name(), self.seed)
+    }
+
+    /// One of the same shapes, to plan with.
+    ///
+    /// # Errors
+    /// As [`Self::adapter`].
+    pub(crate) fn adapter_outline(&self, base: &Decoder) -> Result<LoRAAdapter> {
+        self.adapter.outline(base, self.model.name(), self.seed)
     }
 
     pub(crate) fn config(&self) -> TrainingConfig {
@@ -214,11 +211,12 @@ fn train(args: &Args, ranks: &Ranks) -> Result<End> {
         None => None,
     };
     let decoder = Arc::new(loaded.decoder);
-    let adapter = LoRAAdapter::new(args.lora(), decoder.modules(), args.seed, decoder.device())?;
+    let adapter = args.adapter(&decoder)?;
+    let config = adapter.config.clone();
     let trainable = adapter.num_trainable_parameters();
     note!("adapter: {} layers, {trainable} trainable parameters", adapter.layers().len());
     let stop = on_interrupt()?;
-    let mut trainer = Trainer::new(decoder, adapter, config(args))?;
+    let mut trainer = Trainer::new(decoder, adapter, args.config())?;
     if let Some(world) = &ranks.world {
         trainer = trainer.within(Arc::clone(world))?;
     }
@@ -233,7 +231,8 @@ fn train(args: &Args, ranks: &Ranks) -> Result<End> {
         }
         let examples = [Some(&train), valid.as_ref()];
         let planned = (&plan, &workspaces[..]);
-        observer.describe(observer::summary(args, planned, examples, &batches, trainable)?);
+        let adapter = (&config, trainable);
+        observer.describe(observer::summary(args, planned, examples, &batches, adapter)?);
     }
     let bar = progress(args.iters as u64, "{bar:30} {pos}/{len} {msg} eta {eta}");
     let valid = valid.map_or_else(Vec::new, |valid| valid.examples);
@@ -311,13 +310,6 @@ fn examples(what: &str, rows: &Rows, tokenizer: &Tokenizer, args: &Args) -> Resu
         note!("{what}: {} rows left out: none of their tokens is trained", all.untrained);
     }
     Ok(all)
-}
-
-fn targets(names: &[String]) -> TargetModules {
-    match names {
-        [all] if all == "all-linear" => TargetModules::AllLinear,
-        names => TargetModules::Names(names.to_vec()),
-    }
 }
 
 fn config(args: &Args) -> TrainingConfig {

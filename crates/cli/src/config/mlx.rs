@@ -114,7 +114,6 @@ pub(super) fn is_moot(setting: &Setting) -> Result<bool> {
         "test" | "grad_checkpoint" => json!(false),
         "fine_tune_type" => json!("lora"),
         "optimizer" => json!("adamw"),
-        "num_layers" => json!(-1),
         "test_batches" | "clear_cache_threshold" | "project_name" | "trust_remote_code" => {
             return Ok(true);
         }

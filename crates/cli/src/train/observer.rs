@@ -1,12 +1,13 @@
 //! Keeps the log and draws the page while a run goes on.
 
+use super::adapter::targets;
 use super::events::{Clock, Log, before, step};
 use super::page::{self, Summary, count};
 use super::{Args, listed};
 use crate::units::{Bytes, Count};
 use anyhow::{Context, Result, bail};
 use metal_candle::io::data::{Batcher, Examples};
-use metal_candle::io::file;
+use metal_candle::io::{LoraConfig, file};
 use metal_candle::train::Report;
 use metal_candle::{Plan, Workspace};
 use serde_json::Value;
@@ -108,13 +109,14 @@ impl Observer {
     }
 }
 
-/// What the page says beside the events; with the plan of a step go its workspaces; `examples` are those for training and for validation.
+/// What the page says beside the events; with the plan of a step go its workspaces; `examples` are those for training and for validation;
+/// with the adapter's configuration goes how many parameters it has.
 pub(super) fn summary(
     args: &Args,
     (plan, workspaces): (&Plan, &[Workspace]),
     examples: [Option<&Examples>; 2],
     batches: &Batcher,
-    trainable: usize,
+    adapter: (&LoraConfig, usize),
 ) -> Result<Summary> {
     let mut data = vec![("Source".to_owned(), args.data.path()?.display().to_string())];
     for (name, examples) in ["Training", "Validation"].into_iter().zip(examples) {
@@ -140,7 +142,7 @@ pub(super) fn summary(
         planned_bytes: plan.peak_bytes() as u64,
         max_gradient_norm: args.max_grad_norm,
         data,
-        settings: settings(args, plan, workspaces, trainable),
+        settings: settings(args, plan, workspaces, adapter),
     })
 }
 
@@ -148,7 +150,7 @@ fn settings(
     args: &Args,
     plan: &Plan,
     workspaces: &[Workspace],
-    trainable: usize,
+    (adapter, trainable): (&LoraConfig, usize),
 ) -> Vec<(String, String)> {
     let schedule = match (args.lr_schedule, args.warmup) {
         (schedule, 0) => format!("{schedule:?}").to_lowercase(),
@@ -158,10 +160,10 @@ fn settings(
         ("Model", args.model.source().given().to_owned()),
         ("Device", args.model.device().named().to_string()),
         ("Adapter", args.adapter_path.display().to_string()),
-        ("Target modules", args.target_modules.join(", ")),
+        ("Target modules", targets(adapter)),
         (
             "Rank, alpha, dropout",
-            format!("{}, {}, {}", args.lora_rank, args.lora_alpha, args.lora_dropout),
+            format!("{}, {}, {}", adapter.r, adapter.lora_alpha, adapter.lora_dropout),
         ),
         ("Trainable parameters", Count(trainable as u64).to_string()),
         (

@@ -109,7 +109,7 @@ fine_tune_type: lora
 optimizer: adamw
 data: "DATA"
 seed: 0
-num_layers: -1
+num_layers: 1
 batch_size: 3
 iters: 2
 val_batches: 25
@@ -154,8 +154,10 @@ fn a_file_of_mlx_lm_s_trains_what_it_says() {
     let config: serde_json::Value = serde_json::from_str(&config).unwrap();
     assert_eq!((&config["r"], config["lora_alpha"].as_f64()), (&5.into(), Some(100.0)));
     assert_eq!(config["target_modules"][0], "self_attn.q_proj");
+    assert_eq!(config["layers_to_transform"], serde_json::json!([1]));
     for (from, to, part) in [
         ("fine_tune_type: lora", "fine_tune_type: dora", "fine_tune_type is \"dora\""),
+        ("num_layers: 1", "num_layers: 0", "expected a number of layers, or -1 for all"),
         ("optimizer: adamw", "optimizer: sgd", "optimizer is \"sgd\""),
         ("  dropout", "  drop", "lora_parameters.drop"),
         ("cosine_decay", "step_decay", "step_decay"),

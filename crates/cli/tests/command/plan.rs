@@ -46,6 +46,24 @@ fn the_summary_says_the_exact_peak_and_what_takes_most() {
 }
 
 #[test]
+fn the_last_layers_alone_take_less() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = model(folder.path());
+    let plan = |flags: &[&str]| {
+        let all = ["plan", "--model", &model, "--target-modules", "all-linear"];
+        succeeds(&[&all[..], flags].concat())
+    };
+    let (all, last) = (plan(&[]), plan(&["--num-layers", "1"]));
+    assert!(all.contains("on 14 layers") && last.contains("on 7 layers"), "{all}\n{last}");
+    for (what, unit) in [("peak", " bytes exactly"), ("adapter", " tensors")] {
+        assert!(number(&last, what, unit) < number(&all, what, unit), "{all}\n{last}");
+    }
+    assert_eq!(plan(&["--num-layers", "-1"]), all);
+    let more = ["plan", "--model", &model, "--num-layers", "3"];
+    fails(&more, &["--num-layers: the last 3 layers of a base that has 2"]);
+}
+
+#[test]
 fn a_training_says_at_its_start_and_in_its_report_what_memory_it_takes() {
     let folder = tempfile::tempdir().unwrap();
     let (model, data) = (model(folder.path()), data(folder.path()));

@@ -42,7 +42,7 @@ impl AdapterFormat {
     /// # Errors
     /// [`Error::File`] where nothing is there; [`Problem::NoAdapter`], [`Problem::Pickle`].
     pub fn detect(path: impl AsRef<Path>) -> Result<AdapterFormat> {
-        let path = path.as_ref();
+        let path = folder_of(path.as_ref());
         let has = |name: &str| path.join(name).exists();
         if std::fs::metadata(path).map_err(Error::file(path))?.is_file() {
             return Ok(AdapterFormat::Gguf);
@@ -67,6 +67,18 @@ impl AdapterFormat {
     }
 }
 
+/// The file of an adapter's weights stands for the folder that they are in.
+fn folder_of(path: &Path) -> &Path {
+    let is_weights = path.ends_with(peft::WEIGHTS) || path.ends_with(mlx::WEIGHTS);
+    match path.parent() {
+        Some(folder) if is_weights && path.is_file() => match folder.as_os_str().is_empty() {
+            true => Path::new("."),
+            false => folder,
+        },
+        _ => path,
+    }
+}
+
 /// Reads the adapter at this path. `base` is the model that it is for: a GGUF adapter for Llama
 /// cannot be read without, and any adapter is held against it.
 ///
@@ -74,7 +86,7 @@ impl AdapterFormat {
 /// As [`AdapterFormat::detect`], [`PeftAdapter::load`], [`mlx::load`], [`lora::load`] and
 /// [`PeftAdapter::check_base`].
 pub fn load(path: impl AsRef<Path>, base: Option<&DecoderConfig>) -> Result<PeftAdapter> {
-    let path = path.as_ref();
+    let path = folder_of(path.as_ref());
     let adapter = match AdapterFormat::detect(path)? {
         AdapterFormat::Peft => PeftAdapter::load(path)?,
         AdapterFormat::Mlx => mlx::load(path)?,

@@ -7,6 +7,7 @@
 mod adapter;
 mod config;
 mod describe;
+mod last_layers;
 pub(crate) mod pair;
 mod select;
 
@@ -33,6 +34,8 @@ pub enum Problem {
     Regex { option: &'static str, pattern: String, cause: Box<fancy_regex::Error> },
     #[error("target_modules {targets} match none of the base's {modules} linear modules")]
     NoTarget { targets: String, modules: usize },
+    #[error("the last {count} layers of a base that has {layers}: expected 1 to {layers}")]
+    LastLayers { count: usize, layers: usize },
     #[error("not a safetensors file: {cause}")]
     SafeTensors { cause: safetensors::SafeTensorError },
     #[error("tensor {key:?}: {reason}")]

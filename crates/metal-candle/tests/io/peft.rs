@@ -194,6 +194,35 @@ fn values_out_of_range_are_refused() {
 }
 
 #[test]
+fn the_last_layers_are_a_list_and_all_linear_the_names_in_them() {
+    let names = ["0.self_attn.q_proj", "0.mlp.up_proj", "1.self_attn.q_proj", "1.mlp.up_proj"];
+    let names = names.map(|name| format!("model.layers.{name}"));
+    let linear = || names.iter().map(String::as_str).chain(["lm_head"]);
+    let of = |target_modules: TargetModules, count| {
+        let config = LoraConfig { target_modules, ..LoraConfig::default() };
+        config.for_last_layers(count, linear())
+    };
+    let chosen = |config: &LoraConfig| -> Vec<String> {
+        config.targets(linear()).unwrap().into_iter().map(|target| target.module).collect()
+    };
+    let last = of(TargetModules::AllLinear, 1).unwrap();
+    let short = TargetModules::Names(vec!["q_proj".into(), "up_proj".into()]);
+    assert_eq!(last.target_modules, short);
+    assert_eq!(last.layers_to_transform, Some(OneOrMany::Many(vec![1])));
+    assert_eq!(chosen(&last), names[2..]);
+    assert_eq!(LoraConfig::from_json(&last.to_json()).unwrap(), last);
+    let q = TargetModules::Names(vec!["q_proj".into()]);
+    assert_eq!(chosen(&of(q.clone(), 1).unwrap()), names[2..3]);
+    assert_eq!(chosen(&of(TargetModules::AllLinear, 2).unwrap()), names);
+    for count in [0, 3] {
+        let error = of(q.clone(), count).unwrap_err();
+        assert!(matches!(error, Problem::LastLayers { layers: 2, .. }), "{error}");
+    }
+    let error = of(TargetModules::Regex(".*q_proj".into()), 1).unwrap_err();
+    assert!(matches!(error, Problem::Option { .. }), "{error}");
+}
+
+#[test]
 fn bad_patterns_and_targets_that_match_nothing_are_refused() {
     let linear = ["model.layers.0.self_attn.q_proj", "lm_head"];
     for extra in [

@@ -5,7 +5,7 @@ use fancy_regex::Regex;
 use super::{LoraConfig, OneOrMany, Problem, TargetModules};
 
 /// The output projection, which `all-linear` leaves out.
-const LM_HEAD: &str = "lm_head";
+pub(super) const LM_HEAD: &str = "lm_head";
 
 /// A module that gets an adapter.
 #[derive(Clone, Debug, PartialEq)]
@@ -214,6 +214,6 @@ fn lookup<T: Copy>(patterns: &[(Pattern, T)], module: &str) -> Result<Option<T>,
 }
 
 /// Whether the name ends with `.` and `suffix`.
-fn ends_with(module: &str, suffix: &str) -> bool {
+pub(super) fn ends_with(module: &str, suffix: &str) -> bool {
     module.strip_suffix(suffix).is_some_and(|rest| rest.ends_with('.'))
 }
