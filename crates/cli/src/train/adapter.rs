@@ -1,5 +1,6 @@
 //! The adapter that a training begins with: a fresh one, or one that was trained before.
 
+use crate::ui::note;
 use anyhow::{Context, Result};
 use metal_candle::io::peft::{OneOrMany, TargetModules};
 use metal_candle::io::{LoraConfig, adapter};
@@ -55,7 +56,15 @@ impl AdapterArgs {
     pub(crate) fn of(&self, base: &Decoder, name: String, seed: u64) -> Result<LoRAAdapter> {
         match &self.resume_adapter_file {
             Some(path) => {
-                LoRAAdapter::load(path, &base.config, base.device()).with_context(at(path))
+                let adapter = LoRAAdapter::load(path, &base.config, base.device());
+                let adapter = adapter.with_context(at(path))?;
+                let LoraConfig { r, lora_alpha, lora_dropout, .. } = adapter.config;
+                note!(
+                    "adapter: that of {}, with its rank {r}, alpha {lora_alpha}, dropout {lora_dropout}; {}",
+                    path.display(),
+                    targets(&adapter.config)
+                );
+                Ok(adapter)
             }
             None => self.fresh(base, name, seed),
         }

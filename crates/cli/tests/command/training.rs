@@ -57,16 +57,8 @@ fn an_adapter_is_trained_further_whoever_wrote_it() {
     let steps = ["--iters", "2", "--learning-rate", "1e-2"];
     let first = train(&at("first"), &[&layers[..], &steps].concat());
     let mlx = at("mlx");
-    succeeds(&[
-        "adapter",
-        "convert",
-        "--adapter-path",
-        &at("first"),
-        "--to",
-        "mlx",
-        "--save-path",
-        &mlx,
-    ]);
+    let convert = ["adapter", "convert", "--adapter-path", &at("first"), "--to", "mlx"];
+    succeeds(&[&convert[..], &["--save-path", &mlx]].concat());
     // A step that changes nothing: what is saved is what it began with.
     let still = ["--iters", "1", "--learning-rate", "1e-30"];
     for from in [at("first"), mlx.clone(), format!("{mlx}/adapters.safetensors")] {

@@ -34,9 +34,9 @@ impl LoraConfig {
             }
             other => other,
         };
-        let layers = layers.into_iter().rev().take(count).collect::<Vec<_>>();
-        let layers = layers.into_iter().rev().collect();
-        let layers_to_transform = Some(OneOrMany::Many(layers));
+        let others = layers.len() - count;
+        let last = layers.into_iter().skip(others).collect();
+        let layers_to_transform = Some(OneOrMany::Many(last));
         let config = LoraConfig { target_modules, layers_to_transform, ..self };
         config.check()?;
         Ok(config)
