@@ -220,6 +220,14 @@ fn the_last_layers_are_a_list_and_all_linear_the_names_in_them() {
     }
     let error = of(TargetModules::Regex(".*q_proj".into()), 1).unwrap_err();
     assert!(matches!(error, Problem::Option { .. }), "{error}");
+    // Layers are what they are for the selection.
+    let by = |pattern: &str| {
+        let layers_pattern = Some(OneOrMany::One(pattern.into()));
+        LoraConfig { layers_pattern, ..LoraConfig::default() }.for_last_layers(1, linear())
+    };
+    assert_eq!(chosen(&by("layers").unwrap()), names[2..]);
+    assert!(matches!(by("blocks"), Err(Problem::LastLayers { layers: 0, .. })));
+    assert!(matches!(by("("), Err(Problem::Regex { .. })));
 }
 
 #[test]

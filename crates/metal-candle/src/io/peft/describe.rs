@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use indexmap::IndexMap;
 
+use super::select::last_part;
 use super::{LoraConfig, LoraPair, OneOrMany, TargetModules};
 
 impl LoraConfig {
@@ -64,8 +65,7 @@ fn targets<'m>(
     }
     let mut sets = layers.values();
     let Some(first) = sets.next() else { return (full(), None) };
-    let last = |module: &&'m str| module.rsplit('.').next().unwrap_or_default().to_owned();
-    let short: BTreeSet<String> = first.iter().map(last).collect();
+    let short: BTreeSet<String> = first.iter().map(|module| last_part(module).to_owned()).collect();
     if sets.any(|set| set != first) || short.len() != first.len() {
         return (full(), None);
     }

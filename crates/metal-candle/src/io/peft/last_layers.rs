@@ -1,6 +1,6 @@
 //! An adapter of a base's last layers only: less to train, and no gradient flows below them.
 
-use super::select::{LM_HEAD, ends_with};
+use super::select::{LayerNames, is_output, last_part};
 use super::{LoraConfig, OneOrMany, Problem, TargetModules};
 use std::collections::BTreeSet;
 
@@ -13,24 +13,26 @@ impl LoraConfig {
     ///
     /// # Errors
     /// [`Problem::LastLayers`] where there are fewer layers, or `count` is 0; [`Problem::Option`]
-    /// where `target_modules` are a regular expression.
+    /// where `target_modules` are a regular expression; [`Problem::Regex`] of `layers_pattern`.
     pub fn for_last_layers<'a>(
         self,
         count: usize,
         linear: impl IntoIterator<Item = &'a str>,
     ) -> Result<LoraConfig, Problem> {
-        let in_layers: Vec<(usize, &str)> =
-            linear.into_iter().filter_map(|name| Some((layer_of(name)?, name))).collect();
-        let layers: BTreeSet<usize> = in_layers.iter().map(|(layer, _)| *layer).collect();
+        let layer_names = LayerNames::new(&self)?;
+        let (mut layers, mut modules) = (BTreeSet::new(), BTreeSet::new());
+        for name in linear {
+            if let Some(layer) = layer_names.layer_of(name)? {
+                layers.insert(layer);
+                modules.extend((!is_output(name)).then(|| last_part(name)));
+            }
+        }
         if count == 0 || count > layers.len() {
             return Err(Problem::LastLayers { count, layers: layers.len() });
         }
         let target_modules = match self.target_modules {
             TargetModules::AllLinear => {
-                let names = in_layers.iter().map(|(_, name)| *name);
-                let names = names.filter(|name| !ends_with(name, LM_HEAD)).map(last_part);
-                let names: BTreeSet<&str> = names.collect();
-                TargetModules::Names(names.into_iter().map(str::to_owned).collect())
+                TargetModules::Names(modules.into_iter().map(str::to_owned).collect())
             }
             other => other,
         };
@@ -41,14 +43,4 @@ impl LoraConfig {
         config.check()?;
         Ok(config)
     }
-}
-
-/// `model.layers.3.self_attn.q_proj` is in layer 3: the first number counts, later ones may be of experts.
-fn layer_of(module: &str) -> Option<usize> {
-    module.split('.').find_map(|part| part.parse().ok())
-}
-
-/// `q_proj` of `model.layers.3.self_attn.q_proj`.
-fn last_part(module: &str) -> &str {
-    module.rsplit('.').next().unwrap_or(module)
 }

@@ -5,7 +5,7 @@ use fancy_regex::Regex;
 use super::{LoraConfig, OneOrMany, Problem, TargetModules};
 
 /// The output projection, which `all-linear` leaves out.
-pub(super) const LM_HEAD: &str = "lm_head";
+const LM_HEAD: &str = "lm_head";
 
 /// A module that gets an adapter.
 #[derive(Clone, Debug, PartialEq)]
@@ -96,10 +96,49 @@ enum Names<'a> {
     AllLinear,
 }
 
-/// The layers to which suffixes are restricted, and what finds a module's layer in its name.
+/// The layers to which suffixes are restricted.
 struct Layers {
     wanted: Vec<usize>,
-    patterns: Vec<Pattern>,
+    names: LayerNames,
+}
+
+/// What finds a module's layer in its name: `layers_pattern`, or PEFT's own.
+pub(super) struct LayerNames(Vec<Pattern>);
+
+impl LayerNames {
+    /// # Errors
+    /// [`Problem::Regex`]
+    pub(super) fn new(config: &LoraConfig) -> Result<Self, Problem> {
+        const OPTION: &str = "layers_pattern";
+        let named = match &config.layers_pattern {
+            None => &[][..],
+            Some(OneOrMany::One(name)) if name.is_empty() => &[],
+            Some(OneOrMany::One(name)) => std::slice::from_ref(name),
+            Some(OneOrMany::Many(names)) => names,
+        };
+        // Lazy, so that the first number is the layer: later ones may count experts.
+        let mut patterns = named
+            .iter()
+            .map(|name| Pattern::new(OPTION, name, format!("^(?:|.*?\\.)(?:{name})\\.(\\d+)\\.")))
+            .collect::<Result<Vec<_>, _>>()?;
+        if patterns.is_empty() {
+            patterns.push(Pattern::new(OPTION, "", r"^.*?\.[^.]*\.(\d+)\.".to_owned())?);
+        }
+        Ok(Self(patterns))
+    }
+
+    /// The layer that a module is in.
+    ///
+    /// # Errors
+    /// [`Problem::Regex`]
+    pub(super) fn layer_of(&self, module: &str) -> Result<Option<usize>, Problem> {
+        for pattern in &self.0 {
+            if let Some(layer) = pattern.number(module)? {
+                return Ok(Some(layer));
+            }
+        }
+        Ok(None)
+    }
 }
 
 /// A config with its regular expressions compiled.
@@ -151,7 +190,7 @@ impl<'a> Selector<'a> {
         }
         match &self.targets {
             Names::Regex(regex) => regex.is_match(module),
-            Names::AllLinear => Ok(module != LM_HEAD && !ends_with(module, LM_HEAD)),
+            Names::AllLinear => Ok(!is_output(module)),
             // A full name is meant as it stands; the layers restrict suffixes only.
             Names::List(names) if names.iter().any(|name| name == module) => Ok(true),
             Names::List(names) => {
@@ -161,13 +200,8 @@ impl<'a> Selector<'a> {
     }
 
     fn in_layers(&self, module: &str) -> Result<bool, Problem> {
-        let Some(Layers { wanted, patterns }) = &self.layers else { return Ok(true) };
-        for pattern in patterns {
-            if let Some(layer) = pattern.number(module)? {
-                return Ok(wanted.contains(&layer));
-            }
-        }
-        Ok(false)
+        let Some(Layers { wanted, names }) = &self.layers else { return Ok(true) };
+        Ok(names.layer_of(module)?.is_some_and(|layer| wanted.contains(&layer)))
     }
 
     fn target(&self, config: &LoraConfig, module: &str) -> Result<Target, Problem> {
@@ -186,22 +220,7 @@ fn layers(config: &LoraConfig) -> Result<Option<Layers>, Problem> {
         Some(OneOrMany::Many(layers)) if layers.is_empty() => return Ok(None),
         Some(OneOrMany::Many(layers)) => layers.clone(),
     };
-    const OPTION: &str = "layers_pattern";
-    let named = match &config.layers_pattern {
-        None => &[][..],
-        Some(OneOrMany::One(name)) if name.is_empty() => &[],
-        Some(OneOrMany::One(name)) => std::slice::from_ref(name),
-        Some(OneOrMany::Many(names)) => names,
-    };
-    // Lazy, so that the first number is the layer: later ones may count experts.
-    let mut patterns = named
-        .iter()
-        .map(|name| Pattern::new(OPTION, name, format!("^(?:|.*?\\.)(?:{name})\\.(\\d+)\\.")))
-        .collect::<Result<Vec<_>, _>>()?;
-    if patterns.is_empty() {
-        patterns.push(Pattern::new(OPTION, "", r"^.*?\.[^.]*\.(\d+)\.".to_owned())?);
-    }
-    Ok(Some(Layers { wanted, patterns }))
+    Ok(Some(Layers { wanted, names: LayerNames::new(config)? }))
 }
 
 fn lookup<T: Copy>(patterns: &[(Pattern, T)], module: &str) -> Result<Option<T>, Problem> {
@@ -213,7 +232,17 @@ fn lookup<T: Copy>(patterns: &[(Pattern, T)], module: &str) -> Result<Option<T>,
     Ok(None)
 }
 
+/// Whether a module is the output projection.
+pub(super) fn is_output(module: &str) -> bool {
+    module == LM_HEAD || ends_with(module, LM_HEAD)
+}
+
+/// `q_proj` of `model.layers.3.self_attn.q_proj`.
+pub(super) fn last_part(module: &str) -> &str {
+    module.rsplit('.').next().unwrap_or(module)
+}
+
 /// Whether the name ends with `.` and `suffix`.
-pub(super) fn ends_with(module: &str, suffix: &str) -> bool {
+fn ends_with(module: &str, suffix: &str) -> bool {
     module.strip_suffix(suffix).is_some_and(|rest| rest.ends_with('.'))
 }
