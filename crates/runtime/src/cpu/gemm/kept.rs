@@ -57,19 +57,14 @@ impl Panels {
         k: &Range<usize>,
         width: usize,
     ) -> Option<Range<usize>> {
-        let ([outers, len], [whole, last]) = (self.extents, self.widths);
-        let expected = if outer.len() == whole { whole } else { last };
-        let is_panel = P::KIND == self.kind
-            && outer.start.is_multiple_of(whole)
-            && outer.end == (outer.start + whole).min(outers)
-            && width == expected;
+        let (len, panel) = (self.extents[1], outer.start / self.widths[0]);
+        let is_panel = P::KIND == self.kind && self.of(panel) == (outer.clone(), width);
         // Words are not cut.
         let cuts = |k: usize| !k.is_multiple_of(P::STEPS) && k != len;
         if !is_panel || k.end > len || cuts(k.start) || cuts(k.end) {
             return None;
         }
-        let panel = outer.start / whole * len.div_ceil(P::STEPS) * whole;
-        let start = panel + k.start / P::STEPS * width;
+        let start = self.range_of::<P>(panel).start + k.start / P::STEPS * width;
         Some(start..start + k.len().div_ceil(P::STEPS) * width)
     }
 
